@@ -1,0 +1,1 @@
+"""weft adapter for Megatron-Core models, as source and as target."""

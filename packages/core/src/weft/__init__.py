@@ -1,0 +1,1 @@
+"""weft: weights from trainer. Layouts, planner, replay and plug-in registry."""

@@ -1,0 +1,1 @@
+"""The command weft: demo, plugins, plan."""

@@ -1,0 +1,1 @@
+"""weft transport over torch.distributed gloo: CPU memory, any network."""

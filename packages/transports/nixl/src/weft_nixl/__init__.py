@@ -1,0 +1,1 @@
+"""weft transport over NIXL: one-sided writes by UCX (RDMA, CUDA IPC, shared memory, TCP)."""
