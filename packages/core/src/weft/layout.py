@@ -141,7 +141,8 @@ class PieceTable:
     @property
     def numel(self) -> Int64s:
         """Elements per piece, shape (n,)."""
-        return np.prod(self.hi - self.lo, axis=1, dtype=np.int64)
+        elements: Int64s = np.prod(self.hi - self.lo, axis=1, dtype=np.int64)
+        return elements
 
     def columns(self) -> dict[str, bytes]:
         """Little-endian int64 bytes of every column, for records."""

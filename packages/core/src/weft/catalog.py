@@ -1,0 +1,171 @@
+"""The catalog: every logical tensor of a job under one name, and every fault between the two sides."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from weft.box import Affine, boxes_from_views
+from weft.errors import LayoutError
+from weft.layout import Kind, Layout
+from weft.policy import Policy
+from weft.table import Int64s, intersect, ragged_ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Logical tensors that move, by index; aliases are resolved."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    source_dtypes: tuple[str, ...]
+    target_dtypes: tuple[str, ...]
+    index: Mapping[str, int]
+    """Every name in use, aliases included; ignored source tensors are absent."""
+
+
+def build_catalog(
+    sources: Mapping[str, Layout], targets: Mapping[str, Layout], policy: Policy
+) -> tuple[Catalog, list[str]]:
+    """Match the logical tensors of both sides. `sources` and `targets` map a member's name to its layout.
+
+    Returns the catalog and every fault found: names on one side only, shapes, dtypes, ties.
+    """
+    faults: list[str] = []
+    aliases = _aliases(sources, targets, faults)
+    sides: list[dict[str, tuple[tuple[int, ...], str, str]]] = []
+    for label, members in (("source", sources), ("target", targets)):
+        seen: dict[str, tuple[tuple[int, ...], str, str]] = {}
+        done: set[str] = set()
+        for member, layout in members.items():
+            if layout.address in done:
+                continue
+            done.add(layout.address)
+            for tensor in layout.tensors:
+                name = aliases.get(tensor.name, tensor.name)
+                first = seen.setdefault(name, (tensor.shape, tensor.dtype, member))
+                if first[:2] != (tensor.shape, tensor.dtype):
+                    faults.append(
+                        f"{tensor.name}: {label} {first[2]} has {first[1]}{list(first[0])}, "
+                        f"{label} {member} has {tensor.dtype}{list(tensor.shape)}"
+                    )
+        sides.append(seen)
+    held, wanted = sides
+    faults += [
+        f"{name}: wanted by target {wanted[name][2]}, held by no source (map the name, or skip it at the target)"
+        for name in sorted(wanted.keys() - held.keys())
+    ]
+    faults += [
+        f"{name}: held by source {held[name][2]}, wanted by no target (list it in Policy.ignore if that is meant)"
+        for name in sorted(held.keys() - wanted.keys())
+        if not policy.ignores(name)
+    ]
+    names = sorted(held.keys() & wanted.keys())
+    for name in names:
+        (shape, dtype, source), (target_shape, target_dtype, target) = held[name], wanted[name]
+        if shape != target_shape:
+            faults.append(f"{name}: source {source} has shape {list(shape)}, target {target} {list(target_shape)}")
+        if dtype != target_dtype and (dtype, target_dtype) not in policy.casts:
+            faults.append(
+                f"{name}: source {source} holds {dtype}, target {target} wants {target_dtype}; "
+                f'declare it with Policy(casts=(("{dtype}", "{target_dtype}"),)) if rounding is meant'
+            )
+    index = {name: n for n, name in enumerate(names)}
+    index.update({alias: index[name] for alias, name in aliases.items() if name in index})
+    shapes = tuple(held[name][0] for name in names)
+    catalog = Catalog(
+        tuple(names), shapes, tuple(held[name][1] for name in names), tuple(wanted[name][1] for name in names), index
+    )
+    return catalog, faults
+
+
+def _aliases(sources: Mapping[str, Layout], targets: Mapping[str, Layout], faults: list[str]) -> dict[str, str]:
+    """alias → name over both sides. A target's tie onto tensors that a source holds untied is a fault."""
+    aliases: dict[str, str] = {}
+    tied_by_source: set[str] = set()
+    for label, members in (("source", sources), ("target", targets)):
+        for member, layout in members.items():
+            for tie in layout.ties:
+                if aliases.setdefault(tie.alias, tie.name) != tie.name:
+                    faults.append(f"{tie.alias}: tied to {aliases[tie.alias]} and, by {label} {member}, to {tie.name}")
+                if label == "source":
+                    tied_by_source.add(tie.alias)
+    for alias, name in aliases.items():
+        if name in aliases:
+            faults.append(f"{alias}: tied to {name}, which is itself tied to {aliases[name]}; name the tensor on disk")
+        if alias in tied_by_source:
+            continue
+        holders = [member for member, layout in sources.items() if any(t.name == alias for t in layout.tensors)]
+        if holders:
+            faults.append(f"{alias}: targets tie it to {name}, source {holders[0]} holds it as a tensor of its own")
+    return aliases
+
+
+def memory_faults(member: str, layout: Layout) -> list[str]:
+    """Faults in a target's memory: elements that two pieces write, or that neither piece nor fill claims (traps 12, 13, 69)."""
+    faults: list[str] = []
+    views: dict[int, list[tuple[str, Affine]]] = defaultdict(list)
+    numbers = {buffer.name: n for n, buffer in enumerate(layout.buffers)}
+    table = layout.pieces
+    sizes = table.hi - table.lo
+    for n in range(len(table)):
+        view = Affine(int(table.offset[n]), tuple(map(int, sizes[n])), tuple(map(int, table.strides[n])))
+        views[int(table.buffer[n])].append((layout.tensors[table.tensor[n]].name, view))
+    for fill in layout.fills:
+        views[numbers[fill.buffer]].append(("a fill", Affine(fill.offset, fill.sizes, fill.strides)))
+    for number, buffer in enumerate(layout.buffers):
+        claims = views.get(number, [])
+        claimed = sum(int(np.prod(view.sizes, dtype=np.int64)) for _, view in claims)
+        where = f"{member}: buffer {buffer.name} ({buffer.numel} elements)"
+        if claimed < buffer.numel:
+            what = "no piece and no fill claims any of it" if not claims else f"{buffer.numel - claimed} are claimed by none"
+            faults.append(f"{where}: {what}")
+        dense = len(claims) == 1 and claimed == buffer.numel
+        if not dense:
+            faults += [f"{where}: {text}" for text in _overlaps(buffer.numel, claims)]
+    return faults
+
+
+def _overlaps(numel: int, claims: Sequence[tuple[str, Affine]]) -> list[str]:
+    """Say which claims on one buffer share elements."""
+    cuts = {stride for _, view in claims for stride, size in zip(view.strides, view.sizes, strict=True) if size > 1 and stride > 0}
+    owners: list[int] = []
+    los: list[tuple[int, ...]] = []
+    his: list[tuple[int, ...]] = []
+    for n, (label, view) in enumerate(claims):
+        try:
+            boxes = boxes_from_views((numel,), view, view, cuts)
+        except LayoutError:
+            return [f"{label} writes some elements twice ({view})"]
+        for box, _, _ in boxes:
+            owners.append(n)
+            los.append(box.lo)
+            his.append(box.hi)
+    lo, hi = np.array(los, dtype=np.int64), np.array(his, dtype=np.int64)
+    order = np.argsort(lo[:, 0], kind="stable")
+    left, right = _neighbours(lo[order, 0], hi[order, 0])
+    left, right = order[left], order[right]
+    _, _, both = intersect(lo[left], hi[left], lo[right], hi[right])
+    found = {tuple(sorted((claims[owners[a]][0], claims[owners[b]][0]))) for a, b in zip(left[both], right[both], strict=True)}
+    return [f"{first} and {second} share memory" for first, second in sorted(found)]
+
+
+def _neighbours(lo: Int64s, hi: Int64s) -> tuple[Int64s, Int64s]:
+    """Pairs whose outermost ranges meet, for ranges sorted by `lo`."""
+    firsts = np.arange(1, len(lo) + 1, dtype=np.int64)
+    return ragged_ranges(firsts, np.maximum(np.searchsorted(lo, hi, side="left") - firsts, 0))
+
+
+def unsupported(member: str, layout: Layout, role: str) -> list[str]:
+    """What has its place in a layout but cannot be moved yet."""
+    produced = [buffer.name for buffer in layout.buffers if buffer.kind is Kind.PRODUCED]
+    if produced and role == "source":
+        return [f"{member}: produced buffers are not built yet ({produced[0]} and {len(produced) - 1} more)"]
+    if produced:
+        return [f"{member}: a target cannot have produced buffers ({produced[0]})"]
+    if role == "source" and any(buffer.kind is Kind.SCRATCH for buffer in layout.buffers):
+        return [f"{member}: a source cannot have scratch buffers"]
+    return []

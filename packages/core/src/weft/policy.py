@@ -1,0 +1,63 @@
+"""The policy: every choice that shapes a plan. All members must hold the same one; it is part of the fingerprint."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from weft.errors import ConfigError, NotSupportedError
+from weft.layout import ITEM_BYTES
+
+_MIB = 1 << 20
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """Choices that are not facts. New fields go to the end, with defaults that keep the old behaviour."""
+
+    casts: tuple[tuple[str, str], ...] = ()
+    """Declared (source dtype, target dtype) pairs, rounded to nearest even at the source. Any other difference is an error."""
+    ignore: tuple[str, ...] = ()
+    """Patterns (`*` matches anything) of logical tensors that sources hold and no target wants."""
+    landing: str = "in_place"
+    """`in_place`: into live weights while the replica is paused."""
+    encodings: tuple[str, ...] = ()
+    """Encodings other than `casts`."""
+    relay: bool = False
+    """Whether targets may pass boxes on to other targets."""
+    digests: bool = True
+    """Whether every bucket's digest is compared before the vote."""
+    bucket_bytes: int = 16 * _MIB
+    """Upper bound of one bucket, in bytes; at least 4 KiB."""
+    staging_bytes: int = 128 * _MIB
+    """Upper bound of a member's staging memory per direction, in bytes; at least 64 KiB."""
+    direct_run_bytes: int = 16 * 1024
+    """Contiguous runs at least this long move straight between final buffers, shorter ones through staging, in bytes."""
+    max_segments: int = 16_384
+    """Most segments of one bucket."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` with every contradiction, or `NotSupportedError` for what has its place but is not built."""
+        faults = [
+            f"cast {source} to {target}: both must be one of {', '.join(ITEM_BYTES)}"
+            for source, target in self.casts
+            if source not in ITEM_BYTES or target not in ITEM_BYTES
+        ]
+        bounds = {"bucket_bytes": 4096, "staging_bytes": 65_536, "direct_run_bytes": 1, "max_segments": 1}
+        for name, least in bounds.items():
+            if getattr(self, name) < least:
+                faults.append(f"{name} is {getattr(self, name)}, it must be at least {least}")
+        if faults:
+            raise ConfigError("policy: " + "; ".join(faults))
+        if self.landing == "shadow":
+            raise NotSupportedError('landing "shadow" is not built yet: use landing "in_place" and pause the replica')
+        if self.landing != "in_place":
+            raise ConfigError(f'landing {self.landing!r} is neither "in_place" nor "shadow"')
+        if self.encodings:
+            raise NotSupportedError(f"encodings {', '.join(self.encodings)} are not built yet: only declared casts are")
+        if self.relay:
+            raise NotSupportedError("relays between targets are not built yet: leave relay off")
+
+    def ignores(self, name: str) -> bool:
+        """Whether a source tensor may go unused."""
+        return any(fnmatchcase(name, pattern) for pattern in self.ignore)

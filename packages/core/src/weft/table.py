@@ -1,0 +1,106 @@
+"""Vectorised steps over tables of boxes. Every column is int64; ragged joins are expanded by repetition, never by loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+
+
+def ragged_ranges(starts: Int64s, counts: Int64s) -> tuple[Int64s, Int64s]:
+    """Concatenate `range(starts[i], starts[i] + counts[i])`; returns (owner i of each entry, the entries)."""
+    owner = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    first = np.cumsum(counts) - counts
+    return owner, starts[owner] + np.arange(len(owner), dtype=np.int64) - first[owner]
+
+
+def pairs_by_key(left: Int64s, right: Int64s) -> tuple[Int64s, Int64s]:
+    """Every (i, j) with `left[i] == right[j]`, ordered by i, then by j's place in a stable sort of `right`."""
+    order = np.argsort(right, kind="stable")
+    ordered = right[order]
+    starts = np.searchsorted(ordered, left, side="left")
+    counts = np.searchsorted(ordered, left, side="right") - starts
+    owner, positions = ragged_ranges(starts, counts)
+    return owner, order[positions]
+
+
+def intersect(lo: Int64s, hi: Int64s, other_lo: Int64s, other_hi: Int64s) -> tuple[Int64s, Int64s, npt.NDArray[np.bool_]]:
+    """Row-wise intersection of boxes of shape (n, k); returns lo, hi and whether it is not empty."""
+    low, high = np.maximum(lo, other_lo), np.minimum(hi, other_hi)
+    meets: npt.NDArray[np.bool_] = np.all(low < high, axis=1)
+    return low, high, meets
+
+
+def volume(lo: Int64s, hi: Int64s) -> Int64s:
+    """Elements of every box, shape (n,)."""
+    elements: Int64s = np.prod(hi - lo, axis=1, dtype=np.int64)
+    return elements
+
+
+def unique_rows(rows: Int64s) -> tuple[Int64s, Int64s]:
+    """(index of the first of each distinct row, number of each row's class); classes in lexicographic order."""
+    if not len(rows):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    order = np.lexsort(rows.T[::-1])
+    ordered = rows[order]
+    new = np.ones(len(rows), dtype=bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    inverse = np.empty(len(rows), dtype=np.int64)
+    inverse[order] = np.cumsum(new) - 1
+    return order[new], inverse
+
+
+def subtract(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], lo: tuple[int, ...], hi: tuple[int, ...]) -> list[
+    tuple[tuple[int, ...], tuple[int, ...]]
+]:
+    """Disjoint boxes that cover `boxes` without the box lo:hi."""
+    result = []
+    for low, high in boxes:
+        if any(max(a, c) >= min(b, d) for a, b, c, d in zip(low, high, lo, hi, strict=True)):
+            result.append((low, high))
+            continue
+        left, right = list(low), list(high)
+        for axis in range(len(low)):
+            if left[axis] < lo[axis]:
+                result.append((tuple(left), (*right[:axis], lo[axis], *right[axis + 1 :])))
+                left[axis] = lo[axis]
+            if right[axis] > hi[axis]:
+                result.append(((*left[:axis], hi[axis], *left[axis + 1 :]), tuple(right)))
+                right[axis] = hi[axis]
+    return result
+
+
+def collapse(sizes: Int64s, strides: list[Int64s]) -> tuple[Int64s, list[Int64s]]:
+    """Join neighbouring axes that are contiguous in every stride list, row by row; axes of size one disappear.
+
+    Arrays have shape (n, k); results have the same shape, right-aligned, padded on the left with size 1 and stride 0.
+    """
+    count, width = sizes.shape
+    out_sizes = np.ones_like(sizes)
+    out = [np.zeros_like(column) for column in strides]
+    rows = np.arange(count)
+    at = np.full(count, width, dtype=np.int64)  # column of the axis last written, right to left
+    for axis in range(width - 1, -1, -1):
+        size = sizes[:, axis]
+        inner = np.minimum(at, width - 1)
+        joins = at < width
+        for column, result in zip(strides, out, strict=True):
+            joins &= column[:, axis] == result[rows, inner] * out_sizes[rows, inner]
+        joins &= size > 1
+        starts = (size > 1) & ~joins
+        out_sizes[rows[joins], at[joins]] *= size[joins]
+        at[starts] -= 1
+        out_sizes[rows[starts], at[starts]] = size[starts]
+        for column, result in zip(strides, out, strict=True):
+            result[rows[starts], at[starts]] = column[starts, axis]
+    used = max(1, width - int(at.min())) if count and width else 1
+    keep = slice(max(0, width - used), width)
+    return out_sizes[:, keep], [column[:, keep] for column in out]
+
+
+def row_major_strides(factors: Int64s) -> Int64s:
+    """Row-major strides of every row of splits, shape (n, k)."""
+    strides = np.ones_like(factors)
+    strides[:, :-1] = np.cumprod(factors[:, :0:-1], axis=1)[:, ::-1]
+    return strides
