@@ -7,7 +7,7 @@ like anything else.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -44,21 +44,21 @@ def _strided(offset: int, sizes: Sequence[int], strides: Sequence[int]) -> Int64
     return np.asarray(offset + (np.indices(sizes, dtype=np.int64) * steps).sum(axis=0), dtype=np.int64).ravel()
 
 
-def source_ties(sources: Mapping[str, Layout]) -> dict[str, str]:
-    """alias → the name whose values it has, over all sources."""
-    return {tie.alias: tie.name for layout in sources.values() for tie in layout.ties}
+def all_ties(*sides: Mapping[str, Layout]) -> dict[str, str]:
+    """alias → the name whose values it has, over all members."""
+    return {tie.alias: tie.name for side in sides for layout in side.values() for tie in layout.ties}
 
 
 def naive_copies(
     sources: Mapping[str, Layout], targets: Mapping[str, Layout]
 ) -> dict[tuple[str, str, int], list[str]]:
     """(target member, its tensor, flat logical index) → sorted names of every source member that holds that element."""
+    ties = all_ties(sources, targets)
     holders: dict[tuple[str, int], set[str]] = defaultdict(set)
     for member, layout in sources.items():
         for piece in layout:
             for index in elements_of(piece)[0].tolist():
-                holders[piece.tensor, index].add(member)
-    ties = source_ties(sources)
+                holders[ties.get(piece.tensor, piece.tensor), index].add(member)
     return {
         (member, piece.tensor, index): sorted(holders[ties.get(piece.tensor, piece.tensor), index])
         for member, layout in targets.items()
@@ -73,12 +73,14 @@ def naive_faults(
     """Every reason why there is no plan, as (kind, member, tensor or buffer).
 
     Kinds: `shape` and `dtype` (a member declares a tensor otherwise than the first source that has it), `missing` (no
-    source holds some element that a target wants), `doubled` (an element of a target's buffer is written twice),
-    `empty` (no copies).
+    source holds some element that a target wants), `unwanted` (a source has a tensor that no target declares), `tie` (a
+    target ties what a source holds apart), `doubled` and `unclaimed` (an element of a target's buffer is written twice,
+    or never), `empty` (no copies).
     """
     faults: set[tuple[str, str, str]] = set()
+    ties = all_ties(sources, targets)
+    wanted = {ties.get(tensor.name, tensor.name) for layout in targets.values() for tensor in layout.tensors}
     declared: dict[str, LogicalTensor] = {}
-    ties = source_ties(sources)
     for feeds, side in ((True, sources), (False, targets)):
         allowed = () if feeds else tuple(casts)
         for member, layout in side.items():
@@ -89,13 +91,18 @@ def naive_faults(
                     faults.add(("shape", member, tensor.name))
                 if tensor.dtype != first.dtype and (first.dtype, tensor.dtype) not in allowed:
                     faults.add(("dtype", member, tensor.name))
+                if feeds and name not in wanted:
+                    faults.add(("unwanted", member, tensor.name))
+                if feeds and tensor.name in ties.keys() - all_ties(sources).keys():
+                    faults.add(("tie", member, tensor.name))
     for member, layout in targets.items():
-        writes: Counter[tuple[str, int]] = Counter()
+        times = {buffer.name: np.zeros(buffer.numel, np.int64) for buffer in layout.buffers}
         for piece in layout:
-            writes.update((piece.buffer, element) for element in elements_of(piece)[1].tolist())
+            np.add.at(times[piece.buffer], elements_of(piece)[1], 1)
         for fill in layout.fills:
-            writes.update((fill.buffer, element) for element in fill_elements(fill).tolist())
-        faults |= {("doubled", member, buffer) for (buffer, _), times in writes.items() if times > 1}
+            np.add.at(times[fill.buffer], fill_elements(fill), 1)
+        faults |= {("doubled", member, buffer) for buffer, count in times.items() if (count > 1).any()}
+        faults |= {("unclaimed", member, buffer) for buffer, count in times.items() if (count == 0).any()}
     copies = naive_copies(sources, targets)
     faults |= {("missing", member, tensor) for (member, tensor, _), holders in copies.items() if not holders}
     return faults if copies else faults | {("empty", "", "")}
