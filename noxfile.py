@@ -161,7 +161,7 @@ def demo(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation; a broken link is an error."""
     python = environment(session, "docs", "docs", [])
-    session.run(str(python), "-m", "mkdocs", "build", "-q", "--strict", "--site-dir", str(NOX / "site"), external=True)
+    session.run(str(python.parent / "zensical"), "build", "--strict", "--clean", external=True)
 
 
 def gpu_fault(cuda: int, capability: int) -> str:
