@@ -1,0 +1,1 @@
+"""What tests of weft and of its plug-ins share."""
