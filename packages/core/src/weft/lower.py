@@ -1,0 +1,251 @@
+"""Lowering: from a plan's copies to one member's buckets. Both ends of a bucket compute it alike, from the plan alone (trap 42)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from weft.contracts import SEGMENT
+from weft.errors import ConfigError
+from weft.layout import ITEM_BYTES, Kind, Layout
+from weft.plan import Copies, Plan
+from weft.table import Int64s, ragged_ranges
+
+SLOTS = 2
+"""Staging slots per pair of members and direction: one is filled while the other moves."""
+ALIGNMENT = 64
+"""Bytes to which copies are aligned in a staging slot, so that no dtype is ever misaligned (trap 27)."""
+_BUCKETS_PER_PAIR = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredBucket:
+    """Copies between one pair of members that move together."""
+
+    index: int
+    """Unique in the plan."""
+    peer: str
+    group: int
+    """Group of the receiver's layout."""
+    counted: bool
+    """Whether its elements stand for themselves in the digest of the receiving replica."""
+    copies: Copies
+    nbytes: int
+    """Payload bytes."""
+    slot: int | None
+    """Staging slot it passes through, or None where its segments go straight between final buffers."""
+    staged: int
+    """How many packed buckets of this pair come before it: a packed bucket needs that many less `SLOTS` slots given back."""
+    scratch: int | None
+    """Which of the receiver's scratch groups it is for, counted from 0; None where it goes to live memory."""
+    offsets: Int64s
+    """Byte offset of every copy in the slot; empty for direct buckets."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberProgram:
+    """What one member does in every refit of a plan."""
+
+    name: str
+    local: Copies
+    """Copies within this member."""
+    sends: tuple[LoweredBucket, ...]
+    """In the order in which they are to be sent."""
+    receives: tuple[LoweredBucket, ...]
+    slot_bytes: int
+    """Size of every staging slot of the plan."""
+
+
+def lower(plan: Plan, layouts: Mapping[str, Layout], name: str) -> MemberProgram:
+    """The buckets of one member. Raises `ConfigError` when the staging budget is too small for the plan's peers."""
+    me = plan.index(name)
+    copies = plan.copies
+    slot_bytes = staging_slot_bytes(plan)
+    mine = np.flatnonzero((copies.source == me) | (copies.target == me))
+    within = mine[copies.source[mine] == copies.target[mine]]
+    between = mine[copies.source[mine] != copies.target[mine]]
+    pairs = copies.source[between] * len(plan.members) + copies.target[between]
+    buckets: list[LoweredBucket] = []
+    for pair in np.unique(pairs).tolist():
+        target = plan.members[pair % len(plan.members)]
+        peer = plan.members[pair // len(plan.members)] if target.name == name else target
+        layout = layouts[target.target_layout or ""]
+        rows = copies.select(between[pairs == pair])
+        buckets += _pair_buckets(plan, rows, pair, peer.name, layout, slot_bytes)
+    sends = [bucket for bucket in buckets if bucket.index // _BUCKETS_PER_PAIR // len(plan.members) == me]
+    receives = [bucket for bucket in buckets if bucket.index // _BUCKETS_PER_PAIR // len(plan.members) != me]
+    # Receivers in turn within a group, so that no sender starts all its receivers on the same one (each begins after itself).
+    sends.sort(key=lambda b: (b.group, b.index % _BUCKETS_PER_PAIR, (plan.index(b.peer) - me) % len(plan.members)))
+    receives.sort(key=lambda b: (b.group, b.index))
+    return MemberProgram(name, copies.select(within), tuple(sends), tuple(receives), slot_bytes)
+
+
+def staging_slot_bytes(plan: Plan) -> int:
+    """One size for all staging slots, so that no member's slots exceed `Policy.staging_bytes` in either direction."""
+    copies, count = plan.copies, len(plan.members)
+    pairs = np.unique(copies.source * count + copies.target)
+    pairs = pairs[pairs // count != pairs % count]
+    most = max(
+        np.bincount(pairs // count, minlength=1).max(initial=1), np.bincount(pairs % count, minlength=1).max(initial=1)
+    )
+    share = plan.policy.staging_bytes // (SLOTS * int(most))
+    if share < 4096:
+        raise ConfigError(
+            f"staging_bytes is {plan.policy.staging_bytes}, but a member has {most} peers with {SLOTS} slots each: "
+            f"set at least {4096 * SLOTS * int(most)}"
+        )
+    return int(min(share, plan.policy.bucket_bytes)) // 4096 * 4096
+
+
+def _pair_buckets(
+    plan: Plan, rows: Copies, pair: int, peer: str, layout: Layout, slot_bytes: int
+) -> list[LoweredBucket]:
+    policy = plan.policy
+    width = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in plan.tensors], dtype=np.int64)
+    plain = np.array([tensor.source_dtype == tensor.target_dtype for tensor in plan.tensors])
+    direct = plain[rows.tensor] & (run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes)
+    scratch_of_group = _scratch_groups(layout)
+    pieces: list[Copies] = []
+    keys: list[tuple[Int64s, ...]] = []
+    for kind, limit in ((0, policy.bucket_bytes), (1, slot_bytes)):
+        part = rows.select(np.flatnonzero(direct if kind == 0 else ~direct))
+        part = _divide(part, limit // width[part.tensor])
+        pieces.append(part)
+        keys.append((part.group, np.full(len(part), kind, np.int64), 1 - part.counted, np.arange(len(part))))
+    both = Copies(*(np.concatenate([getattr(p, f) for p in pieces]) for f in Copies.__slots__))
+    columns = [np.concatenate([k[n] for k in keys]) for n in range(4)]
+    order = np.lexsort(columns[::-1])
+    both, group, kind, uncounted = both.select(order), columns[0][order], columns[1][order], columns[2][order]
+    nbytes = both.numel * width[both.tensor]
+    segments = both.numel // run_elements(both)
+    buckets: list[LoweredBucket] = []
+    staged = 0
+    for first, last in _bounds(np.stack([group, kind, uncounted], axis=1), nbytes, segments, plan, slot_bytes):
+        packed = bool(kind[first])
+        padded = -(-nbytes[first:last] // ALIGNMENT) * ALIGNMENT
+        buckets.append(
+            LoweredBucket(
+                index=pair * _BUCKETS_PER_PAIR + len(buckets), peer=peer, group=int(group[first]),
+                counted=not uncounted[first], copies=both.select(np.arange(first, last)),
+                nbytes=int(nbytes[first:last].sum()), slot=staged % SLOTS if packed else None, staged=staged,
+                scratch=scratch_of_group.get(int(group[first])),
+                offsets=np.cumsum(padded) - padded if packed else np.zeros(0, np.int64),
+            )
+        )  # fmt: skip
+        staged += packed
+    return buckets
+
+
+def _scratch_groups(layout: Layout) -> dict[int, int]:
+    groups = sorted({buffer.group for buffer in layout.buffers if buffer.kind is Kind.SCRATCH})
+    return {group: n for n, group in enumerate(groups)}
+
+
+def _bounds(
+    keys: Int64s, nbytes: Int64s, segments: Int64s, plan: Plan, slot_bytes: int
+) -> list[tuple[int, int]]:
+    """Cut ordered copies into buckets: never across keys, never beyond the bounds of the policy."""
+    bounds: list[tuple[int, int]] = []
+    first, size, count = 0, 0, 0
+    key_rows, size_rows, segment_rows = keys.tolist(), nbytes.tolist(), segments.tolist()
+    for n, (key, length, runs) in enumerate(zip(key_rows, size_rows, segment_rows, strict=True)):
+        packed = bool(key[1])
+        length = -(-length // ALIGNMENT) * ALIGNMENT if packed else length
+        limit = slot_bytes if packed else plan.policy.bucket_bytes
+        full = size + length > limit or (not packed and count + runs > plan.policy.max_segments)
+        if n > first and (key != key_rows[first] or full):
+            bounds.append((first, n))
+            first, size, count = n, 0, 0
+        size, count = size + length, count + runs
+    if len(keys):
+        bounds.append((first, len(keys)))
+    return bounds
+
+
+def run_elements(rows: Copies) -> Int64s:
+    """Elements per run that is contiguous in both buffers, per copy."""
+    dense = (rows.source_strides[:, -1] == 1) & (rows.target_strides[:, -1] == 1)
+    return np.where(dense, rows.sizes[:, -1], 1)
+
+
+def _divide(rows: Copies, limit: Int64s) -> Copies:
+    """Cut copies of more than `limit` elements along their outermost axes."""
+    while True:
+        big = np.flatnonzero(rows.numel > limit)
+        if not len(big):
+            return rows
+        axis = (rows.sizes[big] > 1).argmax(axis=1)
+        inner = rows.numel[big] // rows.sizes[big, axis]
+        step = np.maximum(1, limit[big] // inner)
+        parts = -(-rows.sizes[big, axis] // step)
+        counts = np.ones(len(rows.source), dtype=np.int64)
+        counts[big] = parts
+        owner, number = ragged_ranges(np.zeros(len(counts), np.int64), counts)
+        full_axis = np.zeros(len(counts), np.int64)
+        full_step = np.zeros(len(counts), np.int64)
+        full_axis[big], full_step[big] = axis, step
+        cut = counts[owner] > 1
+        rows, limit = rows.select(owner), limit[owner]
+        n = np.flatnonzero(cut)
+        at, begin = full_axis[owner[n]], number[n] * full_step[owner[n]]
+        sizes = rows.sizes.copy()
+        sizes[n, at] = np.minimum(full_step[owner[n]], rows.sizes[n, at] - begin)
+        moved = {}
+        for start, strides in (
+            ("source_offset", rows.source_strides),
+            ("target_offset", rows.target_strides),
+            ("logical_start", rows.logical_strides),
+        ):
+            moved[start] = getattr(rows, start).copy()
+            moved[start][n] += begin * strides[n, at]
+        rows = Copies(**{f: {**moved, "sizes": sizes}.get(f, getattr(rows, f)) for f in Copies.__slots__})
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where a member's buffers are: region index and byte offset in it, by buffer number."""
+
+    region: Int64s
+    offset: Int64s
+
+
+def segments(
+    copies: Copies, itemsize: Int64s, source: Binding, target: Binding, sending: bool
+) -> npt.NDArray[np.void]:
+    """Lower copies to segments, neighbours joined. `itemsize` is bytes per element of every copy; see `contracts.SEGMENT`."""
+    run = run_elements(copies)
+    outer_sizes = copies.sizes.copy()
+    dense = run == copies.sizes[:, -1]
+    outer_sizes[dense, -1] = 1
+    counts = copies.numel // run
+    owner, number = ragged_ranges(np.zeros(len(copies), np.int64), counts)
+    from_offset, to_offset = copies.source_offset[owner], copies.target_offset[owner]
+    for axis in range(outer_sizes.shape[1] - 1, -1, -1):
+        number, index = np.divmod(number, outer_sizes[owner, axis])
+        from_offset = from_offset + index * copies.source_strides[owner, axis]
+        to_offset = to_offset + index * copies.target_strides[owner, axis]
+    size = itemsize[owner]
+    ends = []
+    for binding, buffer, offset in (
+        (source, copies.source_buffer[owner], from_offset), (target, copies.target_buffer[owner], to_offset)
+    ):  # fmt: skip
+        ends.append((binding.region[buffer], binding.offset[buffer] + offset * size))
+    (region, offset), (remote_region, remote_offset) = ends if sending else ends[::-1]
+    length = run[owner] * size
+    joins = np.zeros(len(length), dtype=bool)
+    joins[1:] = (
+        (region[1:] == region[:-1]) & (remote_region[1:] == remote_region[:-1])
+        & (offset[1:] == offset[:-1] + length[:-1]) & (remote_offset[1:] == remote_offset[:-1] + length[:-1])
+    )  # fmt: skip
+    starts = np.flatnonzero(~joins)
+    result = np.zeros(len(starts), dtype=SEGMENT)
+    for field, column in (
+        ("region", region), ("offset", offset), ("remote_region", remote_region), ("remote_offset", remote_offset)
+    ):  # fmt: skip
+        result[field] = column[starts]
+    if len(starts):
+        result["nbytes"] = np.add.reduceat(length, starts)
+    return result
