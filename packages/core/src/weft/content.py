@@ -1,0 +1,31 @@
+"""Content-addressed publishing: large things that many members share, such as layouts, are in the store once.
+
+Content carries no envelope: its address, which travels in a record, says exactly which bytes it must be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from weft.contracts import Store
+from weft.errors import RecordError
+
+
+def put_content(store: Store, prefix: str, data: bytes) -> str:
+    """Publish bytes under `prefix` unless they are there already; returns their address, the SHA-256 in hex."""
+    address = hashlib.sha256(data).hexdigest()
+    if store.get(f"{prefix}/{address}/published") is None:
+        store.set(f"{prefix}/{address}/bytes", data)
+        store.set(f"{prefix}/{address}/published", b"1")
+    return address
+
+
+def get_content(store: Store, prefix: str, address: str) -> bytes:
+    """The bytes that were published. Raises `RecordError` when there are none, or when they are not what the address says."""
+    data = store.get(f"{prefix}/{address}/bytes")
+    if data is None:
+        raise RecordError(f"content {address}: expected it under {prefix}, found nothing there; was it published to another store or job?")
+    found = hashlib.sha256(data).hexdigest()
+    if found != address:
+        raise RecordError(f"content {address} under {prefix}: found {len(data)} bytes with SHA-256 {found}")
+    return data

@@ -1,0 +1,99 @@
+"""Plug-ins: entry points of the groups in `GROUPS`. Nothing is imported before it is asked for, and nothing is remembered."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from weft.errors import PluginError
+
+GROUPS: Mapping[str, str] = {
+    "weft.transports": "transport",
+    "weft.stores": "store",
+    "weft.allocators": "allocator",
+    "weft.encodings": "encoding",
+    "weft.adapters": "adapter",
+}
+"""Every group, and what one of its plug-ins is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """One entry point that is installed."""
+
+    name: str
+    distribution: str
+    """Name of the distribution that brings it."""
+    version: str
+    """That distribution's version."""
+    value: str
+    """What it points at, `module:attribute`."""
+    state: str
+    """`ok` or `broken`."""
+    reason: str = ""
+    """Why it is broken."""
+
+
+def discover(group: str) -> list[PluginInfo]:
+    """Every plug-in of a group, sorted by name. Imports each, so that what does not import is listed as broken, with its reason."""
+    points = _installed(group)
+    infos = []
+    for point in points:
+        rivals = _claims([other for other in points if other.name == point.name])
+        reason = f"claimed by {rivals}: uninstall all but one" if rivals else _import_fault(point)
+        distribution, version = _origin(point)
+        infos.append(PluginInfo(point.name, distribution, version, point.value, "broken" if reason else "ok", reason))
+    return infos
+
+
+def load(group: str, name: str) -> Any:
+    """What the entry point `name` of `group` points at; imports that plug-in and no other.
+
+    Raises `PluginError` when it is not installed (naming the package to install), does not import, or is claimed by two distributions.
+    """
+    role = GROUPS.get(group, group)
+    points = _installed(group)
+    found = [point for point in points if point.name == name]
+    if not found:
+        names = [point.name for point in points]
+        similar = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {similar[0]!r}? " if similar else ""
+        raise PluginError(
+            f"no {role} {name!r} is installed: {hint}pip install weft-{name} may provide it; installed are {', '.join(names) or 'none'}"
+        )
+    if rivals := _claims(found):
+        raise PluginError(f"{role} {name!r} is claimed by {rivals}: uninstall all but one")
+    point = found[0]
+    try:
+        return point.load()
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # a foreign module may raise anything while it is imported
+        distribution, version = _origin(point)
+        raise PluginError(f"{role} {name!r} ({point.value} of {distribution} {version}) does not import: {_words(error)}") from error
+
+
+def _installed(group: str) -> list[EntryPoint]:
+    return sorted(set(entry_points(group=group)), key=lambda point: (point.name, *_origin(point), point.value))
+
+
+def _claims(points: list[EntryPoint]) -> str:
+    """Who claims one name, when that is more than one distribution or one value."""
+    return " and ".join("{} {}".format(*_origin(point)) + f" ({point.value})" for point in points) if len(points) > 1 else ""
+
+
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    return ("unknown distribution", "?") if point.dist is None else (point.dist.name, point.dist.version)
+
+
+def _import_fault(point: EntryPoint) -> str:
+    try:
+        point.load()
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # a foreign module may raise anything while it is imported
+        return _words(error)
+    return ""
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

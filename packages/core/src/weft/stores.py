@@ -1,0 +1,49 @@
+"""Opening stores by URL: the scheme names a plug-in of group `weft.stores`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from urllib.parse import unquote, urlsplit
+
+from weft.contracts import Store
+from weft.deadline import Deadline
+from weft.errors import ConfigError
+from weft.plugins import load
+from weft.store_file import FileStore
+from weft.store_tcp import TcpStore
+
+StoreFactory = Callable[[str, Deadline], Store]
+"""What an entry point of group `weft.stores` yields: opens a URL of its scheme, or raises `StoreError` by the deadline."""
+
+
+def open_store(url: str, deadline: Deadline) -> Store:
+    """The store behind a URL such as `tcp://10.0.0.1:29511` or `file:///shared/run7`.
+
+    Raises `ConfigError` for what is not such a URL, `PluginError` for a scheme nobody serves, and `StoreError`, naming the address, when
+    the store has not answered by the deadline.
+    """
+    scheme = urlsplit(url).scheme
+    if not scheme or "://" not in url:
+        raise ConfigError(f"store: expected a URL such as tcp://10.0.0.1:29511 or file:///shared/run7, found {url!r}")
+    factory: StoreFactory = load("weft.stores", scheme)
+    return factory(url, deadline)
+
+
+def open_tcp(url: str, deadline: Deadline) -> Store:
+    """`tcp://host:port`: the server that `serve_store` started. Tries to connect until the deadline."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"store {url}: {error}") from error
+    if not parts.hostname or not port or parts.path not in ("", "/") or parts.query:
+        raise ConfigError(f"store: expected tcp://host:port, found {url!r}")
+    return TcpStore(parts.hostname, port, deadline)
+
+
+def open_file(url: str, deadline: Deadline) -> Store:
+    """`file:///directory`: a directory that all members see, made when missing. Its file system must support `flock`."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.path == "/":
+        raise ConfigError(f"store: expected file:///absolute/directory, found {url!r}")
+    return FileStore(unquote(parts.path), deadline)
