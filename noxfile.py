@@ -81,6 +81,18 @@ def pytest(session: nox.Session, python: Path, folder: Path) -> None:
     session.run(str(python), "-m", "pytest", str(folder), *session.posargs, external=True)
 
 
+def run_all(session: nox.Session, commands: list[list[str]], env: dict[str, str]) -> None:
+    """Runs all commands, then fails if one of them has failed."""
+    failed = []
+    for command in commands:
+        try:
+            session.run(*command, external=True, env=env)
+        except nox.command.CommandFailed:
+            failed.append(" ".join([Path(command[0]).name, *command[1:]]))
+    if failed:
+        session.error(f"failed: {'; '.join(failed)}")
+
+
 @nox.session(python=False)
 def lint(session: nox.Session) -> None:
     """ruff, import contracts, lockstep versions, constraints up to date."""
@@ -94,24 +106,16 @@ def lint(session: nox.Session) -> None:
         [str(python), "tools/bump.py", "--check"],
         [str(python), "tools/constraints.py", "--check"],
     ]
-    failed = []
-    for command in commands:
-        try:
-            session.run(*command, external=True, env={"PYTHONPATH": sources})
-        except nox.command.CommandFailed:
-            failed.append(Path(command[0]).name if "python" not in command[0] else command[1])
-    if failed:
-        session.error(f"failed: {', '.join(failed)}")
+    run_all(session, commands, {"PYTHONPATH": sources})
 
 
 @nox.session(python=False)
 def types(session: nox.Session) -> None:
     """mypy --strict, per package, against the real torch."""
     mypy = environment(session, "lint", "lint", []).parent / "mypy"
+    command = [str(mypy), "--strict", "--python-executable", str(engines(session)), "-p"]
     sources = ":".join(str(package.path / "src") for package in discover())
-    for package in discover():
-        arguments = ["--strict", "--python-executable", str(engines(session)), "-p", package.import_name]
-        session.run(str(mypy), *arguments, external=True, env={"MYPYPATH": sources})
+    run_all(session, [[*command, package.import_name] for package in discover()], {"MYPYPATH": sources})
 
 
 @nox.session(python=False)

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".venv-tools"
 PINS = ROOT / "constraints" / "tools.txt"
+SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # not on everybody's PATH
 
 COMMANDS = {
     "demo": ("a Megatron-Core model learns while a vLLM engine serves each new version of its weights", ["demo"]),
@@ -49,7 +50,7 @@ def has_library(name: str) -> bool:
 # two network namespaces.
 DEBIAN: dict[str, tuple[set[str], Callable[[], bool]]] = {
     "libnuma1": ({"tests", "integration", "demo", "wheels"}, lambda: has_library("libnuma.so.1")),
-    "iproute2": ({"integration"}, lambda: shutil.which("ip") is not None and shutil.which("tc") is not None),
+    "iproute2": ({"integration"}, lambda: all(shutil.which(name, path=SBIN) for name in ("ip", "tc"))),
 }
 
 
