@@ -96,8 +96,10 @@ def common_factors(shape: Sequence[int], cuts: Iterable[int]) -> tuple[int, ...]
     Without such a conflict every box whose own cuts are among `cuts` is one box (or, where its ranges straddle a new cut, a few)
     of the result. Boxes on the losing side of a conflict fall apart into more.
     """
+    if 0 in shape:
+        return tuple(shape)  # no elements, so nothing to cut
     fixed = cuts_of(shape)
-    chain = sorted(fixed | frozenset(cuts))
+    chain = sorted(fixed | {cut for cut in cuts if 1 < cut < math.prod(shape)})
     while True:
         conflict = next(((low, high) for low, high in pairwise(chain) if high % low), None)
         if conflict is None:
@@ -149,7 +151,7 @@ def boxes_from_views(
         [[logical.strides[axis] for axis in order], [memory.strides[axis] for axis in order]],
     )
     last = logical.offset + sum((n - 1) * s for n, s in zip(sizes, at, strict=True))
-    if logical.offset < 0 or last >= numel or any(s <= 0 for s in at):
+    if logical.offset < 0 or last >= numel or any(s <= 0 for s in at) or min(sizes, default=1) < 0:
         raise LayoutError([f"view {logical} does not lie inside a tensor of shape {tuple(shape)}, or repeats elements"])
     factors = common_factors(shape, {*cuts, *at})
     result: list[tuple[Box, int, tuple[int, ...]]] = []
@@ -158,15 +160,13 @@ def boxes_from_views(
     return result
 
 
-def refine(box: Box, offset: int, strides: Sequence[int], factors: tuple[int, ...]) -> list[tuple[Box, int, tuple[int, ...]]]:
+def refine(
+    box: Box, offset: int, strides: Sequence[int], factors: tuple[int, ...]
+) -> list[tuple[Box, int, tuple[int, ...]]]:
     """Re-express one placed box (memory offset, stride per factor) in a finer split of the same tensor."""
     if box.factors == factors:
         return [(box, offset, tuple(strides))]
-    axes = [
-        (size, at, step)
-        for size, at, step in zip(box.sizes, box.flat_strides, strides, strict=True)
-        if size > 1
-    ]
+    axes = [(size, at, step) for size, at, step in zip(box.sizes, box.flat_strides, strides, strict=True) if size > 1]
     result: list[tuple[Box, int, tuple[int, ...]]] = []
     _divide(factors, row_major(factors), box.flat_start, offset, axes, result)
     return result

@@ -153,7 +153,10 @@ class PieceTable:
     def from_columns(cls, columns: Mapping[str, bytes], width: int) -> PieceTable:
         """Inverse of `columns`. Raises `RecordError` when lengths disagree."""
         try:
-            flat = {name: np.frombuffer(columns[name], dtype="<i8").astype(np.int64) for name in ("tensor", "buffer", "offset")}
+            flat = {
+                name: np.frombuffer(columns[name], dtype="<i8").astype(np.int64)
+                for name in ("tensor", "buffer", "offset")
+            }
             count = len(flat["tensor"])
             wide = {
                 name: np.frombuffer(columns[name], dtype="<i8").astype(np.int64).reshape(count, width)
@@ -255,13 +258,60 @@ class Layout:
             PieceTable.from_columns(record.columns, record.width), tuple(record.fills), tuple(record.ties),
             tuple(record.skipped), record.scratch_slots,
         )  # fmt: skip
-        pieces = layout.pieces
-        if len(pieces) and (
-            pieces.tensor.min() < 0 or pieces.tensor.max() >= len(layout.tensors)
-            or pieces.buffer.min() < 0 or pieces.buffer.max() >= len(layout.buffers)
-        ):  # fmt: skip
-            raise RecordError("piece table refers to tensors or buffers that the layout does not have")
+        damage = _damage(layout)
+        if damage:
+            raise RecordError(f"layout record is damaged: {damage}")
         return layout
+
+
+def _damage(layout: Layout) -> str | None:
+    """What a decoded layout says that no builder would have let through. Looks at columns, since pieces are many."""
+    buffers = {buffer.name: buffer for buffer in layout.buffers}
+    names = {tensor.name for tensor in layout.tensors}
+    if len(buffers) < len(layout.buffers) or len(names) < len(layout.tensors):
+        return "two buffers or two tensors have one name"
+    if any(t.dtype not in ITEM_BYTES or min(t.shape, default=0) < 0 for t in layout.tensors):
+        return "a tensor has an unknown dtype or a negative size"
+    if any(_buffer_fault(b) or not 0 <= b.group < len(layout.groups) for b in layout.buffers):
+        return "a buffer has an unknown dtype, a negative size or no group"
+    if layout.scratch_slots < 1 or any(_fill_fault(fill, buffers) for fill in layout.fills):
+        return "a fill leaves its buffer, or there is no scratch slot"
+    table = layout.pieces
+    for column, count in ((table.tensor, len(layout.tensors)), (table.buffer, len(layout.buffers))):
+        if len(column) and not 0 <= column.min() <= column.max() < count:
+            return "a piece refers to a tensor or buffer that is not there"
+    splits = np.unique(np.concatenate([table.tensor[:, None], table.factors], axis=1), axis=0).tolist()
+    if not all(refines(split[1:], layout.tensors[split[0]].shape) for split in splits):
+        return "the split of a piece does not refine its tensor"
+    within = ((table.lo >= 0) & (table.lo < table.hi) & (table.hi <= table.factors) & (table.strides >= 0)).all(axis=1)
+    # In floats, which do not wrap; they are exact far beyond the size of any buffer.
+    reach = table.offset.astype(float) + ((table.hi - table.lo - 1.0) * table.strides).sum(axis=1)
+    numel = np.array([buffer.numel for buffer in layout.buffers], dtype=float)[table.buffer]
+    dtypes = [
+        layout.tensors[t].dtype == layout.buffers[b].dtype for t, b in zip(table.tensor, table.buffer, strict=True)
+    ]
+    if not (within & (table.offset >= 0) & (reach < numel)).all() or not all(dtypes):
+        return "a piece leaves its tensor or its buffer, or has another dtype than they"
+    return None
+
+
+def _buffer_fault(buffer: Buffer) -> str | None:
+    if buffer.dtype not in ITEM_BYTES:
+        return f"buffer {buffer.name}: dtype {buffer.dtype!r} is none of {', '.join(ITEM_BYTES)}"
+    return f"buffer {buffer.name}: {buffer.numel} elements" if buffer.numel < 0 else None
+
+
+def _fill_fault(fill: Fill, buffers: Mapping[str, Buffer]) -> str | None:
+    where = f"fill of buffer {fill.buffer}"
+    known = buffers.get(fill.buffer)
+    if known is None:
+        return f"{where}: there is no such buffer"
+    if len(fill.sizes) != len(fill.strides) or any(n < 1 for n in fill.sizes) or any(n < 0 for n in fill.strides):
+        return f"{where}: sizes {fill.sizes} and strides {fill.strides} must be equally many, positive and not negative"
+    last = fill.offset + sum((n - 1) * step for n, step in zip(fill.sizes, fill.strides, strict=True))
+    if fill.offset < 0 or last >= known.numel:
+        return f"{where}: elements {fill.offset}..{last} do not lie in its {known.numel} elements"
+    return None
 
 
 def _padding(factors: Int64s, shape: tuple[int, ...]) -> int:
@@ -304,6 +354,8 @@ class LayoutBuilder:
             self._faults.append(f"{name}: declared as {known.dtype}{known.shape} and as {dtype}{tensor.shape}")
         if dtype not in ITEM_BYTES:
             self._faults.append(f"{name}: dtype {dtype!r} is none of {', '.join(ITEM_BYTES)}")
+        if min(tensor.shape, default=0) < 0:
+            self._faults.append(f"{name}: shape {tensor.shape} has a negative size")
         self._tensor_index.setdefault(name, len(self._tensor_index))
 
     def buffer(self, name: str, dtype: str, numel: int, *, group: str, kind: Kind = Kind.LIVE) -> None:
@@ -326,10 +378,17 @@ class LayoutBuilder:
         if tensor not in self._tensors:
             self._faults.append(f"view of {tensor} in {buffer}: declare the tensor first")
             return
-        for box, offset, strides in boxes_from_views(self._tensors[tensor].shape, logical, memory):
+        try:
+            boxes = boxes_from_views(self._tensors[tensor].shape, logical, memory)
+        except LayoutError as error:
+            self._faults += [f"{tensor} in buffer {buffer}: {fault}" for fault in error.faults]
+            return
+        for box, offset, strides in boxes:
             self.piece(tensor, box, buffer, offset, strides)
 
-    def shard(self, tensor: str, buffer: str, *, axis: int = 0, start: int = 0, stop: int | None = None, offset: int = 0) -> None:
+    def shard(
+        self, tensor: str, buffer: str, *, axis: int = 0, start: int = 0, stop: int | None = None, offset: int = 0
+    ) -> None:
         """Say that `start:stop` of one axis, and the whole of the others, sits densely in `buffer` from element `offset`."""
         if tensor not in self._tensors:
             self._faults.append(f"shard of {tensor} in {buffer}: declare the tensor first")
@@ -338,8 +397,12 @@ class LayoutBuilder:
         if not shape:
             self.piece(tensor, Box((), (), ()), buffer, offset, ())
             return
+        stop = shape[axis] if stop is None and -len(shape) <= axis < len(shape) else stop
+        if not -len(shape) <= axis < len(shape) or stop is None or start > stop:
+            self._faults.append(f"{tensor} in buffer {buffer}: no shard {start}:{stop} of axis {axis} of {shape}")
+            return
         lo, hi = [0] * len(shape), list(shape)
-        lo[axis], hi[axis] = start, shape[axis] if stop is None else stop
+        lo[axis], hi[axis] = start, stop
         box = Box(shape, tuple(lo), tuple(hi))
         if box.numel > 0:
             self.piece(tensor, box, buffer, offset, row_major(box.sizes))
@@ -362,12 +425,13 @@ class LayoutBuilder:
         faults = list(self._faults)
         for tensor_index, buffer_index, offset, box, strides in self._rows:
             tensor, buffer = names[tensor_index], buffers[buffer_index]
+            if not len(box.lo) == len(box.hi) == len(strides) == len(box.factors):
+                where = f"{tensor.name} in buffer {buffer.name}"
+                faults.append(f"{where}: lo, hi, strides and factors differ in length ({box!r}, strides {strides})")
+                continue
             where = f"{tensor.name} {box} in buffer {buffer.name}"
             if not refines(box.factors, tensor.shape):
                 faults.append(f"{where}: the split does not refine shape {tensor.shape}")
-                continue
-            if not len(box.lo) == len(box.hi) == len(strides) == len(box.factors):
-                faults.append(f"{where}: lo, hi, strides and factors differ in length")
                 continue
             if any(not 0 <= low < high <= size for low, high, size in zip(box.lo, box.hi, box.factors, strict=True)):
                 faults.append(f"{where}: the range is empty or outside the tensor of shape {tensor.shape}")
@@ -376,11 +440,15 @@ class LayoutBuilder:
                 faults.append(f"{where}: elements {offset}..{last} leave the buffer of {buffer.numel} elements")
             if buffer.dtype != tensor.dtype:
                 faults.append(f"{where}: buffer holds {buffer.dtype}, the tensor is declared {tensor.dtype}")
-        for fill in self._fills:
-            known = self._buffers.get(fill.buffer)
-            last = fill.offset + sum((n - 1) * step for n, step in zip(fill.sizes, fill.strides, strict=True))
-            if known is None or fill.offset < 0 or last >= known.numel:
-                faults.append(f"fill of buffer {fill.buffer}: elements {fill.offset}..{last} do not lie in it")
+        checks = [_buffer_fault(buffer) for buffer in buffers]
+        checks += [_fill_fault(fill, self._buffers) for fill in self._fills]
+        faults += [fault for fault in checks if fault]
+        tied: dict[str, str] = {}
+        for tie in self._ties:
+            if tie.alias == tie.name or tied.setdefault(tie.alias, tie.name) != tie.name:
+                faults.append(f"{tie.alias}: tied to {tie.name} and to {tied.get(tie.alias, 'itself')}")
+        if self._scratch_slots < 1:
+            faults.append(f"scratch_slots is {self._scratch_slots}, it must be at least 1")
         if faults:
             raise LayoutError(faults)
         return Layout(
