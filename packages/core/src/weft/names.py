@@ -1,8 +1,8 @@
 """Name maps: how the names a framework uses on one rank relate to the logical names of the checkpoint.
 
 A map is a list of declared rules, ties and skips. It knows names only: which part of which tensor sits where is the
-layout's business. A name that no rule covers, that two rules cover, or that two tensors claim is a fault, and all faults
-come at once (traps 6 and 13).
+layout's business. A name that no rule covers, that two rules cover, or that two tensors claim is a fault, and all
+faults come at once (traps 6 and 13).
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""Layouts of Megatron-Core ranks from a config and parallel sizes alone; Megatron-Core need not be installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weft.errors import NotSupportedError
+from weft.layout import Layout
+from weft_megatron.family import DenseModel
+from weft_megatron.mesh import AXES, DEFAULT_ORDER, Mesh, padded_vocabulary
+from weft_megatron.parameters import Spec, Stage, parameters
+from weft_megatron.placement import layout_of
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronAdapter:
+    """The analytic side of weft-megatron (`weft.contracts.Adapter`), with Megatron's defaults."""
+
+    axes: tuple[str, ...] = AXES
+    order: str = DEFAULT_ORDER
+    """Rank order, as in `initialize_model_parallel(order=...)`."""
+    make_vocab_size_divisible_by: int = 128
+    """As Megatron-LM's flag: rows of the embedding are padded to a multiple of this times tp."""
+    spec: Spec = Spec.LOCAL
+    norm_dtype: str | None = None
+    """Dtype of norm weights where it differs, such as `float32` for a bfloat16 model outside `Float16Module`."""
+
+    def world_size(self, parallel: Mapping[str, int]) -> int:
+        """Number of ranks, `tp·pp·cp·dp`. Raises `ConfigError` for sizes that do not factor, naming them."""
+        return Mesh.from_sizes(parallel, self.order).world
+
+    def replicas(self, parallel: Mapping[str, int]) -> int:
+        """One: data-parallel ranks of a Megatron job run in lock step, so all of them serve one version."""
+        self.world_size(parallel)
+        return 1
+
+    def layouts(self, config: Mapping[str, Any], parallel: Mapping[str, int], dtype: str) -> Sequence[Layout]:
+        """The layout of every rank in rank order; ranks that hold the same share one object.
+
+        `config` is a Hugging Face config, `dtype` the dtype of the parameters, such as `bfloat16`. Raises `ConfigError`
+        for sizes that do not fit and `NotSupportedError` for a family or an axis that is not mapped.
+        """
+        mesh, model = Mesh.from_sizes(parallel, self.order), DenseModel.from_config(config)
+        if mesh.ep > 1:
+            raise NotSupportedError(f"ep={mesh.ep}: {model.family} has no experts; expert parallelism is not built yet")
+        padded = padded_vocabulary(model.vocabulary, self.make_vocab_size_divisible_by, mesh.tp)
+        built: dict[tuple[int, int], Layout] = {}
+        result = []
+        for rank in range(mesh.world):
+            at = mesh.coordinates(rank)
+            if (at.tp, at.pp) not in built:
+                layers = mesh.stage_layers(model.layers, at.pp)
+                stage = Stage(at.tp, mesh.tp, layers, at.pp == 0, at.pp == mesh.pp - 1, padded)
+                built[at.tp, at.pp] = self._layout(model, stage, dtype)
+            result.append(built[at.tp, at.pp])
+        return result
+
+    def _layout(self, model: DenseModel, stage: Stage, dtype: str) -> Layout:
+        held = parameters(model, stage, self.spec)
+        norm = self.norm_dtype or dtype
+        return layout_of(model, stage, held, {p.name: norm if is_norm(p.name) else dtype for p in held})
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter is a norm's weight, by Megatron's name."""
+    return "layernorm" in name or "layer_norm" in name

@@ -1,0 +1,129 @@
+"""Reading a live Megatron model: what this rank holds, checked against what it should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from weft.errors import ConfigError, LayoutError
+from weft.layout import ITEM_BYTES, Layout
+from weft_megatron.adapter import is_norm
+from weft_megatron.family import DenseModel
+from weft_megatron.parameters import Parameter, Spec, Stage, name_map, parameters
+from weft_megatron.placement import layout_of
+from weft_megatron.upstream import Chunk, chunks_of, config_faults
+
+
+class HasToDict(Protocol):
+    """A transformers `PretrainedConfig`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a mapping."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """One rank's live model as weft sees it."""
+
+    chunks: tuple[Chunk, ...]
+    layout: Layout
+    memory: Mapping[str, torch.Tensor]
+    """Flat views of the live parameters, by buffer name."""
+
+    def check_addresses(self) -> None:
+        """Raise `LayoutError` with every parameter whose memory is no longer the one that was inspected."""
+        now = _tensors(self.chunks)
+        faults = [
+            f"{name}: moved since it was inspected; make the source or target after wrapping or casting the model"
+            for name, memory in self.memory.items()
+            if name not in now or now[name].data_ptr() != memory.data_ptr()
+        ]
+        if faults:
+            raise LayoutError(faults)
+
+
+def inspect_model(model: Any, hf_config: Mapping[str, Any] | HasToDict) -> Inspection:
+    """Find all parameters and persistent buffers of this rank and prove that they are what the config implies.
+
+    Ranks come from the process groups that the model was built with, never from the global rank (trap 2). Each buffer
+    has its parameter's dtype, so norms may be float32 beside bfloat16 weights. Raises `LayoutError` with every
+    difference of configuration, name, shape and dtype, and what `chunks_of` and `DenseModel.from_config` raise.
+    """
+    config = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
+    dense, chunks = DenseModel.from_config(config), chunks_of(model)
+    faults = list(dict.fromkeys(fault for chunk in chunks for fault in config_faults(chunk, dense)))
+    layers = [layer for chunk in chunks for layer in chunk.layers]
+    if len(set(layers)) < len(layers) or any(layer >= dense.layers for layer in layers):
+        faults.append(f"chunks hold the layers {layers}, expected distinct ones below {dense.layers}")
+    tensors = _tensors(chunks)
+    stage = Stage(
+        tensor_rank=chunks[0].tensor_rank,
+        tensor_size=chunks[0].tensor_size,
+        layers=tuple(layers),
+        first=any(chunk.first for chunk in chunks),
+        last=any(chunk.last for chunk in chunks),
+        padded_vocabulary=chunks[0].padded_vocabulary,
+    )
+    fused_norms = any(name.endswith(".layer_norm_weight") for name in tensors)
+    spec = Spec.TRANSFORMER_ENGINE if fused_norms else Spec.LOCAL
+    names = name_map(dense, spec)
+    tensors = {name: tensor for name, tensor in tensors.items() if names.skipped(name) is None}
+    try:
+        held = parameters(dense, stage, spec)
+    except ConfigError as error:
+        raise LayoutError([*faults, str(error)]) from error
+    faults += _differences(held, tensors)
+    if faults:
+        raise LayoutError(faults)
+    skipped = [(name, "non-persistent buffer: recomputed, in no checkpoint") for name in _transient(chunks)]
+    dtypes = {name: _dtype(tensor) for name, tensor in tensors.items()}
+    layout = layout_of(dense, stage, held, dtypes, skipped)
+    return Inspection(tuple(chunks), layout, {parameter.name: _flat(tensors[parameter.name]) for parameter in held})
+
+
+def _tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+    return {chunk.global_name(name): tensor for chunk in chunks for name, tensor in chunk.parameters()}
+
+
+def _transient(chunks: Sequence[Chunk]) -> list[str]:
+    return sorted(chunk.global_name(name) for chunk in chunks for name in chunk.transient_buffers())
+
+
+def _differences(held: Sequence[Parameter], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    expected = {parameter.name: parameter for parameter in held}
+    faults = [
+        f"{name}: missing from the model, expected shape {p.shape}"
+        for name, p in expected.items()
+        if name not in tensors
+    ]
+    weights = {_dtype(tensors[name]) for name in expected if name in tensors and not is_norm(name)}
+    if len(weights) > 1:
+        faults.append(f"weights have several dtypes, {', '.join(sorted(weights))}; expected one (norms may differ)")
+    for name, tensor in tensors.items():
+        dtype = _dtype(tensor)
+        if name not in expected:
+            faults.append(f"{name}: {dtype}{tuple(tensor.shape)} is not part of this family, and no skip covers it")
+            continue
+        if tuple(tensor.shape) != expected[name].shape:
+            faults.append(f"{name}: shape {tuple(tensor.shape)}, expected {expected[name].shape}")
+        if dtype not in ITEM_BYTES or type(tensor.data) is not torch.Tensor:
+            faults.append(
+                f"{name}: {dtype} in a {type(tensor.data).__name__}, expected a plain tensor of a dtype weft moves"
+            )
+        elif is_norm(name) and dtype not in {*weights, "float32"}:
+            faults.append(f"{name}: {dtype}, expected the weights' dtype or float32")
+        if not tensor.is_contiguous():
+            faults.append(f"{name}: strides {tensor.stride()}, expected contiguous memory")
+    return faults
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)

@@ -1,0 +1,92 @@
+"""Megatron's parallel sizes, rank order and pipeline stages, as `megatron/core/parallel_state.py` defines them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weft.errors import ConfigError
+
+AXES = ("tp", "pp", "cp", "dp", "ep", "etp")
+"""Tensor, pipeline, context, data, expert and expert-tensor parallel size."""
+DEFAULT_ORDER = "tp-cp-ep-dp-pp"
+"""Default of `initialize_model_parallel(order=...)`: the first axis varies fastest with the rank."""
+_RANKED = ("tp", "cp", "dp", "pp")
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank stands in the mesh."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The parallel sizes of a job. Ranks are `tp·pp·cp·dp`; expert axes divide the same ranks again."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+    ep: int
+    etp: int
+    order: str = DEFAULT_ORDER
+
+    @classmethod
+    def from_sizes(cls, sizes: Mapping[str, int], order: str = DEFAULT_ORDER) -> Mesh:
+        """Check sizes by Megatron's flag names; absent ones are 1, absent `etp` is `tp` as in Megatron.
+
+        Raises `ConfigError` with every unknown axis, size below 1, and sizes that do not factor (trap 17).
+        """
+        faults = [f"unknown axis {name!r}, expected {', '.join(AXES)}" for name in sizes if name not in AXES]
+        faults += [f"{name}={size}, expected at least 1" for name, size in sizes.items() if size < 1]
+        given = [name for name in order.split("-") if name]
+        faults += [f"unknown axis {name!r} in order {order!r}" for name in given if name not in (*_RANKED, "ep")]
+        absent = [name for name in _RANKED if name not in given and sizes.get(name, 1) > 1]
+        faults += [f"axis {name} is missing from order {order!r}" for name in absent]
+        faults += [f"axis {name} comes twice in order {order!r}" for name in set(given) if given.count(name) > 1]
+        if faults:
+            raise ConfigError(f"parallel sizes: {'; '.join(faults)}")
+        tp, pp, cp, dp, ep = (int(sizes.get(name, 1)) for name in ("tp", "pp", "cp", "dp", "ep"))
+        mesh = cls(tp, pp, cp, dp, ep, int(sizes.get("etp", tp)), order)
+        if mesh.world % (mesh.ep * mesh.etp * mesh.pp):
+            raise ConfigError(
+                f"parallel sizes: {mesh.world} ranks (tp {tp} x pp {pp} x cp {cp} x dp {dp}) do not divide into "
+                f"etp {mesh.etp} x ep {mesh.ep} x pp {pp} = {mesh.ep * mesh.etp * mesh.pp}"
+            )
+        return mesh
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a global rank stands (traps 2 and 12: never the rank modulo something)."""
+        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
+        given = [name for name in self.order.split("-") if name in sizes]
+        at = dict.fromkeys(sizes, 0)
+        for name in given:
+            rank, at[name] = divmod(rank, sizes[name])
+        return Coordinates(**at)
+
+    def stage_layers(self, layers: int, stage: int) -> tuple[int, ...]:
+        """Global numbers, from 0, of the layers of one pipeline stage: equal consecutive blocks.
+
+        Megatron's default split (`get_num_layers_to_build` in `transformer_block.py`); its uneven and virtual splits
+        are read from the live model instead. Raises `ConfigError` when the stages do not divide the layers (trap 3).
+        """
+        if layers % self.pp:
+            raise ConfigError(f"{layers} layers do not divide into pp={self.pp} stages")
+        block = layers // self.pp
+        return tuple(range(stage * block, (stage + 1) * block))
+
+
+def padded_vocabulary(vocabulary: int, divisible_by: int, tp: int) -> int:
+    """Rows after Megatron's padding to a multiple of `make_vocab_size_divisible_by` times the tensor-parallel size."""
+    return math.ceil(vocabulary / (divisible_by * tp)) * divisible_by * tp

@@ -1,0 +1,103 @@
+"""From the parameters of one rank to its layout: where in memory each box of a logical tensor sits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+
+from weft.box import Box
+from weft.layout import Layout, LayoutBuilder
+from weft_megatron.family import DenseModel
+from weft_megatron.parameters import EMBEDDING, HEAD, Parameter, Split, Stage
+
+
+def layout_of(
+    model: DenseModel,
+    stage: Stage,
+    held: Sequence[Parameter],
+    dtypes: Mapping[str, str],
+    skipped: Sequence[tuple[str, str]] = (),
+) -> Layout:
+    """The layout of one rank: one live buffer per parameter, dense and row-major, with its parameter's name.
+
+    `dtypes` names the dtype of every parameter. `skipped` are local tensors left out, with reasons.
+    """
+    builder = LayoutBuilder()
+    for parameter in held:
+        dtype = dtypes[parameter.name]
+        builder.buffer(parameter.name, dtype, math.prod(parameter.shape), group=parameter.group)
+        _PLACE[parameter.split](builder, model, stage, parameter, dtype)
+    if model.tied and (stage.first or stage.last):
+        builder.tie(HEAD, EMBEDDING)
+    for name, reason in skipped:
+        builder.skip(name, reason)
+    return builder.build()
+
+
+def _replicated(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+    (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
+    builder.tensor(tensor, shape, dtype)
+    builder.shard(tensor, parameter.name)
+
+
+def _columns(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+    (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
+    start = parameter.shape[1] * stage.tensor_rank
+    builder.tensor(tensor, shape, dtype)
+    builder.shard(tensor, parameter.name, axis=1, start=start, stop=start + parameter.shape[1])
+
+
+def _vocabulary(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+    (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
+    rows, hidden = parameter.shape
+    start = rows * stage.tensor_rank
+    real = max(0, min(rows, model.vocabulary - start))
+    if real:
+        builder.tensor(tensor, shape, dtype)
+        builder.shard(tensor, parameter.name, start=start, stop=start + real)
+    if real < rows:
+        builder.fill(parameter.name, real * hidden, (rows - real, hidden), (hidden, 1))
+
+
+def _gated(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+    rows, row = parameter.shape[0] // 2, math.prod(parameter.shape[1:])
+    start = rows * stage.tensor_rank
+    for n, (tensor, shape) in enumerate(zip(parameter.logical, parameter.logical_shapes, strict=True)):
+        builder.tensor(tensor, shape, dtype)
+        builder.shard(tensor, parameter.name, start=start, stop=start + rows, offset=n * rows * row)
+
+
+def _grouped(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+    """A group's rows are its query heads, its key head, its value head; ranks take equal runs of all groups' rows.
+
+    A rank has whole groups, or, with more ranks than groups, some rows inside one group: then perhaps query rows only,
+    or the end of a head and the start of the next. Megatron gathers activations before it uses them.
+    """
+    rows, tail = parameter.shape[0], parameter.shape[1:]
+    row = math.prod(tail)
+    first, low = divmod(rows * stage.tensor_rank, model.group_rows)
+    count, high = max(1, rows // model.group_rows), min(model.group_rows, low + rows)
+    sizes = (model.queries * model.head, model.head, model.head)
+    begins = accumulate(sizes, initial=0)
+    for tensor, shape, size, begin in zip(parameter.logical, parameter.logical_shapes, sizes, begins, strict=False):
+        start, stop = max(low, begin), min(high, begin + size)
+        if start >= stop:
+            continue
+        builder.tensor(tensor, shape, dtype)
+        box = Box(
+            (model.groups, size, *tail),
+            (first, start - begin, *(0 for _ in tail)),
+            (first + count, stop - begin, *tail),
+        )
+        strides = (model.group_rows * row, row, *(1 for _ in tail))
+        builder.piece(tensor, box, parameter.name, (start - low) * row, strides)
+
+
+_PLACE: Mapping[Split, Callable[[LayoutBuilder, DenseModel, Stage, Parameter, str], None]] = {
+    Split.REPLICATED: _replicated,
+    Split.COLUMNS: _columns,
+    Split.VOCABULARY: _vocabulary,
+    Split.GATED: _gated,
+    Split.GROUPED: _grouped,
+}
