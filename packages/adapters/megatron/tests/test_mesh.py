@@ -1,0 +1,71 @@
+"""Ranks stand where Megatron's rank order puts them."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+
+from weft.errors import ConfigError
+from weft_megatron import MegatronAdapter, adapter
+from weft_megatron.mesh import Mesh, padded_vocabulary
+
+SIZES = {"tp": 2, "cp": 3, "dp": 2, "pp": 2}
+
+
+@pytest.mark.trap(2)
+def test_the_default_order_counts_tp_first_and_pp_last() -> None:
+    mesh = Mesh.from_sizes(SIZES)
+    places = [(c.pp, c.dp, c.cp, c.tp) for c in (mesh.coordinates(rank) for rank in range(mesh.world))]
+    assert places == [(pp, dp, cp, tp) for pp in range(2) for dp in range(2) for cp in range(3) for tp in range(2)]
+
+
+@pytest.mark.trap(2)
+@pytest.mark.parametrize("order", ["-".join(order) for order in permutations(("tp", "cp", "dp", "pp"))])
+def test_any_order_numbers_every_place_once_and_its_first_axis_fastest(order: str) -> None:
+    mesh = Mesh.from_sizes(SIZES, order)
+    places = [mesh.coordinates(rank) for rank in range(mesh.world)]
+    assert len(set(places)) == mesh.world
+    fastest = order.split("-")[0]
+    assert [getattr(place, fastest) for place in places[: SIZES[fastest]]] == list(range(SIZES[fastest]))
+    slowest = order.split("-")[-1]
+    assert [getattr(place, slowest) for place in places] == sorted(getattr(place, slowest) for place in places)
+
+
+@pytest.mark.trap(17)
+def test_sizes_that_do_not_factor_are_an_error_that_names_them() -> None:
+    with pytest.raises(ConfigError, match="6 ranks .* do not divide into etp 2 x ep 2 x pp 1 = 4"):
+        adapter.world_size({"tp": 2, "dp": 3, "ep": 2})
+
+
+def test_expert_axes_divide_the_world_and_do_not_multiply_it() -> None:
+    assert adapter.world_size({"tp": 4, "pp": 2, "dp": 2, "cp": 2, "ep": 4, "etp": 2}) == 32
+
+
+def test_every_wrong_size_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapter.world_size({"tp": 0, "pp": -1, "sp": 2})
+    for word in ("tp=0", "pp=-1", "unknown axis 'sp'"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("order", "fault"),
+    [("tp-dp", "axis pp is missing"), ("tp-tp-pp-dp", "axis tp comes twice"), ("xp-tp-pp-dp", "'xp'")],
+)
+def test_a_wrong_order_is_an_error(order: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        MegatronAdapter(order=order).world_size({"tp": 2, "pp": 2, "dp": 2})
+
+
+def test_data_parallel_ranks_of_a_job_are_one_replica() -> None:
+    assert adapter.replicas({"tp": 2, "dp": 4}) == 1
+
+
+@pytest.mark.trap(14)
+@pytest.mark.parametrize(
+    ("vocabulary", "divisor", "tp", "padded"),
+    [(128, 128, 1, 128), (129, 128, 1, 256), (129, 128, 2, 256), (50257, 128, 8, 51200)],
+)
+def test_the_vocabulary_is_padded_as_megatron_pads_it(vocabulary: int, divisor: int, tp: int, padded: int) -> None:
+    assert padded_vocabulary(vocabulary, divisor, tp) == padded
