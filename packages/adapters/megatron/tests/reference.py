@@ -39,7 +39,7 @@ def logical_state(config: Mapping[str, Any], seed: int = 0) -> State:
             at + "mlp.down_proj.weight": (hidden, wide),
         }
         if config["model_type"] == "qwen2" or config.get("attention_bias"):
-            shapes |= {at + f"self_attn.{part}_proj.bias": (size,) for part, size in zip("qkv", (query, key, key))}
+            shapes |= {at + f"self_attn.{part}_proj.bias": (query if part == "q" else key,) for part in "qkv"}
         if config.get("attention_bias"):
             shapes |= {at + "self_attn.o_proj.bias": (hidden,), at + "mlp.down_proj.bias": (hidden,)}
             shapes |= {at + "mlp.gate_proj.bias": (wide,), at + "mlp.up_proj.bias": (wide,)}

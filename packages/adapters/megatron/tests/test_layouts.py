@@ -135,7 +135,11 @@ def test_more_ranks_than_groups_split_a_group_in_the_middle_of_a_head() -> None:
     layouts = adapter.layouts(config, {"tp": 4}, "float32")
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     rows = [
-        [(piece.tensor.split(".")[-2][0], piece.box.lo[1], piece.box.hi[1]) for piece in layout if piece.buffer == name]
+        [
+            (piece.tensor.split(".")[-2][0], piece.box.lo[-2], piece.box.hi[-2])
+            for piece in layout
+            if piece.buffer == name
+        ]
         for layout in layouts
     ]
     # 8 query rows, 2 key rows, 2 value rows over 4 ranks: 3 rows each

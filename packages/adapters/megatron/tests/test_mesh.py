@@ -34,7 +34,7 @@ def test_any_order_numbers_every_place_once_and_its_first_axis_fastest(order: st
 
 @pytest.mark.trap(17)
 def test_sizes_that_do_not_factor_are_an_error_that_names_them() -> None:
-    with pytest.raises(ConfigError, match="6 ranks .* do not divide into etp 2 x ep 2 x pp 1 = 4"):
+    with pytest.raises(ConfigError, match=r"6 ranks .* do not divide into etp 2 x ep 2 x pp 1 = 4"):
         adapter.world_size({"tp": 2, "dp": 3, "ep": 2})
 
 
