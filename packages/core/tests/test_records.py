@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -81,20 +83,18 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_oversized_records_are_refused_on_both_sides() -> None:
-    too_long = b"x" * LIMIT_BYTES["member"]
+    too_long = b"x" * LIMIT_BYTES["rendezvous"]
     with pytest.raises(RecordError, match="at most 1048576 bytes"):
-        seal("member", too_long)
+        seal("rendezvous", too_long)
     with pytest.raises(RecordError, match="at most 1048576 bytes"):
-        open_record("member", bytes, seal("other", too_long))
+        open_record("rendezvous", bytes, seal("other", too_long))
     with pytest.raises(RecordError, match=f"at most {DEFAULT_LIMIT_BYTES} bytes"):
         open_record("other", bytes, bytes(DEFAULT_LIMIT_BYTES + 1))
 
 
 def _open(data: bytes) -> None:
-    try:
+    with contextlib.suppress(RecordError):
         assert isinstance(open_record("sample", New, data), New)
-    except RecordError:
-        pass
 
 
 @given(st.binary(max_size=200))

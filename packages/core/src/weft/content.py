@@ -24,7 +24,9 @@ def get_content(store: Store, prefix: str, address: str) -> bytes:
     """The bytes that were published. Raises `RecordError` when there are none, or when they are not what the address says."""
     data = store.get(f"{prefix}/{address}/bytes")
     if data is None:
-        raise RecordError(f"content {address}: expected it under {prefix}, found nothing there; was it published to another store or job?")
+        raise RecordError(
+            f"content {address}: expected it under {prefix}, found nothing there; was it published to another store or job?"
+        )
     found = hashlib.sha256(data).hexdigest()
     if found != address:
         raise RecordError(f"content {address} under {prefix}: found {len(data)} bytes with SHA-256 {found}")

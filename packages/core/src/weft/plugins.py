@@ -69,9 +69,11 @@ def load(group: str, name: str) -> Any:
     point = found[0]
     try:
         return point.load()
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # a foreign module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a foreign module may raise anything while it is imported
         distribution, version = _origin(point)
-        raise PluginError(f"{role} {name!r} ({point.value} of {distribution} {version}) does not import: {_words(error)}") from error
+        raise PluginError(
+            f"{role} {name!r} ({point.value} of {distribution} {version}) does not import: {_words(error)}"
+        ) from error
 
 
 def _installed(group: str) -> list[EntryPoint]:
@@ -80,7 +82,11 @@ def _installed(group: str) -> list[EntryPoint]:
 
 def _claims(points: list[EntryPoint]) -> str:
     """Who claims one name, when that is more than one distribution or one value."""
-    return " and ".join("{} {}".format(*_origin(point)) + f" ({point.value})" for point in points) if len(points) > 1 else ""
+    return (
+        " and ".join("{} {}".format(*_origin(point)) + f" ({point.value})" for point in points)
+        if len(points) > 1
+        else ""
+    )
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
@@ -90,7 +96,7 @@ def _origin(point: EntryPoint) -> tuple[str, str]:
 def _import_fault(point: EntryPoint) -> str:
     try:
         point.load()
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # a foreign module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a foreign module may raise anything while it is imported
         return _words(error)
     return ""
 

@@ -19,7 +19,7 @@ RECORD_FORMAT = 1
 """Grows only when older readers must not try; new fields at the end do not change it."""
 
 DEFAULT_LIMIT_BYTES = 64 << 20
-LIMIT_BYTES: Mapping[str, int] = {"member": 1 << 20, "exit": 1 << 20}
+LIMIT_BYTES: Mapping[str, int] = {"rendezvous": 1 << 20}
 """Largest record per kind; kinds that are not named may have `DEFAULT_LIMIT_BYTES`."""
 
 T = TypeVar("T")
@@ -55,7 +55,9 @@ def open_record(kind: str, type: type[T], data: bytes, *, secret: bytes | None =
         raise RecordError(f"{kind} record: expected bytes that start with {MAGIC!r}, found {bytes(data[:8])!r}")
     envelope = _decode(f"envelope of a {kind} record", _Envelope, data[len(MAGIC) :])
     if envelope.format != RECORD_FORMAT:
-        raise RecordError(f"{kind} record: expected format {RECORD_FORMAT}, found {envelope.format}; use one version of weft in a job")
+        raise RecordError(
+            f"{kind} record: expected format {RECORD_FORMAT}, found {envelope.format}; use one version of weft in a job"
+        )
     if envelope.kind != kind:
         raise RecordError(f"expected a {kind!r} record, found {envelope.kind!r}")
     if envelope.code:
@@ -70,7 +72,9 @@ def _decode(what: str, type: type[T], data: bytes) -> T:
     try:
         return msgspec.msgpack.decode(data, type=type)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RecordError(f"{what}: expected the schema {type.__name__}, found {len(data)} bytes that are not it: {error}") from error
+        raise RecordError(
+            f"{what}: expected the schema {type.__name__}, found {len(data)} bytes that are not it: {error}"
+        ) from error
 
 
 def _check_size(kind: str, data: bytes) -> None:
@@ -81,4 +85,6 @@ def _check_size(kind: str, data: bytes) -> None:
 
 def _refuse_secret(secret: bytes | None) -> None:
     if secret is not None:
-        raise NotSupportedError("record authentication is not supported yet: leave the job secret unset and keep the store's network private")
+        raise NotSupportedError(
+            "record authentication is not supported yet: leave the job secret unset and keep the store's network private"
+        )

@@ -40,7 +40,9 @@ class StoreServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -54,6 +56,8 @@ def serve_store(host: str = "127.0.0.1", port: int = 0) -> StoreServer:
     network that only the job's members are on, because whoever reaches the store can take part. Raises `ConfigError` for a wildcard
     address, which no member could connect to, and `StoreError` when the address cannot be had.
     """
-    if host in ("", "0.0.0.0", "::"):  # noqa: S104
-        raise ConfigError(f"serve_store: expected the address that members connect to, found {host!r}, which is every address")
+    if host in ("", "0.0.0.0", "::"):
+        raise ConfigError(
+            f"serve_store: expected the address that members connect to, found {host!r}, which is every address"
+        )
     return StoreServer(host, port)

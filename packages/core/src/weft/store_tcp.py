@@ -76,7 +76,9 @@ class TcpStore:
             if None not in parts:
                 return b"".join(part[1:] for part in parts if part is not None)
             if self._head(key) == head:
-                raise StoreError(f"store {self.url}: get {key!r}: {parts.count(None)} of its {len(parts)} parts are missing")
+                raise StoreError(
+                    f"store {self.url}: get {key!r}: {parts.count(None)} of its {len(parts)} parts are missing"
+                )
 
     def add(self, key: str, amount: int) -> int:
         """See `Store.add`."""
@@ -113,7 +115,8 @@ class TcpStore:
         return self._raw(_VALUE + key)
 
     def _set(self, name: str, stored: bytes) -> None:
-        self._run(f"set {name[1:]!r}", lambda: self._client.set(name, stored))
+        # The stub says str; bytes are taken as they are.
+        self._run(f"set {name[1:]!r}", lambda: self._client.set(name, stored))  # type: ignore[arg-type]
 
     def _delete(self, name: str) -> None:
         self._run(f"delete {name[1:]!r}", lambda: self._client.delete_key(name))

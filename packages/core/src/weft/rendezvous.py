@@ -1,0 +1,268 @@
+"""The rendezvous: members find out who takes part, and how to reach each other, through the store.
+
+Round one: every member publishes its layouts and announces itself; `members` waits until exactly the expected ones are there. Round
+two: every member publishes its endpoint and reads those of its peers. Conclusions are drawn from a log that all members read in one
+order (`weft.roster`), so they end with the same members or each with an error that says why. Keys, below `weft/<job>/`:
+
+- `incarnation/<name>`: counter, grows with every process that uses the name;
+- `entries`: counter, entries of the log; `log/<n>`: entry n, from 1;
+- `layout/<address>/…`: layouts, content-addressed; `endpoint/<name>/<incarnation>`: endpoint records.
+
+Of two processes with one name the newer incarnation takes part, because a restarted member must be able to take its old place; the
+older one gets an error. A member that restarts after the rendezvous was complete begins another one, for which all others must join anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from urllib.parse import quote
+
+import msgspec
+
+from weft.content import get_content, put_content
+from weft.contracts import Store
+from weft.deadline import Deadline
+from weft.errors import ConfigError, DeadlineError, RecordError, RendezvousError
+from weft.layout import Layout
+from weft.member import Member, RemoteRegion
+from weft.plan import PLANNER_VERSION
+from weft.records import open_record, seal
+from weft.roster import Action, Attempt, Event, Expect, MemberRecord, Roster
+
+_FIRST_SLEEP_SECONDS = 0.005
+_LONGEST_SLEEP_SECONDS = 0.05
+_REASON_CHARACTERS = 20_000
+"""Longer reasons are cut, so that the log stays small."""
+
+
+class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
+    """How a member is reached, and where in its regions its buffers are. New fields go to the end, with defaults.
+
+    The columns are little-endian int64, one element per buffer in the order of the source or target layout: index into `regions`, and
+    the buffer's first byte in that region. A column is empty where the member has no such layout.
+    """
+
+    name: str
+    incarnation: int
+    memory_epoch: int
+    address: bytes
+    """What `Transport.address` returned."""
+    regions: tuple[RemoteRegion, ...]
+    source_region: bytes
+    source_offset: bytes
+    target_region: bytes
+    target_offset: bytes
+    fingerprint: str
+    """Of the plan it has made; equal on every member."""
+
+
+class Rendezvous:
+    """One member's part in the rendezvous of a job. Used from one thread; every wait ends by `deadline`.
+
+    In order: `incarnation`, `announce`, `members`, `publish_endpoint`, `endpoints`; `fail` at any time instead of going on; `leave` last.
+    """
+
+    def __init__(self, store: Store, job: str, expect: Expect, deadline: Deadline) -> None:
+        if not job:
+            raise ConfigError("expected the name of a job, found an empty one")
+        self._store, self._job, self._expect, self._deadline = store, job, expect, deadline
+        self._root = f"weft/{quote(job, safe='')}"
+        self._roster = Roster()
+        self._entries_read = 0
+        self._name = ""
+        self._incarnation = 0
+        self._fingerprint = ""
+
+    def incarnation(self, name: str) -> int:
+        """Take the name for this process; returns its incarnation, 1 for the first process of that name in this job."""
+        if not name:
+            raise ConfigError("expected the name of a member, found an empty one")
+        self._name = name
+        self._incarnation = self._store.add(f"{self._root}/incarnation/{name}", 1)
+        return self._incarnation
+
+    def announce(
+        self,
+        member: Member,
+        layouts: Mapping[str, Layout],
+        policy: bytes,
+        *,
+        weft_version: str | None = None,
+        planner_version: int = PLANNER_VERSION,
+    ) -> None:
+        """Publish this member's layouts (by address) and say that it takes part. Raises `ConfigError` for a member that cannot.
+
+        `policy` is the encoded policy. The weft version is that of the installed distribution unless it is given.
+        """
+        self._check(member, layouts)
+        for address in {member.source_layout, member.target_layout} - {None}:
+            put_content(self._store, f"{self._root}/layout", layouts[str(address)].encoded)
+        found = version("weft-core") if weft_version is None else weft_version
+        record = MemberRecord(member, policy, found, planner_version, self._expect.sources, self._expect.replicas)
+        self._append(Action.JOIN, record=record)
+
+    def members(self) -> tuple[Member, ...]:
+        """Everybody who takes part, sorted by name: the same on every member. Waits for them.
+
+        Raises `RendezvousError` when the expected members were not there by the deadline (saying who was), when there are too many, when
+        they contradict each other, when one has failed, or when another process has taken this one's name.
+        """
+        return self._complete().members()
+
+    def layout(self, address: str) -> Layout:
+        """A layout that some member announced. Raises `RecordError` when it is missing or damaged."""
+        return Layout.decode(get_content(self._store, f"{self._root}/layout", address))
+
+    def publish_endpoint(self, record: EndpointRecord) -> None:
+        """Say how this member is reached; again after its memory epoch has changed."""
+        if (record.name, record.incarnation) != (self._name, self._incarnation):
+            raise ConfigError(
+                f"endpoint of {record.name}#{record.incarnation}, but this member is {self._name}#{self._incarnation}"
+            )
+        self._fingerprint = record.fingerprint
+        self._store.set(self._endpoint_key(record.name, record.incarnation), seal("endpoint", record))
+
+    def endpoints(self, names: Iterable[str]) -> dict[str, EndpointRecord]:
+        """The endpoints of these members. Waits for them.
+
+        Raises `DeadlineError` that names who has published none by the deadline, and `RendezvousError` when one of all members has failed,
+        left or restarted, or has made another plan than this one.
+        """
+        attempt = self._complete()
+        wanted = sorted(set(names))
+        if strangers := [name for name in wanted if name not in attempt.records]:
+            raise ConfigError(
+                f"endpoints of {', '.join(strangers)}: they do not take part; members are {', '.join(sorted(attempt.records))}"
+            )
+        found: dict[str, EndpointRecord] = {}
+        sleep_seconds = _FIRST_SLEEP_SECONDS
+        while True:
+            expired = self._deadline.expired()
+            for name in wanted:
+                if name not in found and (record := self._endpoint(name, attempt.records[name].member.incarnation)):
+                    found[name] = record
+            missing = [name for name in wanted if name not in found]
+            self._check_fingerprints(found)
+            if not missing:
+                return found
+            self._own_attempt()
+            if gone := sorted(attempt.left.intersection(missing)):
+                raise RendezvousError(f"job {self._job!r}: {', '.join(gone)} left before saying how to be reached")
+            if expired:
+                error = DeadlineError(f"endpoints of job {self._job!r}", self._deadline.seconds, missing)
+                self._append(Action.FAIL, str(error))
+                raise error
+            sleep_seconds = self._sleep(sleep_seconds)
+
+    def fail(self, name: str, reason: str) -> None:
+        """Say that this member cannot go on: every member that waits, now or later, raises `RendezvousError` with all reasons."""
+        if name != self._name:
+            self.incarnation(name)
+        self._append(Action.FAIL, reason)
+
+    def leave(self) -> None:
+        """Say that this member has closed: its place is free."""
+        if self._incarnation:
+            self._append(Action.LEAVE)
+
+    def _check(self, member: Member, layouts: Mapping[str, Layout]) -> None:
+        faults = []
+        if (member.name, member.incarnation) != (self._name, self._incarnation):
+            faults.append(
+                f"it took the name {self._name!r} with incarnation {self._incarnation}, not {member.incarnation}"
+            )
+        if not member.is_source and not member.is_target:
+            faults.append("it has neither a source layout nor a target layout")
+        if member.is_target and (not member.replica or member.replica_size < 1):
+            faults.append(f"a target needs a replica and its size, found {member.replica!r} and {member.replica_size}")
+        for address in (member.source_layout, member.target_layout):
+            if address is not None and (address not in layouts or layouts[address].address != address):
+                faults.append(f"layout {address} is not among those given")
+        if faults:
+            raise ConfigError(f"member {member.name!r} cannot take part: {'; '.join(faults)}")
+
+    def _complete(self) -> Attempt:
+        """This process's attempt, once it is complete."""
+        sleep_seconds = _FIRST_SLEEP_SECONDS
+        while True:
+            attempt = self._own_attempt()
+            if attempt is not None and attempt.complete:
+                return attempt
+            if self._deadline.expired():
+                return self._give_up()
+            sleep_seconds = self._sleep(sleep_seconds)
+
+    def _give_up(self) -> Attempt:
+        """Tell the others that this member waits no longer; the log's order decides whether the last one came before."""
+        attempt = self._roster.attempt(self._name, self._incarnation)
+        shortfall = "this member was not announced" if attempt is None else attempt.shortfall(self._expect)
+        reason = f"not everybody came within {self._deadline.seconds:.1f} s: {shortfall}"
+        self._append(Action.LATE, reason)
+        attempt = self._own_attempt()
+        if attempt is None or not attempt.complete:
+            raise RendezvousError(
+                f"job {self._job!r}: {reason}; entry {self._entries_read + 1} of the log is missing: use another job name"
+            )
+        return attempt
+
+    def _own_attempt(self) -> Attempt | None:
+        """Read what is new in the log; returns this process's attempt, None before its entry. Raises when it has no future."""
+        self._read()
+        newest = self._roster.newest.get(self._name, 0)
+        if newest > self._incarnation:
+            raise RendezvousError(
+                f"job {self._job!r}: another process joined as {self._name!r} (incarnation {newest}; this one is {self._incarnation}). "
+                "If it is not this member's restart, two members have one name: give each its own"
+            )
+        if reason := self._roster.refused.get((self._name, self._incarnation)):
+            raise RendezvousError(f"job {self._job!r}: {reason}")
+        attempt = self._roster.attempt(self._name, self._incarnation)
+        if attempt is not None and attempt.reasons:
+            raise RendezvousError(f"job {self._job!r}: the members cannot come together:\n{attempt.failure()}")
+        return attempt
+
+    def _read(self) -> None:
+        entries = self._store.add(f"{self._root}/entries", 0)
+        while self._entries_read < entries:
+            key = f"{self._root}/log/{self._entries_read + 1}"
+            data = self._store.get(key)
+            if data is None:
+                return  # its writer is about to set it
+            try:
+                event = open_record("rendezvous", Event, data)
+            except RecordError as error:
+                raise RecordError(f"{key}: {error}") from error
+            self._roster.apply(event)
+            self._entries_read += 1
+
+    def _append(self, action: Action, reason: str = "", record: MemberRecord | None = None) -> None:
+        event = Event(action, self._name, self._incarnation, reason[:_REASON_CHARACTERS], record)
+        data = seal("rendezvous", event)
+        entry = self._store.add(f"{self._root}/entries", 1)
+        self._store.set(f"{self._root}/log/{entry}", data)
+
+    def _endpoint(self, name: str, incarnation: int) -> EndpointRecord | None:
+        key = self._endpoint_key(name, incarnation)
+        data = self._store.get(key)
+        if data is None:
+            return None
+        record = open_record("endpoint", EndpointRecord, data)
+        if (record.name, record.incarnation) != (name, incarnation):
+            raise RecordError(f"{key}: expected {name}#{incarnation}, found {record.name}#{record.incarnation}")
+        return record
+
+    def _endpoint_key(self, name: str, incarnation: int) -> str:
+        return f"{self._root}/endpoint/{name}/{incarnation}"
+
+    def _check_fingerprints(self, found: Mapping[str, EndpointRecord]) -> None:
+        others = {name: record.fingerprint for name, record in found.items() if record.fingerprint != self._fingerprint}
+        if self._fingerprint and others:
+            differing = "; ".join(f"{fingerprint} at {name}" for name, fingerprint in others.items())
+            raise RendezvousError(f"job {self._job!r}: plans differ: {self._fingerprint} at {self._name}; {differing}")
+
+    def _sleep(self, seconds: float) -> float:
+        """Sleep, at most until the deadline; returns how long to sleep the next time."""
+        time.sleep(min(seconds, self._deadline.remaining()))
+        return min(2 * seconds, _LONGEST_SLEEP_SECONDS)
