@@ -46,8 +46,11 @@ class LocalHub:
 
 def factory(options: Mapping[str, Any]) -> LocalTransport:
     """A `local` transport; its one option is `hub`, a `LocalHub`."""
-    if set(options) != {"hub"} or not isinstance(options["hub"], LocalHub):
-        raise ConfigError(f"transport 'local' needs option hub=weft.local.LocalHub() and no other, not {dict(options)}")
+    unknown = sorted(set(options) - {"hub"})
+    if unknown:
+        raise ConfigError(f"transport 'local' has no option {', '.join(unknown)}; it has hub")
+    if not isinstance(options.get("hub"), LocalHub):
+        raise ConfigError(f"transport 'local' needs the option hub=weft.local.LocalHub(), not {options.get('hub')!r}")
     return LocalTransport(options["hub"])
 
 
