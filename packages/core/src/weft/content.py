@@ -21,11 +21,11 @@ def put_content(store: Store, prefix: str, data: bytes) -> str:
 
 
 def get_content(store: Store, prefix: str, address: str) -> bytes:
-    """The bytes that were published. Raises `RecordError` when there are none, or when they are not what the address says."""
+    """What was published. Raises `RecordError` when there is nothing, or something that has another address."""
     data = store.get(f"{prefix}/{address}/bytes")
     if data is None:
         raise RecordError(
-            f"content {address}: expected it under {prefix}, found nothing there; was it published to another store or job?"
+            f"content {address}: expected it under {prefix}, found nothing; was it published to another store or job?"
         )
     found = hashlib.sha256(data).hexdigest()
     if found != address:

@@ -1,4 +1,4 @@
-"""Plug-ins: entry points of the groups in `GROUPS`. Nothing is imported before it is asked for, and nothing is remembered."""
+"""Plug-ins: entry points of the groups in `GROUPS`. Each is imported when it is asked for; nothing is remembered."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PluginInfo:
 
 
 def discover(group: str) -> list[PluginInfo]:
-    """Every plug-in of a group, sorted by name. Imports each, so that what does not import is listed as broken, with its reason."""
+    """Every plug-in of a group, by name. Imports each: what does not import is listed as broken, with its reason."""
     points = _installed(group)
     infos = []
     for point in points:
@@ -52,7 +52,8 @@ def discover(group: str) -> list[PluginInfo]:
 def load(group: str, name: str) -> Any:
     """What the entry point `name` of `group` points at; imports that plug-in and no other.
 
-    Raises `PluginError` when it is not installed (naming the package to install), does not import, or is claimed by two distributions.
+    Raises `PluginError` when it is not installed (naming the package to install), does not import, or is claimed by
+    two distributions.
     """
     role = GROUPS.get(group, group)
     points = _installed(group)
@@ -62,7 +63,8 @@ def load(group: str, name: str) -> Any:
         similar = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {similar[0]!r}? " if similar else ""
         raise PluginError(
-            f"no {role} {name!r} is installed: {hint}pip install weft-{name} may provide it; installed are {', '.join(names) or 'none'}"
+            f"no {role} {name!r} is installed: {hint}pip install weft-{name} may provide it; "
+            f"installed: {', '.join(names) or 'none'}"
         )
     if rivals := _claims(found):
         raise PluginError(f"{role} {name!r} is claimed by {rivals}: uninstall all but one")
@@ -71,9 +73,7 @@ def load(group: str, name: str) -> Any:
         return point.load()
     except (Exception, SystemExit) as error:  # a foreign module may raise anything while it is imported
         distribution, version = _origin(point)
-        raise PluginError(
-            f"{role} {name!r} ({point.value} of {distribution} {version}) does not import: {_words(error)}"
-        ) from error
+        raise PluginError(f"{role} {name!r} of {distribution} {version} does not import: {_words(error)}") from error
 
 
 def _installed(group: str) -> list[EntryPoint]:
@@ -82,11 +82,9 @@ def _installed(group: str) -> list[EntryPoint]:
 
 def _claims(points: list[EntryPoint]) -> str:
     """Who claims one name, when that is more than one distribution or one value."""
-    return (
-        " and ".join("{} {}".format(*_origin(point)) + f" ({point.value})" for point in points)
-        if len(points) > 1
-        else ""
-    )
+    if len(points) < 2:
+        return ""
+    return " and ".join("{} {}".format(*_origin(point)) + f" ({point.value})" for point in points)
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
@@ -96,7 +94,7 @@ def _origin(point: EntryPoint) -> tuple[str, str]:
 def _import_fault(point: EntryPoint) -> str:
     try:
         point.load()
-    except (Exception, SystemExit) as error:  # a foreign module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # a foreign module may raise anything while it is imported
         return _words(error)
     return ""
 

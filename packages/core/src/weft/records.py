@@ -1,8 +1,9 @@
 """The envelope of every record that crosses a process boundary through the store.
 
-Bytes of a record: `MAGIC`, then a msgpack array of format version, kind, authentication code, payload. The payload is the msgpack of
-one schema. Readers skip array elements they do not know and default those that are missing, in the envelope as in array-like
-payloads, so neighbouring versions of weft interoperate as long as new fields go to the end and have defaults.
+Bytes of a record: `MAGIC`, then a msgpack array of format version, kind, authentication code, payload. The payload is
+the msgpack of one schema. Readers skip array elements they do not know and default those that are missing, in the
+envelope as in array-like payloads, so neighbouring versions of weft interoperate as long as new fields go to the end
+and have defaults.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def open_record(kind: str, type: type[T], data: bytes, *, secret: bytes | None =
         raise RecordError(f"expected a {kind!r} record, found {envelope.kind!r}")
     if envelope.code:
         raise RecordError(
-            f"{kind} record: expected no authentication code, found one of {len(envelope.code)} bytes, which this version of weft "
-            "cannot check; leave the job secret unset"
+            f"{kind} record: expected no authentication code, found one of {len(envelope.code)} bytes, "
+            "which this version of weft cannot check; leave the job secret unset"
         )
     return _decode(f"{kind} record", type, envelope.payload)
 
@@ -86,5 +87,5 @@ def _check_size(kind: str, data: bytes) -> None:
 def _refuse_secret(secret: bytes | None) -> None:
     if secret is not None:
         raise NotSupportedError(
-            "record authentication is not supported yet: leave the job secret unset and keep the store's network private"
+            "record authentication is not supported yet: leave the job secret unset, keep the store's network private"
         )

@@ -1,15 +1,17 @@
 """The rendezvous: members find out who takes part, and how to reach each other, through the store.
 
-Round one: every member publishes its layouts and announces itself; `members` waits until exactly the expected ones are there. Round
-two: every member publishes its endpoint and reads those of its peers. Conclusions are drawn from a log that all members read in one
-order (`weft.roster`), so they end with the same members or each with an error that says why. Keys, below `weft/<job>/`:
+Round one: every member publishes its layouts and announces itself; `members` waits until exactly the expected ones
+are there. Round two: every member publishes its endpoint and reads those of its peers. Conclusions are drawn from a
+log that all members read in one order (`weft.roster`), so they end with the same members or each with an error that
+says why. Keys, below `weft/<job>/`:
 
 - `incarnation/<name>`: counter, grows with every process that uses the name;
 - `entries`: counter, entries of the log; `log/<n>`: entry n, from 1;
 - `layout/<address>/…`: layouts, content-addressed; `endpoint/<name>/<incarnation>`: endpoint records.
 
-Of two processes with one name the newer incarnation takes part, because a restarted member must be able to take its old place; the
-older one gets an error. A member that restarts after the rendezvous was complete begins another one, for which all others must join anew.
+Of two processes with one name the newer incarnation takes part, because a restarted member must be able to take its
+old place; the older one gets an error. A member that restarts after the rendezvous was complete begins another one,
+for which all others must join anew.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ _REASON_CHARACTERS = 20_000
 class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     """How a member is reached, and where in its regions its buffers are. New fields go to the end, with defaults.
 
-    The columns are little-endian int64, one element per buffer in the order of the source or target layout: index into `regions`, and
-    the buffer's first byte in that region. A column is empty where the member has no such layout.
+    The columns are little-endian int64, one element per buffer in the order of the source or target layout: index
+    into `regions`, and the buffer's first byte in that region. A column is empty where the member has no such layout.
     """
 
     name: str
@@ -61,7 +63,8 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
 class Rendezvous:
     """One member's part in the rendezvous of a job. Used from one thread; every wait ends by `deadline`.
 
-    In order: `incarnation`, `announce`, `members`, `publish_endpoint`, `endpoints`; `fail` at any time instead of going on; `leave` last.
+    In order: `incarnation`, `announce`, `members`, `publish_endpoint`, `endpoints`; `fail` at any time instead of
+    going on; `leave` last.
     """
 
     def __init__(self, store: Store, job: str, expect: Expect, deadline: Deadline) -> None:
@@ -92,7 +95,7 @@ class Rendezvous:
         weft_version: str | None = None,
         planner_version: int = PLANNER_VERSION,
     ) -> None:
-        """Publish this member's layouts (by address) and say that it takes part. Raises `ConfigError` for a member that cannot.
+        """Publish this member's layouts (by address) and say that it takes part; `ConfigError` when it cannot.
 
         `policy` is the encoded policy. The weft version is that of the installed distribution unless it is given.
         """
@@ -106,8 +109,9 @@ class Rendezvous:
     def members(self) -> tuple[Member, ...]:
         """Everybody who takes part, sorted by name: the same on every member. Waits for them.
 
-        Raises `RendezvousError` when the expected members were not there by the deadline (saying who was), when there are too many, when
-        they contradict each other, when one has failed, or when another process has taken this one's name.
+        Raises `RendezvousError` when the expected members were not there by the deadline (saying who was), when there
+        are too many, when they contradict each other, when one has failed, or when another process has taken this
+        one's name.
         """
         return self._complete().members()
 
@@ -127,14 +131,15 @@ class Rendezvous:
     def endpoints(self, names: Iterable[str]) -> dict[str, EndpointRecord]:
         """The endpoints of these members. Waits for them.
 
-        Raises `DeadlineError` that names who has published none by the deadline, and `RendezvousError` when one of all members has failed,
-        left or restarted, or has made another plan than this one.
+        Raises `DeadlineError` that names who has published none by the deadline, and `RendezvousError` when one of
+        all members has failed, left or restarted, or has made another plan than this one.
         """
         attempt = self._complete()
         wanted = sorted(set(names))
         if strangers := [name for name in wanted if name not in attempt.records]:
             raise ConfigError(
-                f"endpoints of {', '.join(strangers)}: they do not take part; members are {', '.join(sorted(attempt.records))}"
+                f"endpoints of {', '.join(strangers)}: they do not take part; "
+                f"members are {', '.join(sorted(attempt.records))}"
             )
         found: dict[str, EndpointRecord] = {}
         sleep_seconds = _FIRST_SLEEP_SECONDS
@@ -157,7 +162,7 @@ class Rendezvous:
             sleep_seconds = self._sleep(sleep_seconds)
 
     def fail(self, name: str, reason: str) -> None:
-        """Say that this member cannot go on: every member that waits, now or later, raises `RendezvousError` with all reasons."""
+        """Say that this member cannot go on: whoever waits, now or later, raises `RendezvousError` with all reasons."""
         if name != self._name:
             self.incarnation(name)
         self._append(Action.FAIL, reason)
@@ -195,7 +200,7 @@ class Rendezvous:
             sleep_seconds = self._sleep(sleep_seconds)
 
     def _give_up(self) -> Attempt:
-        """Tell the others that this member waits no longer; the log's order decides whether the last one came before."""
+        """Tell the others that this member waits no longer; the log decides whether the last one came before."""
         attempt = self._roster.attempt(self._name, self._incarnation)
         shortfall = "this member was not announced" if attempt is None else attempt.shortfall(self._expect)
         reason = f"not everybody came within {self._deadline.seconds:.1f} s: {shortfall}"
@@ -203,18 +208,18 @@ class Rendezvous:
         attempt = self._own_attempt()
         if attempt is None or not attempt.complete:
             raise RendezvousError(
-                f"job {self._job!r}: {reason}; entry {self._entries_read + 1} of the log is missing: use another job name"
+                f"job {self._job!r}: {reason}; entry {self._entries_read + 1} of the log is missing: use a new job name"
             )
         return attempt
 
     def _own_attempt(self) -> Attempt | None:
-        """Read what is new in the log; returns this process's attempt, None before its entry. Raises when it has no future."""
+        """Read on in the log; returns this process's attempt, None before its entry. Raises when it has no future."""
         self._read()
         newest = self._roster.newest.get(self._name, 0)
         if newest > self._incarnation:
             raise RendezvousError(
-                f"job {self._job!r}: another process joined as {self._name!r} (incarnation {newest}; this one is {self._incarnation}). "
-                "If it is not this member's restart, two members have one name: give each its own"
+                f"job {self._job!r}: another process joined as {self._name!r} (incarnation {newest}; "
+                f"this one is {self._incarnation}). If it is not this member's restart, two members have one name: give each its own"
             )
         if reason := self._roster.refused.get((self._name, self._incarnation)):
             raise RendezvousError(f"job {self._job!r}: {reason}")

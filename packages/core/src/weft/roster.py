@@ -1,9 +1,9 @@
 """Who takes part: a pure state machine over the log of a job's rendezvous.
 
-Members append events to one log in the store and every member applies them in the log's order, so all of them come to the same
-conclusion at the same entry, whatever they read when. The log of a job holds *attempts*, one after the other: an attempt gathers members
-until exactly the expected ones are there (then it is complete) or something contradicts (then it has failed); whoever comes back with a
-new incarnation after that begins the next one.
+Members append events to one log in the store and every member applies them in the log's order, so all of them come to
+the same conclusion at the same entry, whatever they read when. The log of a job holds *attempts*, one after the
+other: an attempt gathers members until exactly the expected ones are there (then it is complete) or something
+contradicts (then it has failed); whoever comes back with a new incarnation after that begins the next one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Expect:
     sources: int
     """Members that send, over all of the trainer; at least 1."""
     replicas: int
-    """Replicas that receive, each whole; at least 1. Each replica's own size is told by its members (`Member.replica_size`)."""
+    """Replicas that receive, each whole; at least 1. A replica's size is told by its members (`Member.replica_size`)."""
 
     def __post_init__(self) -> None:
         if self.sources < 1 or self.replicas < 1:
@@ -127,7 +127,7 @@ class Roster:
         return self._attempts.get((name, incarnation))
 
     def apply(self, event: Event) -> None:
-        """Apply the next entry of the log. Entries of a process that another one of the same name has replaced do nothing."""
+        """Apply the next entry of the log. Entries of a process that another one of its name has replaced do nothing."""
         if event.incarnation < self.newest.get(event.name, 0):
             return
         self.newest[event.name] = event.incarnation
@@ -174,8 +174,8 @@ def _join(attempt: Attempt, record: MemberRecord) -> None:
     if name in attempt.records:
         old = attempt.records[name].member
         attempt.replaced.append(
-            f"{name} of incarnation {old.incarnation} on {old.host} was replaced by incarnation {record.member.incarnation} "
-            f"on {record.member.host} (a restart, or two processes of one name)"
+            f"{name} of incarnation {old.incarnation} on {old.host} was replaced by incarnation "
+            f"{record.member.incarnation} on {record.member.host} (a restart, or two processes of one name)"
         )
     attempt.left.discard(name)
     attempt.records[name] = record

@@ -52,9 +52,10 @@ class StoreServer:
 def serve_store(host: str = "127.0.0.1", port: int = 0) -> StoreServer:
     """Serve a store on exactly this address; port 0 takes any free one (trap 49).
 
-    `host` is the address that members connect to. The default is reached from this machine alone; pass this machine's address in a
-    network that only the job's members are on, because whoever reaches the store can take part. Raises `ConfigError` for a wildcard
-    address, which no member could connect to, and `StoreError` when the address cannot be had.
+    `host` is the address that members connect to. The default is reached from this machine alone; pass this machine's
+    address in a network that only the job's members are on, because whoever reaches the store can take part. Raises
+    `ConfigError` for a wildcard address, which no member could connect to, and `StoreError` when the address cannot
+    be had.
     """
     if host in ("", "0.0.0.0", "::"):
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""The `tcp://` store: torch's TCPStore, with what it lacks. Values of any size up to a limit, reads that do not block, and deadlines.
+"""The `tcp://` store: torch's TCPStore with what it lacks: large values, reads that do not block, and deadlines.
 
-TCPStore drops the connection of whoever sends it more than 8 MiB, blocks in `get` until the key appears, and waits for ever on a
-server that is stopped but not dead. So large values travel in parts, reads are comparisons that fail, and every operation runs on a
-thread of the store's own that callers wait for with a limit.
+TCPStore drops the connection of whoever sends it more than 8 MiB, blocks in `get` until the key appears, and waits
+for ever on a server that is stopped but not dead. So large values travel in parts, reads are comparisons that fail,
+and every operation runs on a thread of the store's own that callers wait for with a limit.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _reach(host: str, port: int, deadline: Deadline) -> None:
 
 
 class _Calls:
-    """One thread that makes the calls, so that callers can stop waiting. A call that is given up ends the store: its thread hangs in it."""
+    """One thread that makes the calls, so that callers can stop waiting. One that is given up ends the store."""
 
     def __init__(self, url: str) -> None:
         self._url = url

@@ -13,14 +13,14 @@ from weft.store_file import FileStore
 from weft.store_tcp import TcpStore
 
 StoreFactory = Callable[[str, Deadline], Store]
-"""What an entry point of group `weft.stores` yields: opens a URL of its scheme, or raises `StoreError` by the deadline."""
+"""What an entry point of group `weft.stores` yields: opens a URL, or raises `StoreError` by the deadline."""
 
 
 def open_store(url: str, deadline: Deadline) -> Store:
     """The store behind a URL such as `tcp://10.0.0.1:29511` or `file:///shared/run7`.
 
-    Raises `ConfigError` for what is not such a URL, `PluginError` for a scheme nobody serves, and `StoreError`, naming the address, when
-    the store has not answered by the deadline.
+    Raises `ConfigError` for what is not such a URL, `PluginError` for a scheme nobody serves, and `StoreError`,
+    naming the address, when the store has not answered by the deadline.
     """
     scheme = urlsplit(url).scheme
     if not scheme or "://" not in url:
@@ -42,7 +42,7 @@ def open_tcp(url: str, deadline: Deadline) -> Store:
 
 
 def open_file(url: str, deadline: Deadline) -> Store:
-    """`file:///directory`: a directory that all members see, made when missing. Its file system must support `flock`."""
+    """`file:///directory`: a directory that all members see, made when missing, on a file system with `flock`."""
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.path == "/":
         raise ConfigError(f"store: expected file:///absolute/directory, found {url!r}")
