@@ -139,16 +139,26 @@ def integration(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def wheels(session: nox.Session) -> None:
-    """Build every sdist, and from it the wheel; install them without an index; discover the plug-ins."""
+    """Build every sdist, and from it the wheel; install them, and a third party's, without an index; discover."""
     builder = environment(session, "build", "build", [])
     shutil.rmtree(DIST, ignore_errors=True)
-    for package in discover():
+    third_party = ROOT / "tools" / "third_party"
+    for folder in [*(package.path for package in discover()), third_party]:
         session.run(
-            str(builder), "-m", "build", "-q", "--no-isolation", "--outdir", str(DIST), str(package.path), external=True
+            str(builder),
+            "-m",
+            "build",
+            "-q",
+            "--no-isolation",
+            "--outdir",
+            str(DIST),
+            str(folder),
+            external=True,
+            silent=True,
         )
     python = environment(session, "wheels", "engines", [])
     pip = [str(python), "-m", "pip"]
-    names = [package.name for package in discover()]
+    names = [*(package.name for package in discover()), "example-weft-plugins"]
     session.run(*pip, "uninstall", "-qq", "-y", *names, external=True, silent=True)
     session.run(*pip, "install", "-qq", "--no-index", "--find-links", str(DIST), *names, external=True)
     session.run(str(python), "tools/check_plugins.py", external=True)

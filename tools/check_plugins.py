@@ -1,6 +1,6 @@
 """Checks that the installed distributions offer exactly the entry points declared here, and that each loads.
 
-Run in an environment that holds the built wheels and every engine.
+Run where the built wheels, every engine, and `tools/third_party`, one of whose plug-ins is broken, are installed.
 """
 
 from __future__ import annotations
@@ -8,34 +8,49 @@ from __future__ import annotations
 import sys
 from importlib.metadata import distribution
 
-from distributions import discover
+from distributions import Package, discover
+from weft.plugins import GROUPS
+from weft.plugins import discover as plugins
+
+
+def entry_point_faults(package: Package) -> list[str]:
+    """What is wrong with the entry points of one distribution of weft."""
+    declared = {
+        (group, name, value)
+        for group, points in package.project.get("entry-points", {}).items()
+        for name, value in points.items()
+    }
+    declared |= {("console_scripts", name, value) for name, value in package.project.get("scripts", {}).items()}
+    installed = distribution(package.name)
+    offered = {(point.group, point.name, point.value): point for point in installed.entry_points}
+    faults = []
+    if offered.keys() != declared:
+        faults.append(f"{package.name} offers {sorted(offered)}, its pyproject.toml declares {sorted(declared)}")
+    where = str(installed.locate_file(package.import_name))
+    if "site-packages" not in where:
+        faults.append(f"{package.name} is not installed from a wheel but from {where}")
+    for (group, name, value), point in sorted(offered.items()):
+        try:
+            point.load()
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is reported)
+            faults.append(f"{package.name}: {group} {name} = {value}: {type(error).__name__}: {error}")
+        else:
+            print(f"{group:22} {name:10} {value}")
+    return faults
+
+
+def third_party_faults() -> list[str]:
+    """What is wrong with how weft lists the plug-ins of `tools/third_party`."""
+    listed = {info.name: info for group in GROUPS for info in plugins(group) if info.distribution.startswith("example")}
+    found = {name: (info.version, info.state) for name, info in listed.items()}
+    if found != {"example": ("1.2.3", "ok"), "example-broken": ("1.2.3", "broken")}:
+        return [f"the third party's plug-ins are listed as {found}"]
+    reason = listed["example-broken"].reason
+    return [] if "encoding_that_is_missing" in reason else [f"a broken plug-in's reason does not say why: {reason!r}"]
 
 
 def main() -> int:
-    faults = []
-    for package in discover():
-        declared = {
-            (group, name, value)
-            for group, points in package.project.get("entry-points", {}).items()
-            for name, value in points.items()
-        }
-        declared |= {("console_scripts", name, value) for name, value in package.project.get("scripts", {}).items()}
-        installed = distribution(package.name)
-        offered = {(point.group, point.name, point.value): point for point in installed.entry_points}
-        if offered.keys() != declared:
-            faults.append(f"{package.name} offers {sorted(offered)}, its pyproject.toml declares {sorted(declared)}")
-        where = str(installed.locate_file(package.import_name))
-        if "site-packages" not in where:
-            faults.append(f"{package.name} is not installed from a wheel but from {where}")
-        for (group, name, value), point in sorted(offered.items()):
-            try:
-                point.load()
-            except Exception as error:  # noqa: BLE001  (whatever it is, it is reported)
-                faults.append(
-                    f"{package.name}: {group} {name} = {value} does not load: {type(error).__name__}: {error}"
-                )
-            else:
-                print(f"{group:22} {name:10} {value}")
+    faults = [fault for package in discover() for fault in entry_point_faults(package)] + third_party_faults()
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bump import faults
-from distributions import Package, discover
+from distributions import ROOT, Package, discover
 
 ENGINES = ("megatron", "nixl", "ray", "torchvision", "triton", "vllm")
 
@@ -29,6 +29,7 @@ def test_typed_tested_licensed(package: Package):
     assert (package.path / "src" / package.import_name / "py.typed").is_file()
     assert "test" in package.project["optional-dependencies"]
     assert package.project["license"] == "Apache-2.0"
+    assert (package.path / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert package.project["requires-python"] == ">=3.11"
 
 
