@@ -157,6 +157,8 @@ class PieceTable:
                 name: np.frombuffer(columns[name], dtype="<i8").astype(np.int64)
                 for name in ("tensor", "buffer", "offset")
             }
+            if width < 0:
+                raise ValueError(f"width is {width}")
             count = len(flat["tensor"])
             wide = {
                 name: np.frombuffer(columns[name], dtype="<i8").astype(np.int64).reshape(count, width)
@@ -249,7 +251,7 @@ class Layout:
         """Inverse of `encoded`. Raises `RecordError` when the bytes are not a layout of this format version."""
         try:
             record = msgspec.msgpack.decode(data, type=_LayoutRecord)
-        except msgspec.DecodeError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RecordError(f"not a layout record: {error}") from error
         if record.format != FORMAT_VERSION:
             raise RecordError(f"layout record has format {record.format}, this weft reads {FORMAT_VERSION}")
