@@ -30,8 +30,8 @@ def started() -> LayoutBuilder:
 FAULTS = {
     "w: declared as bfloat16(6, 4) and as float32(6, 4)": lambda b: b.tensor("w", (6, 4), "float32"),
     "w: declared as bfloat16(6, 4) and as bfloat16(4, 6)": lambda b: b.tensor("w", (4, 6), "bfloat16"),
-    "x: dtype 'complex64' is none of": lambda b: b.tensor("x", (2,), "complex64"),
-    "x: shape (2, -3) has a negative size": lambda b: b.tensor("x", (2, -3), "uint8"),
+    "y: dtype 'complex64' is none of": lambda b: b.tensor("y", (2,), "complex64"),
+    "z: shape (2, -3) has a negative size": lambda b: b.tensor("z", (2, -3), "uint8"),
     "buffer b: declared twice": lambda b: b.buffer("b", "bfloat16", 24, group="layer0"),
     "buffer d: dtype 'half' is none of": lambda b: b.buffer("d", "half", 4, group="layer0"),
     "buffer e: -4 elements": lambda b: b.buffer("e", "uint8", -4, group="layer0"),
