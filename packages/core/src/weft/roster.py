@@ -25,7 +25,7 @@ class Expect:
     sources: int
     """Members that send, over all of the trainer; at least 1."""
     replicas: int
-    """Replicas that receive, each whole; at least 1. A replica's size is told by its members (`Member.replica_size`)."""
+    """Replicas that receive, each whole; at least 1. Its members tell a replica's size (`Member.replica_size`)."""
 
     def __post_init__(self) -> None:
         if self.sources < 1 or self.replicas < 1:
@@ -127,7 +127,7 @@ class Roster:
         return self._attempts.get((name, incarnation))
 
     def apply(self, event: Event) -> None:
-        """Apply the next entry of the log. Entries of a process that another one of its name has replaced do nothing."""
+        """Apply the next entry of the log. Entries of a process that another of its name has replaced do nothing."""
         if event.incarnation < self.newest.get(event.name, 0):
             return
         self.newest[event.name] = event.incarnation

@@ -1,4 +1,4 @@
-"""The `file://` store: a directory. A value is a file that is replaced whole, a counter one that changes under a lock."""
+"""The `file://` store: a directory. A value is a file that is replaced whole, a counter one changed under a lock."""
 
 from __future__ import annotations
 

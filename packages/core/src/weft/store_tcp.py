@@ -1,8 +1,9 @@
 """The `tcp://` store: torch's TCPStore with what it lacks: large values, reads that do not block, and deadlines.
 
-TCPStore drops the connection of whoever sends it more than 8 MiB, blocks in `get` until the key appears, and waits
-for ever on a server that is stopped but not dead. So large values travel in parts, reads are comparisons that fail,
-and every operation runs on a thread of the store's own that callers wait for with a limit.
+TCPStore drops the connection of whoever sends it more than 8 MiB, blocks in `get` until the key appears, returns from
+`set` before the server has the value, and waits for ever on a server that is stopped but not dead. So large values
+travel in parts, reads are comparisons that fail, a question follows every `set`, and every operation runs on a thread
+of the store's own that callers wait for with a limit.
 """
 
 from __future__ import annotations
@@ -115,8 +116,11 @@ class TcpStore:
         return self._raw(_VALUE + key)
 
     def _set(self, name: str, stored: bytes) -> None:
-        # The stub says str; bytes are taken as they are.
-        self._run(f"set {name[1:]!r}", lambda: self._client.set(name, stored))  # type: ignore[arg-type]
+        def call() -> None:
+            self._client.set(name, stored)  # type: ignore[arg-type]  # the stub says str; bytes are taken as they are
+            self._client.check([name])
+
+        self._run(f"set {name[1:]!r}", call)
 
     def _delete(self, name: str) -> None:
         self._run(f"delete {name[1:]!r}", lambda: self._client.delete_key(name))

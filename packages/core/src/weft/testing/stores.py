@@ -1,0 +1,200 @@
+"""The conformance suite of stores. A plug-in's tests subclass it and say where a fresh, empty store is:
+
+```python
+class TestMine(StoreSuite):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return f"file://{tmp_path}"
+```
+
+Stores are opened by URL, so the scheme must be an installed entry point of group `weft.stores`. Needs pytest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+
+from weft.contracts import Store
+from weft.deadline import Deadline
+from weft.errors import StoreError
+from weft.stores import open_store
+
+SECONDS = 30.0
+"""How long anything here may take to answer."""
+
+WEIRD_KEYS = (
+    "",
+    " ",
+    ".",
+    "..",
+    "../up",
+    "/",
+    "//a/",
+    "a",
+    "a/b",
+    "a%2Fb",
+    "a.value",
+    "a b\n\tc",
+    "*?[x]",
+    "grün/重み",
+    "C:\\con",
+    "'\"`$(x)",
+    "k" * 1000,
+    "ü" * 300 + "/x",
+)
+"""Keys that quoting, paths or patterns might mistake for something else."""
+
+
+class StoreSuite:
+    """What every store must do."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        """Where a fresh, empty store is. Subclasses override it."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, url: str) -> Iterator[Store]:
+        """One client."""
+        store = open_store(url, Deadline.after(SECONDS))
+        yield store
+        store.close()
+
+    @pytest.fixture
+    def other(self, url: str) -> Iterator[Store]:
+        """Another client of the same store."""
+        store = open_store(url, Deadline.after(SECONDS))
+        yield store
+        store.close()
+
+    @pytest.mark.trap(40)
+    def test_a_missing_key_reads_as_none_without_waiting(self, store: Store) -> None:
+        assert store.get("missing") is None
+
+    def test_what_is_set_is_read_by_every_client(self, store: Store, other: Store) -> None:
+        store.set("a", b"1")
+        assert store.get("a") == other.get("a") == b"1"
+        other.set("a", b"22")
+        assert store.get("a") == other.get("a") == b"22"
+
+    @pytest.mark.parametrize("size_bytes", [0, 1, (4 << 20) - 1, 4 << 20, (8 << 20) + 1, 20_000_003])
+    def test_values_of_any_size_come_back_unchanged(self, store: Store, other: Store, size_bytes: int) -> None:
+        value = (bytes(range(251)) * (size_bytes // 251 + 1))[:size_bytes]
+        store.set("value", value)
+        assert other.get("value") == value
+        assert store.keys("") == ["value"]
+
+    @pytest.mark.parametrize("value", [b"?", b"w", b"p", b"p0/1", b"\x00\xff\n", b"0"])
+    def test_values_that_resemble_a_stores_own_marks_come_back_unchanged(self, store: Store, value: bytes) -> None:
+        store.set("value", value)
+        assert store.get("value") == value
+
+    def test_large_and_small_values_replace_each_other(self, store: Store) -> None:
+        for value in (b"a" * 9_000_000, b"small", b"b" * 5_000_000, b"c" * 10_000_000, b""):
+            store.set("value", value)
+            assert store.get("value") == value
+        assert store.keys("") == ["value"]
+
+    def test_readers_see_whole_values_while_they_are_replaced(self, store: Store, other: Store) -> None:
+        values = [bytes([n]) * 5_000_000 for n in range(3)]
+        store.set("value", values[0])
+        stop = threading.Event()
+
+        def write() -> None:
+            while not stop.is_set():
+                for value in values:
+                    other.set("value", value)
+
+        with ThreadPoolExecutor(1) as pool:
+            writer = pool.submit(write)
+            try:
+                for _ in range(30):
+                    assert store.get("value") in values
+            finally:
+                stop.set()
+            writer.result(SECONDS)
+
+    def test_keys_of_any_characters_are_kept_apart(self, store: Store, other: Store) -> None:
+        for index, key in enumerate(WEIRD_KEYS):
+            store.set(key, b"%d" % index)
+            assert store.add(key + "#", index + 1) == index + 1
+        assert [other.get(key) for key in WEIRD_KEYS] == [b"%d" % index for index in range(len(WEIRD_KEYS))]
+        assert other.keys("") == sorted([*WEIRD_KEYS, *(key + "#" for key in WEIRD_KEYS)])
+        for key in WEIRD_KEYS:
+            other.delete(key)
+            other.delete(key + "#")
+        assert store.keys("") == []
+
+    def test_keys_are_listed_by_prefix_and_sorted(self, store: Store) -> None:
+        for key in ("job/b", "job/a/2", "job/a/10", "jobs", "other"):
+            store.set(key, b"x" * 5_000_000 if key == "job/b" else b"x")
+        store.add("job/counter", 1)
+        assert store.keys("job/") == ["job/a/10", "job/a/2", "job/b", "job/counter"]
+        assert store.keys("job/a") == ["job/a/10", "job/a/2"]
+        assert store.keys("nothing") == []
+
+    def test_delete_removes_values_and_counters_and_forgives_missing_keys(self, store: Store, other: Store) -> None:
+        store.set("small", b"1")
+        store.set("large", b"1" * 9_000_000)
+        store.add("counter", 5)
+        for key in ("small", "large", "counter", "missing"):
+            other.delete(key)
+        assert store.get("small") is None
+        assert store.get("large") is None
+        assert store.keys("") == []
+        assert store.add("counter", 1) == 1
+
+    def test_counters_start_at_zero_and_add_both_ways(self, store: Store, other: Store) -> None:
+        assert store.add("counter", 0) == 0
+        assert store.add("counter", 12345678901) == 12345678901
+        assert other.add("counter", -12345678903) == -2
+        assert store.add("counter", 1) == -1
+
+    def test_threads_may_share_a_client(self, store: Store) -> None:
+        def work(thread: int) -> list[int]:
+            sums = []
+            for step in range(50):
+                sums.append(store.add("counter", 1))
+                store.set(f"{thread}/{step}", b"%d" % step)
+                assert store.get(f"{thread}/{step}") == b"%d" % step
+            return sums
+
+        with ThreadPoolExecutor(4) as pool:
+            sums = [total for result in pool.map(work, range(4)) for total in result]
+        assert sorted(sums) == list(range(1, 201))
+
+    def test_processes_adding_at_once_get_different_sums(self, url: str, store: Store) -> None:
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            results = [pool.submit(add_many, url, "counter", 200) for _ in range(2)]
+            sums = [total for result in results for total in result.result(2 * SECONDS)]
+        assert sorted(sums) == list(range(1, 401))
+        assert store.add("counter", 0) == 400
+
+    def test_a_closed_client_refuses_and_closes_twice(self, url: str) -> None:
+        store = open_store(url, Deadline.after(SECONDS))
+        store.close()
+        store.close()
+        calls: list[Callable[[], object]] = [
+            lambda: store.set("a", b""),
+            lambda: store.get("a"),
+            lambda: store.add("c", 1),
+            lambda: store.delete("a"),
+            lambda: store.keys(""),
+        ]
+        for call in calls:
+            with pytest.raises(StoreError, match="closed"):
+                call()
+
+
+def add_many(url: str, key: str, times: int) -> list[int]:
+    """What each of `times` additions of 1 returned; run in processes of its own."""
+    store = open_store(url, Deadline.after(SECONDS))
+    try:
+        return [store.add(key, 1) for _ in range(times)]
+    finally:
+        store.close()
