@@ -1,0 +1,110 @@
+"""Tiny seeded checkpoints, reference tokens, and what every engine parameter must hold, sliced by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+VOCABULARY = 259
+PROMPT_TOKENS = 12
+NEW_TOKENS = 16
+
+
+def make_model(family: str, *, tied: bool, kv_heads: int, seed: int, dtype: torch.dtype) -> Any:
+    """A model of 2 layers, 4 heads of 32, hidden 128; weights so large that logits are far apart."""
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=512, tie_word_embeddings=tied,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.12 if parameter.ndim == 2 else 0.3
+            parameter.copy_(torch.randn_like(parameter) * scale + (1.0 if "norm" in name else 0.0))
+    return model.to(dtype).eval()
+
+
+def save_checkpoint(directory: Path, **options: Any) -> Any:
+    """Save a model as `save_pretrained` does; returns it."""
+    model = make_model(**options)
+    model.save_pretrained(directory)
+    return model
+
+
+def prompts(count: int, seed: int = 99) -> list[list[int]]:
+    """Fixed random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (count, PROMPT_TOKENS), generator=generator).tolist()
+
+
+@torch.no_grad()
+def reference_tokens(model: Any, asked: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of the Hugging Face model."""
+    inputs = torch.tensor(asked)
+    tokens = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
+    )
+    return tokens[:, inputs.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def top_two_gap(model: Any, tokens: list[int]) -> float:
+    """How far the best and second-best logit after `tokens` are apart."""
+    best = model(torch.tensor([tokens])).logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+def expected_parameters(
+    state: dict[str, torch.Tensor], config: dict[str, Any], rank: int, ranks: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Every parameter of a vLLM rank, cut from a Hugging Face state by hand and without weft."""
+    heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    kv_here = max(1, kv_heads // ranks)
+    kv_first = rank * kv_heads // ranks
+
+    def rows(tensor: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        return tensor[first : first + count]
+
+    def vocabulary(tensor: torch.Tensor) -> torch.Tensor:
+        padded = -(-tensor.shape[0] // 64) * 64
+        whole = torch.zeros(padded, tensor.shape[1], dtype=tensor.dtype)
+        whole[: tensor.shape[0]] = tensor
+        return rows(whole, rank * padded // ranks, padded // ranks)
+
+    tied = config["tie_word_embeddings"]
+    out = {
+        "model.embed_tokens.weight": vocabulary(state["model.embed_tokens.weight"]),
+        "lm_head.weight": vocabulary(state["model.embed_tokens.weight" if tied else "lm_head.weight"]),
+        "model.norm.weight": state["model.norm.weight"],
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        for kind in ("weight", "bias"):
+            if f"{attention}.q_proj.{kind}" in state:
+                q, k, v = (state[f"{attention}.{part}_proj.{kind}"] for part in "qkv")
+                here = heads // ranks * size
+                out[f"{attention}.qkv_proj.{kind}"] = torch.cat(
+                    [rows(q, rank * here, here), rows(k, kv_first * size, kv_here * size), rows(v, kv_first * size, kv_here * size)]
+                )
+        inner = config["intermediate_size"] // ranks
+        gate, up = state[f"{mlp}.gate_proj.weight"], state[f"{mlp}.up_proj.weight"]
+        out[f"{mlp}.gate_up_proj.weight"] = torch.cat([rows(gate, rank * inner, inner), rows(up, rank * inner, inner)])
+        for name, whole in ((f"{attention}.o_proj", heads * size), (f"{mlp}.down_proj", config["intermediate_size"])):
+            weight = state[f"{name}.weight"]
+            out[f"{name}.weight"] = weight[:, rank * whole // ranks : (rank + 1) * whole // ranks]
+        for norm in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            if f"{prefix}.{norm}.weight" in state:
+                out[f"{prefix}.{norm}.weight"] = state[f"{prefix}.{norm}.weight"]
+    return {name: tensor.to(dtype).contiguous() for name, tensor in out.items()}

@@ -1,0 +1,120 @@
+"""One engine start: `VllmTarget` is driven by hand through three versions of weights. Prints one line of JSON.
+
+Run as `python target_case.py '{"family": "qwen3", "tied": true, …}' DIRECTORY`; `test_vllm_target.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import NEW_TOKENS, expected_parameters, prompts, reference_tokens, save_checkpoint, top_two_gap
+from safetensors.torch import load_file
+from vllm import LLM, SamplingParams
+
+from weft.contracts import Group
+from weft_vllm.target import VllmTarget
+
+
+def build(worker: Any) -> dict[str, Any]:
+    """Make the target in the worker, poison what a refit must write, and describe it."""
+    worker.weft_target = VllmTarget.from_worker(worker.get_model(), worker.vllm_config)
+    return {**worker.weft_target.report(), "buffer_kinds": sorted({b.kind for b in worker.weft_target.layout().buffers}),
+            "dtypes": sorted({t.dtype for t in worker.weft_target.layout().tensors}),
+            "encoded": worker.weft_target.layout().encoded.hex()}  # fmt: skip
+
+
+def refit(worker: Any, path: str, version: int) -> None:
+    """Copy slices of a checkpoint where the layout wants them, group by group, into poisoned memory."""
+    target = worker.weft_target
+    state = load_file(f"{path}/model.safetensors")
+    layout, memory = target.layout(), target.memory()
+    target.begin(version)
+    for index, name in enumerate(layout.groups):
+        buffers = [buffer for buffer in layout.buffers if buffer.group == index]
+        for buffer in buffers:
+            memory[buffer.name].view(torch.uint8).fill_(0xA5)
+        for piece in layout:
+            if piece.buffer in {buffer.name for buffer in buffers}:
+                box = state[piece.tensor].reshape(piece.box.factors)
+                for axis, (low, high) in enumerate(zip(piece.box.lo, piece.box.hi, strict=True)):
+                    box = box.narrow(axis, low, high - low)
+                first = piece.offset + memory[piece.buffer].storage_offset()
+                memory[piece.buffer].as_strided(piece.box.sizes, piece.strides, first).copy_(box)
+        target.land(Group(index, name, tuple(buffer.name for buffer in buffers)), None)
+    target.prepare_commit(version)
+    target.commit(version)
+
+
+def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Compare every parameter with a slice made by hand; a packed weight is read back by multiplying with the identity."""
+    model, parallel = worker.get_model(), worker.parallel_config
+    rank, ranks = worker.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
+    expected = expected_parameters(load_file(f"{path}/model.safetensors"), config, rank, ranks, worker.model_config.dtype)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {"lm_head.weight"}
+    wrong, compared = sorted(names ^ expected.keys()), 0
+    for name, want in expected.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        held = [getattr(module, name.rpartition(".")[2]).data]
+        if want.ndim == 2 and hasattr(module, "cpu_linear"):
+            read = module.cpu_linear(torch.eye(want.shape[1], dtype=want.dtype), module.weight, None).T.contiguous()
+            held = [tensor for tensor in held if tensor.numel()] + [read]
+        for tensor in held:
+            compared += tensor.numel() * tensor.element_size()
+            if tensor.shape != want.shape or not torch.equal(tensor.view(torch.uint8), want.view(torch.uint8)):
+                wrong.append(name)
+    return {"wrong": wrong, "compared_bytes": compared}
+
+
+def pointers(worker: Any) -> dict[str, int]:
+    """Where the engine's tensors are."""
+    model = worker.get_model()
+    return {name: tensor.data_ptr() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def main() -> None:
+    case, directory = json.loads(sys.argv[1]), Path(sys.argv[2])
+    options = {"family": case["family"], "tied": case["tied"], "kv_heads": case["kv_heads"], "dtype": torch.bfloat16}
+    models = [save_checkpoint(directory / name, seed=seed, **options) for seed, name in enumerate("ABC", 1)]
+    llm = LLM(
+        str(directory / "A"), skip_tokenizer_init=True, enforce_eager=True, dtype=case["dtype"], max_model_len=128,
+        tensor_parallel_size=case["tp"], weight_transfer_config={"backend": "weft"},
+        additional_config={"weft": {"cpu_linear": case["cpu_linear"]}} if case["cpu_linear"] else {},
+    )  # fmt: skip
+    asked = prompts(4)
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, detokenize=False, ignore_eos=True)
+
+    def tokens() -> list[list[int]]:
+        answers = llm.generate([{"prompt_token_ids": p} for p in asked], sampling, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    config = models[0].config.to_dict()
+    result: dict[str, Any] = {"ranks": llm.collective_rpc(build), "versions": []}
+    before = llm.collective_rpc(pointers)
+    previous = tokens()
+    result["first_equal"] = previous == reference_tokens(models[0].to(getattr(torch, case["dtype"])), asked)
+    for version, name, number in ((1, "B", 1), (2, "C", 2), (3, "C", 2), (4, "A", 0)):
+        llm.collective_rpc(refit, args=(str(directory / name), version))
+        assert llm.reset_prefix_cache()
+        model = models[number].to(getattr(torch, case["dtype"]))
+        got, want = tokens(), reference_tokens(model, asked)
+        gaps = [
+            top_two_gap(model, asked[n] + want[n][: next(i for i, (a, b) in enumerate(zip(g, want[n], strict=True)) if a != b)])
+            for n, g in enumerate(got)
+            if g != want[n]
+        ]
+        result["versions"].append(
+            {"changed": got != previous, "equal": got == want, "gaps": gaps,
+             "memory": llm.collective_rpc(compare, args=(str(directory / name), config))}
+        )  # fmt: skip
+        previous = got
+    result["pointers_stable"] = llm.collective_rpc(pointers) == before
+    print("RESULT " + json.dumps(result), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

