@@ -1,0 +1,155 @@
+"""Live Megatron-Core models hold exactly what their analytic layouts say, and say so when they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.megatron_ranks import inspect
+from support.processes import run_ranks
+
+from weft.layout import Layout
+from weft_megatron import MegatronAdapter
+from weft_megatron.family import DenseModel
+from weft_megatron.parameters import Stage, parameters
+from weft_megatron.placement import layout_of
+
+WORLD = 4
+PADDED = 64
+
+
+def make_config(**changes: Any) -> dict[str, Any]:
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "vocab_size": 50,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_theta": 10000.0},
+    }
+    return config | changes
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+TP4 = {"tensor_model_parallel_size": 4}
+ORDER = "pp-tp-cp-ep-dp"
+LLAMA = make_config(model_type="llama", tie_word_embeddings=False)
+QWEN2 = make_config(model_type="qwen2")
+BIASED = make_config(model_type="llama", attention_bias=True, mlp_bias=True)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "tp2 pp2, tied": (make_config(), TP2 | PP2, "bare"),
+    "tp2 pp2, stages first": (make_config(), TP2 | PP2 | {"order": ORDER}, "bare"),
+    "tp4, two groups, qkv biases": (QWEN2, TP4, "bare"),
+    "tp1 dp4, all biases": (BIASED, {}, "bare"),
+    "tp2 dp2, wrapped": (LLAMA, TP2, "float16"),
+    "tp2 dp2, float32 norms": (LLAMA, TP2, "bare-bfloat16"),
+    "pp2 dp2, two chunks a stage": (
+        make_config(tie_word_embeddings=False),
+        PP2 | {"virtual_pipeline_model_parallel_size": 2},
+        "chunks",
+    ),
+}
+"""Config, sizes of `initialize_model_parallel`, and how the model is built."""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank says, from one start of all of them."""
+    rendezvous: Path = tmp_path_factory.mktemp("layouts") / "rendezvous"
+    result: list[dict[str, Any]] = run_ranks(inspect, WORLD, str(rendezvous), PADDED, CASES)
+    return result
+
+
+def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[Layout]:
+    tp, pp = sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1)
+    if kind == "chunks":
+        # Stage s has the chunks s and s + 2, of one layer each.
+        model = DenseModel.from_config(config)
+        stages = [Stage(0, 1, (s, s + 2), s == 0, s == 1, PADDED) for s in (0, 0, 1, 1)]
+        held = [parameters(model, stage) for stage in stages]
+        return [layout_of(model, s, h, {p.name: "float32" for p in h}) for s, h in zip(stages, held, strict=True)]
+    adapter = MegatronAdapter(
+        order=sizes.get("order", MegatronAdapter().order),
+        make_vocab_size_divisible_by=PADDED // tp,
+        norm_dtype="float32" if kind == "bare-bfloat16" else None,
+    )
+    parallel = {"tp": tp, "pp": pp, "dp": WORLD // (tp * pp)}
+    return list(adapter.layouts(config, parallel, "float32" if kind == "bare" else "bfloat16"))
+
+
+@pytest.mark.trap(2, 6, 8, 13, 14)
+@pytest.mark.parametrize("case", CASES)
+def test_the_live_layout_of_every_rank_is_the_analytic_one(case: str, answers: list[dict[str, Any]]) -> None:
+    expected = [layout.address for layout in analytic(*CASES[case])]
+    assert [answer[case]["address"] for answer in answers] == expected
+    assert [answer[case]["target"] for answer in answers] == expected
+    assert all(answer[case]["in_place"] for answer in answers)
+    assert [answer[case]["name"] for answer in answers] == [f"trainer/{rank}" for rank in range(WORLD)]
+
+
+def test_cases_differ_between_ranks_where_they_should() -> None:
+    default, other = (analytic(*CASES[case]) for case in ("tp2 pp2, tied", "tp2 pp2, stages first"))
+    assert len({layout.address for layout in default}) == 4
+    assert [default[rank].address for rank in (0, 2, 1, 3)] == [layout.address for layout in other]
+
+
+@pytest.mark.trap(11, 13)
+def test_every_difference_of_a_model_is_reported_at_once(answers: list[dict[str, Any]]) -> None:
+    kind, text = answers[0]["spoiled: parameters"]
+    assert kind == "LayoutError"
+    assert "6 faults" in text
+    for words in (
+        "layers.0.mlp.linear_fc2.weight: shape (3, 5), expected (32, 48)",
+        "layers.0.input_layernorm.extra: float32(2,) is not part of this family",
+        "layers.0.pre_mlp_layernorm.weight: missing",
+        "weights have several dtypes, float16, float32",
+        "layers.1.mlp.linear_fc1.weight: strides (1, 96)",
+        "layers.1.expert_bias: float32(4,) is not part of this family",
+    ):
+        assert words in text
+
+
+@pytest.mark.trap(13)
+def test_a_buffer_that_is_in_no_checkpoint_is_skipped_with_its_reason(answers: list[dict[str, Any]]) -> None:
+    kind, text = answers[0]["spoiled: transient buffer"]
+    assert kind == ""
+    assert text == "(('decoder.layers.1.cache', 'non-persistent buffer: recomputed, in no checkpoint'),)"
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "kind", "words"),
+    [
+        ("other heads", "LayoutError", ["num_attention_heads=4", "num_query_groups=2", "kv_channels=16"]),
+        ("untied config", "LayoutError", ["share_embeddings_and_output_weights=True", "output_layer.weight: missing"]),
+        ("other family", "LayoutError", ["qk_layernorm=True", "q_layernorm.weight: float32(16,) is not part"]),
+        ("mixture of experts", "NotSupportedError", ["'qwen3_moe'"]),
+        ("not a model", "ConfigError", ["expected a GPTModel", "TransformerBlock"]),
+        ("no chunks", "ConfigError", ["empty list"]),
+        ("a chunk twice", "LayoutError", ["layers [0, 1, 2, 3, 0, 1, 2, 3], expected distinct ones"]),
+    ],
+)
+def test_a_model_that_is_not_the_configs_is_refused(
+    spoiled: str, kind: str, words: list[str], answers: list[dict[str, Any]]
+) -> None:
+    found, text = answers[0][f"spoiled: {spoiled}"]
+    assert found == kind
+    assert [word for word in words if word not in text] == []
+
+
+def test_memory_that_moved_is_noticed_before_it_is_used(answers: list[dict[str, Any]]) -> None:
+    held, begun = answers[0]["moved"]
+    assert held == begun
+    assert "decoder.layers.1.mlp.linear_fc2.weight: moved since it was inspected" in held
+
+
+@pytest.mark.trap(66)
+def test_hold_finishes_the_parameter_gather_that_ddp_put_off(answers: list[dict[str, Any]]) -> None:
+    assert [answer["gathers"] for answer in answers] == [(True, True)] * WORLD

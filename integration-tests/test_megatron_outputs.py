@@ -1,0 +1,78 @@
+"""Megatron-Core computes the logits that Hugging Face computes, when filled through weft's layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from support.megatron_ranks import compute_logits
+from support.processes import run_ranks
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+WORLD = 4
+PADDED = 64
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "attn_implementation": "eager",
+}
+MODELS: dict[str, Any] = {
+    f"{name}, {'tied' if tied else 'untied'}": (config, model, {"tie_word_embeddings": tied} | more)
+    for name, config, model, more in (
+        ("llama", LlamaConfig, LlamaForCausalLM, {}),
+        ("llama with biases", LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+        # Qwen2 has no head_dim of its own.
+        ("qwen2", Qwen2Config, Qwen2ForCausalLM, {"head_dim": 4}),
+        ("qwen3", Qwen3Config, Qwen3ForCausalLM, {}),
+    )
+    for tied in (True, False)
+}
+MESHES = ("tp1", "tp2", "tp4", "tp2 pp2")
+Logits = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Logits], list[dict[tuple[str, str], Logits]]]:
+    """Logits of Hugging Face by model, and of every Megatron rank by model and mesh, from one start of all ranks."""
+    directory: Path = tmp_path_factory.mktemp("outputs")
+    torch.manual_seed(7)
+    tokens = torch.randint(0, SIZES["vocab_size"], (3, 17))
+    checkpoints, expected = {}, {}
+    for name, (config, model_class, more) in MODELS.items():
+        model = model_class(config(**(SIZES | more))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norms start at one and biases at zero, where a mistake would not show.
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))
+            expected[name] = model(tokens).logits.numpy()
+        checkpoints[name] = str(directory / name)
+        model.save_pretrained(checkpoints[name])
+    found = run_ranks(compute_logits, WORLD, str(directory / "rendezvous"), PADDED, checkpoints, tokens.tolist())
+    return expected, found
+
+
+@pytest.mark.trap(4, 5, 13, 14)
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_gives_the_logits_of_hugging_face(
+    name: str, mesh: str, both: tuple[dict[str, Logits], list[dict[tuple[str, str], Logits]]]
+) -> None:
+    expected, found = both
+    answers = [answer[name, mesh] for answer in found if (name, mesh) in answer]
+    assert len(answers) == (2 if mesh == "tp2 pp2" else WORLD)
+    assert expected[name].std() > 0.5
+    for answer in answers:
+        assert answer.shape == expected[name].shape
+        assert np.abs(answer - expected[name]).max() < 1e-4
