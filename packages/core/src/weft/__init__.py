@@ -1,1 +1,78 @@
-"""weft: weights from trainer. Layouts, planner, replay and plug-in registry."""
+"""weft: weights from trainer. Moves the weights of a model in training into the engines that serve it.
+
+Start with `Refit`: one handle per member of a job. Layouts are made with `LayoutBuilder`, or by an adapter
+(`weft_megatron`, `weft_vllm`); `plan` is what every member computes from them.
+"""
+
+from weft.box import Affine, Box
+from weft.contracts import ReplicaControl, Source, Target, Transport
+from weft.deadline import Deadline, Deadlines
+from weft.errors import (
+    ConfigError,
+    DeadlineError,
+    LayoutError,
+    NotSupportedError,
+    PeerLostError,
+    PlanError,
+    PluginError,
+    RecordError,
+    RefitAbortedError,
+    RendezvousError,
+    StoreError,
+    TransportError,
+    WeftError,
+)
+from weft.installation import Installation
+from weft.layout import Kind, Layout, LayoutBuilder
+from weft.member import Member
+from weft.names import NameMap
+from weft.offer import Offer
+from weft.plan import Plan, plan
+from weft.policy import Policy
+from weft.refit import Refit
+from weft.report import Report
+from weft.roster import Expect
+from weft.store_server import StoreServer, serve_store
+from weft.stores import open_store
+from weft.views import execute
+
+__all__ = [
+    "Affine",
+    "Box",
+    "ConfigError",
+    "Deadline",
+    "DeadlineError",
+    "Deadlines",
+    "Expect",
+    "Installation",
+    "Kind",
+    "Layout",
+    "LayoutBuilder",
+    "LayoutError",
+    "Member",
+    "NameMap",
+    "NotSupportedError",
+    "Offer",
+    "PeerLostError",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "Policy",
+    "RecordError",
+    "Refit",
+    "RefitAbortedError",
+    "RendezvousError",
+    "ReplicaControl",
+    "Report",
+    "Source",
+    "StoreError",
+    "StoreServer",
+    "Target",
+    "Transport",
+    "TransportError",
+    "WeftError",
+    "execute",
+    "open_store",
+    "plan",
+    "serve_store",
+]

@@ -1,8 +1,9 @@
 """Boxes: half-open hyper-rectangles in an axis-split view of a logical tensor.
 
-A logical tensor of shape `(1536, 1024)` can be looked at through the *factors* `(8, 3, 64, 1024)`: its first axis is split
-row-major into (groups, parts, head). A box gives a half-open range for every factor. Interleaved QKV, alternating gate and
-up columns and strided shards are single boxes in a suitable split, and thousands of rows in the unsplit one.
+A logical tensor of shape `(1536, 1024)` can be looked at through the *factors* `(8, 3, 64, 1024)`: its first axis is
+split row-major into (groups, parts, head). A box gives a half-open range for every factor. Interleaved QKV,
+alternating gate and up columns and strided shards are single boxes in a suitable split, and thousands of rows in the
+unsplit one.
 
 Everything here is exact integer arithmetic. `Affine` is the same set of elements seen from flat memory: an offset and
 (size, stride) pairs; layouts are usually built from affine views, which frameworks already have, and kept as boxes.
@@ -74,7 +75,9 @@ def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def cuts_of(factors: Sequence[int]) -> frozenset[int]:
-    """The row-major strides at which a split cuts the flattened tensor: products of all suffixes, 1 and numel included."""
+    """The row-major strides at which a split cuts the flattened tensor: products of all suffixes, 1 and numel
+    included.
+    """
     cuts = {1}
     step = 1
     for size in reversed(factors):
@@ -91,10 +94,11 @@ def refines(factors: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def common_factors(shape: Sequence[int], cuts: Iterable[int]) -> tuple[int, ...]:
-    """The coarsest split of `shape` with all these cuts; where two do not divide one another, their common divisor is cut instead.
+    """The coarsest split of `shape` with all these cuts; where two do not divide one another, their common divisor
+    is cut instead.
 
-    Without such a conflict every box whose own cuts are among `cuts` is one box (or, where its ranges straddle a new cut, a few)
-    of the result. Boxes on the losing side of a conflict fall apart into more.
+    Without such a conflict every box whose own cuts are among `cuts` is one box (or, where its ranges straddle a new
+    cut, a few) of the result. Boxes on the losing side of a conflict fall apart into more.
     """
     if 0 in shape:
         return tuple(shape)  # no elements, so nothing to cut
@@ -134,9 +138,9 @@ def boxes_from_views(
 ) -> list[tuple[Box, int, tuple[int, ...]]]:
     """Turn "this strided view of the flattened logical tensor sits in that strided view of memory" into boxes.
 
-    `logical` and `memory` run over the same index space (equal sizes); `cuts` are further cuts that the boxes' split must have.
-    Returns `(box, offset, strides)` triples: each box with the memory offset of its first element and a memory stride per
-    factor. One box as a rule; a view whose ranges straddle a cut is divided into several.
+    `logical` and `memory` run over the same index space (equal sizes); `cuts` are further cuts that the boxes' split
+    must have. Returns `(box, offset, strides)` triples: each box with the memory offset of its first element and a
+    memory stride per factor. One box as a rule; a view whose ranges straddle a cut is divided into several.
 
     Raises `LayoutError` when the logical view runs backwards or leaves the tensor.
     """
@@ -180,7 +184,8 @@ def _divide(
     axes: list[tuple[int, int, int]],
     result: list[tuple[Box, int, tuple[int, ...]]],
 ) -> None:
-    """Emit the boxes of one affine view `start + Σ i·stride`; recurse on parts where an axis crosses a factor's boundary.
+    """Emit the boxes of one affine view `start + Σ i·stride`; recurse on parts where an axis crosses a factor's
+    boundary.
 
     `axes` are (count, stride in the flattened tensor, step in memory).
     """

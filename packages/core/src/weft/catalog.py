@@ -105,7 +105,9 @@ def _aliases(sources: Mapping[str, Layout], targets: Mapping[str, Layout], fault
 
 
 def memory_faults(member: str, layout: Layout) -> list[str]:
-    """Faults in a target's memory: elements that two pieces write, or that neither piece nor fill claims (traps 12, 13, 69)."""
+    """Faults in a target's memory: elements that two pieces write, or that neither piece nor fill claims (traps 12,
+    13, 69).
+    """
     faults: list[str] = []
     views: dict[int, list[tuple[str, Affine]]] = defaultdict(list)
     numbers = {buffer.name: n for n, buffer in enumerate(layout.buffers)}
@@ -121,7 +123,11 @@ def memory_faults(member: str, layout: Layout) -> list[str]:
         claimed = sum(int(np.prod(view.sizes, dtype=np.int64)) for _, view in claims)
         where = f"{member}: buffer {buffer.name} ({buffer.numel} elements)"
         if claimed < buffer.numel:
-            what = "no piece and no fill claims any of it" if not claims else f"{buffer.numel - claimed} are claimed by none"
+            what = (
+                "no piece and no fill claims any of it"
+                if not claims
+                else f"{buffer.numel - claimed} are claimed by none"
+            )
             faults.append(f"{where}: {what}")
         dense = len(claims) == 1 and claimed == buffer.numel
         if not dense:
@@ -131,7 +137,12 @@ def memory_faults(member: str, layout: Layout) -> list[str]:
 
 def _overlaps(numel: int, claims: Sequence[tuple[str, Affine]]) -> list[str]:
     """Say which claims on one buffer share elements."""
-    cuts = {stride for _, view in claims for stride, size in zip(view.strides, view.sizes, strict=True) if size > 1 and stride > 0}
+    cuts = {
+        stride
+        for _, view in claims
+        for stride, size in zip(view.strides, view.sizes, strict=True)
+        if size > 1 and stride > 0
+    }
     owners: list[int] = []
     los: list[tuple[int, ...]] = []
     his: list[tuple[int, ...]] = []
@@ -149,7 +160,10 @@ def _overlaps(numel: int, claims: Sequence[tuple[str, Affine]]) -> list[str]:
     left, right = _neighbours(lo[order, 0], hi[order, 0])
     left, right = order[left], order[right]
     _, _, both = intersect(lo[left], hi[left], lo[right], hi[right])
-    found = {tuple(sorted((claims[owners[a]][0], claims[owners[b]][0]))) for a, b in zip(left[both], right[both], strict=True)}
+    found = {
+        tuple(sorted((claims[owners[a]][0], claims[owners[b]][0])))
+        for a, b in zip(left[both], right[both], strict=True)
+    }
     return [f"{first} and {second} share memory" for first, second in sorted(found)]
 
 

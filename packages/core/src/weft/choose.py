@@ -1,4 +1,6 @@
-"""Choosing the sender of every copy, in closed form: nearest holders first, then bytes in equal shares, then few peers."""
+"""Choosing the sender of every copy, in closed form: nearest holders first, then bytes in equal shares, then few
+peers.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,11 @@ def choose_senders(
 ) -> Int64s:
     """The member that sends each copy.
 
-    Copy i is of box class `classes[i]` for member `targets[i]` and `nbytes[i]` long; `holders[c]` are the members (indices into
-    `members`, ascending) that hold class c. Copies come in plan order. Among the k nearest holders of a set, the copies of
-    that set are laid end to end by target and cut into k equal shares of bytes: loads differ by at most one copy, and each
-    target meets about (holders + targets) / targets of them. Integers only, so every machine decides alike (trap 73).
+    Copy i is of box class `classes[i]` for member `targets[i]` and `nbytes[i]` long; `holders[c]` are the members
+    (indices into `members`, ascending) that hold class c. Copies come in plan order. Among the k nearest holders of
+    a set, the copies of that set are laid end to end by target and cut into k equal shares of bytes: loads differ by
+    at most one copy, and each target meets about (holders + targets) / targets of them. Integers only, so every
+    machine decides alike (trap 73).
     """
     sets: dict[tuple[int, ...], int] = {}
     set_of_class = np.array([sets.setdefault(members_of, len(sets)) for members_of in holders], dtype=np.int64)
@@ -54,5 +57,7 @@ def choose_senders(
         size = nbytes[rows]
         total = max(1, int(size.sum()))
         middle = np.cumsum(size) - (size + 1) // 2
-        chosen[rows] = np.array(candidates, dtype=np.int64)[np.minimum(middle * len(candidates) // total, len(candidates) - 1)]
+        chosen[rows] = np.array(candidates, dtype=np.int64)[
+            np.minimum(middle * len(candidates) // total, len(candidates) - 1)
+        ]
     return chosen

@@ -1,7 +1,8 @@
 """The seams: what a framework, a network, a store, an allocator and an encoding must offer. Nothing here does anything.
 
-Rules that hold for all of them: foreign exceptions are mapped to `weft.errors` inside the plug-in, once; nothing blocks without a
-deadline; `close` may be called twice. Unless it says otherwise an object is used from one thread at a time.
+Rules that hold for all of them: foreign exceptions are mapped to `weft.errors` inside the plug-in, once; nothing
+blocks without a deadline; `close` may be called twice. Unless it says otherwise an object is used from one thread at
+a time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ SEGMENT = np.dtype(
         ("nbytes", "<i8"),
     ]
 )
-"""One contiguous byte range: local region index and byte offset, the peer's region index and byte offset, length in bytes."""
+"""One contiguous byte range: local region index and byte offset, the peer's region index and byte offset, length in
+bytes.
+"""
 
 
 class Event(Protocol):
@@ -80,7 +83,8 @@ class Source(Protocol):
     def memory(self) -> Mapping[str, torch.Tensor]:
         """The memory of every buffer of `layout`: a dense one-dimensional tensor of the buffer's dtype and size.
 
-        Buffers may be views of larger allocations; whole allocations are registered. Addresses stay valid for the memory epoch.
+        Buffers may be views of larger allocations; whole allocations are registered. Addresses stay valid for the
+        memory epoch.
         """
         ...
 
@@ -117,7 +121,9 @@ class Target(Protocol):
         ...
 
     def prepare_commit(self, version: int) -> None:
-        """Everything that may fail or is collective in the replica. Called on every member, only after all voted verified."""
+        """Everything that may fail or is collective in the replica. Called on every member, only after all voted
+        verified.
+        """
         ...
 
     def commit(self, version: int) -> None:
@@ -203,7 +209,9 @@ class Registration(Protocol):
 
 
 class Prepared(Protocol):
-    """A program that a transport has made ready: descriptor lists, handles, posted buffers. Belongs to its transport."""
+    """A program that a transport has made ready: descriptor lists, handles, posted buffers. Belongs to its
+    transport.
+    """
 
     program: TransferProgram
 
@@ -235,9 +243,10 @@ class Message:
 class Transport(Protocol):
     """Moves byte ranges between registered regions of members, and small control messages.
 
-    Only `connect`, `register` and `prepare` may wait, and they take a deadline. Everything else returns at once; whoever needs to
-    wait polls (`Work.poll`, `Transport.poll`) under a deadline of its own, so that no silent peer can hold it (trap 40).
-    Messages of one peer arrive in the order in which that peer's posts completed and signals were sent.
+    Only `connect`, `register` and `prepare` may wait, and they take a deadline. Everything else returns at once;
+    whoever needs to wait polls (`Work.poll`, `Transport.poll`) under a deadline of its own, so that no silent peer
+    can hold it (trap 40). Messages of one peer arrive in the order in which that peer's posts completed and signals
+    were sent.
     """
 
     capabilities: Capabilities
@@ -271,7 +280,8 @@ class Transport(Protocol):
         ...
 
     def post(self, prepared: Prepared, bucket: int, tag: Tag, note: bytes, after: Event | None) -> Work:
-        """Start moving one of `program.sends`, once `after` is reached. The receiver gets `note` (at most 4 KiB) with the bytes.
+        """Start moving one of `program.sends`, once `after` is reached. The receiver gets `note` (at most 4 KiB)
+        with the bytes.
 
         One active post per bucket; post again once its work is done.
         """
@@ -318,7 +328,9 @@ class Store(Protocol):
         ...
 
     def add(self, key: str, amount: int) -> int:
-        """Add to an integer that starts at 0, atomically; returns the sum. The key is then readable only through `add`."""
+        """Add to an integer that starts at 0, atomically; returns the sum. The key is then readable only through
+        `add`.
+        """
         ...
 
     def delete(self, key: str) -> None:
@@ -340,7 +352,9 @@ class Encoding(Protocol):
     name: str
 
     def encode(self, source: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the encoded values of `source` to `out`, which has the target's dtype and the same number of elements."""
+        """Write the encoded values of `source` to `out`, which has the target's dtype and the same number of
+        elements.
+        """
         ...
 
 
@@ -353,7 +367,9 @@ class Allocator(Protocol):
 
 
 class Adapter(Protocol):
-    """What an entry point of group `weft.adapters` yields: layouts of a framework's ranks without the framework running."""
+    """What an entry point of group `weft.adapters` yields: layouts of a framework's ranks without the framework
+    running.
+    """
 
     axes: tuple[str, ...]
     """Parallel sizes it understands, by the framework's own flag names, such as `("tp", "pp", "dp")`."""
@@ -367,5 +383,7 @@ class Adapter(Protocol):
         ...
 
     def layouts(self, config: Mapping[str, Any], parallel: Mapping[str, int], dtype: str) -> Sequence[Layout]:
-        """The layout of every rank in rank order, from a Hugging Face config (as a mapping) and parallel sizes alone."""
+        """The layout of every rank in rank order, from a Hugging Face config (as a mapping) and parallel sizes
+        alone.
+        """
         ...

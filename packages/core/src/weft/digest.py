@@ -1,12 +1,12 @@
 """Digests: a linear keyed sum over logical elements, modulo 2⁶⁴, in two lanes.
 
-The digest of a set of elements is `Σ key(tensor, position) · bits`, where an element's key is the key of the 8-byte word it
-falls into when the flattened tensor is laid out densely, shifted to its place in that word. The sum does not depend on who holds
-which element, in which order or layout, so partial digests of buckets, ranks and replicas simply add up. Keys are odd, so a
-single changed bit always shows. Not cryptographic.
+The digest of a set of elements is `Σ key(tensor, position) · bits`, where an element's key is the key of the 8-byte
+word it falls into when the flattened tensor is laid out densely, shifted to its place in that word. The sum does not
+depend on who holds which element, in which order or layout, so partial digests of buckets, ranks and replicas simply
+add up. Keys are odd, so a single changed bit always shows. Not cryptographic.
 
-The key of word w is `table[w mod 1024] · block(tensor, w div 1024)`: whole blocks reduce to one dot product with a table that
-stays in the processor's cache, which is what makes the sum as fast as memory.
+The key of word w is `table[w mod 1024] · block(tensor, w div 1024)`: whole blocks reduce to one dot product with a
+table that stays in the processor's cache, which is what makes the sum as fast as memory.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _block_keys(seed: int, lane: int, blocks: UInt64s) -> UInt64s:
 class Runs:
     """Where the elements of one copy lie in memory and in their logical tensor: equal runs at given starts.
 
-    Element j of run i is at byte `offsets[i] + j·itemsize` of the memory and at `starts[i] + j·stride` of the flattened tensor.
+    Element j of run i is at byte `offsets[i] + j·itemsize` of the memory and at `starts[i] + j·stride` of the
+    flattened tensor.
     """
 
     seed: int

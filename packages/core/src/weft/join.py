@@ -126,7 +126,9 @@ def _refined(
     factors: Int64s,
     cache: dict[tuple[object, ...], list[tuple[Box, int, tuple[int, ...]]]],
 ) -> tuple[Int64s, ...]:
-    """Rows of pieces whose own split is coarser than the common one; equal boxes of different layers are refined once."""
+    """Rows of pieces whose own split is coarser than the common one; equal boxes of different layers are refined
+    once.
+    """
     table = layout.pieces
     out: list[tuple[int, int, int, int, Box, tuple[int, ...]]] = []
     for n in rows.tolist():
@@ -161,8 +163,8 @@ class Overlaps:
 def overlaps(joined: Joined) -> tuple[Overlaps, Int64s]:
     """Intersect every target row with the distinct source boxes of its tensor.
 
-    Where distinct source boxes overlap, an element comes from the first that has it (trap 8). Returns the overlaps, and for every
-    source row the class of its box.
+    Where distinct source boxes overlap, an element comes from the first that has it (trap 8). Returns the overlaps,
+    and for every source row the class of its box.
     """
     sources, targets = joined.sources, joined.targets
     first, classes = unique_rows(sources.boxes())
@@ -186,9 +188,9 @@ def _first_holder(
     out: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
     for target in np.flatnonzero(doubled).tolist():
         rows = np.flatnonzero(left == target)
-        volume = volume(lo[rows], hi[rows])
+        elements = volume(lo[rows], hi[rows])
         taken: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        for row in rows[np.lexsort((right[rows], -volume))].tolist():
+        for row in rows[np.lexsort((right[rows], -elements))].tolist():
             parts = [(tuple(lo[row].tolist()), tuple(hi[row].tolist()))]
             for low, high in taken:
                 parts = subtract(parts, low, high)

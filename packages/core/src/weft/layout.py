@@ -1,7 +1,8 @@
 """Layouts: what one kind of rank holds, in the coordinates of the logical model.
 
 A layout is free of addresses, hosts and rank numbers, so equal ranks share one. It is immutable, content-addressed
-(`Layout.address`) and kept in columns: a rank of a large model has tens of thousands of pieces. Make one with `LayoutBuilder`.
+(`Layout.address`) and kept in columns: a rank of a large model has tens of thousands of pieces. Make one with
+`LayoutBuilder`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class Piece:
 
 
 class Fill(msgspec.Struct, frozen=True, array_like=True):
-    """Part of a buffer that carries no logical tensor: padding. At a target it must hold `value`; at a source it is not sent."""
+    """Part of a buffer that carries no logical tensor: padding. At a target it must hold `value`; at a source it is
+    not sent.
+    """
 
     buffer: str
     offset: int
@@ -99,7 +102,9 @@ class Tie(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PieceTable:
-    """Pieces in columns. Factor columns are padded on the left to the widest split with factor 1, range 0:1, stride 0."""
+    """Pieces in columns. Factor columns are padded on the left to the widest split with factor 1, range 0:1, stride
+    0.
+    """
 
     tensor: Int64s
     """Index into `Layout.tensors`, shape (n,)."""
@@ -236,8 +241,8 @@ class Layout:
         """The layout as a record: equal layouts give equal bytes."""
         return msgspec.msgpack.encode(
             _LayoutRecord(
-                FORMAT_VERSION, list(self.tensors), list(self.groups), list(self.buffers), list(self.fills), list(self.ties),
-                list(self.skipped), self.scratch_slots, self.pieces.factors.shape[1], self.pieces.columns(),
+                FORMAT_VERSION, list(self.tensors), list(self.groups), list(self.buffers), list(self.fills),
+                list(self.ties), list(self.skipped), self.scratch_slots, self.pieces.factors.shape[1], self.pieces.columns(),
             )
         )  # fmt: skip
 
@@ -376,7 +381,9 @@ class LayoutBuilder:
         self._rows.append((self._tensor_index[tensor], self._buffer_index[buffer], int(offset), box, tuple(strides)))
 
     def view(self, tensor: str, logical: Affine, buffer: str, memory: Affine) -> None:
-        """Say that a strided view of the flattened tensor sits in a strided view of the buffer (see `boxes_from_views`)."""
+        """Say that a strided view of the flattened tensor sits in a strided view of the buffer (see
+        `boxes_from_views`).
+        """
         if tensor not in self._tensors:
             self._faults.append(f"view of {tensor} in {buffer}: declare the tensor first")
             return
@@ -391,7 +398,9 @@ class LayoutBuilder:
     def shard(
         self, tensor: str, buffer: str, *, axis: int = 0, start: int = 0, stop: int | None = None, offset: int = 0
     ) -> None:
-        """Say that `start:stop` of one axis, and the whole of the others, sits densely in `buffer` from element `offset`."""
+        """Say that `start:stop` of one axis, and the whole of the others, sits densely in `buffer` from element
+        `offset`.
+        """
         if tensor not in self._tensors:
             self._faults.append(f"shard of {tensor} in {buffer}: declare the tensor first")
             return

@@ -1,4 +1,6 @@
-"""Lowering: from a plan's copies to one member's buckets. Both ends of a bucket compute it alike, from the plan alone (trap 42)."""
+"""Lowering: from a plan's copies to one member's buckets. Both ends of a bucket compute it alike, from the plan
+alone (trap 42).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class LoweredBucket:
     slot: int | None
     """Staging slot it passes through, or None where its segments go straight between final buffers."""
     staged: int
-    """How many packed buckets of this pair come before it: a packed bucket needs that many less `SLOTS` slots given back."""
+    """How many packed buckets of this pair come before it: a packed bucket needs that many less `SLOTS` slots given
+    back.
+    """
     scratch: int | None
     """Which of the receiver's scratch groups it is for, counted from 0; None where it goes to live memory."""
     offsets: Int64s
@@ -77,7 +81,8 @@ def lower(plan: Plan, layouts: Mapping[str, Layout], name: str) -> MemberProgram
         buckets += _pair_buckets(plan, rows, pair, peer.name, layout, slot_bytes)
     sends = [bucket for bucket in buckets if bucket.index // _BUCKETS_PER_PAIR // len(plan.members) == me]
     receives = [bucket for bucket in buckets if bucket.index // _BUCKETS_PER_PAIR // len(plan.members) != me]
-    # Receivers in turn within a group, so that no sender starts all its receivers on the same one (each begins after itself).
+    # Receivers in turn within a group, so that no sender starts all its receivers on the same one (each begins after
+    # itself).
     sends.sort(key=lambda b: (b.group, b.index % _BUCKETS_PER_PAIR, (plan.index(b.peer) - me) % len(plan.members)))
     receives.sort(key=lambda b: (b.group, b.index))
     return MemberProgram(name, copies.select(within), tuple(sends), tuple(receives), slot_bytes)
@@ -144,9 +149,7 @@ def _scratch_groups(layout: Layout) -> dict[int, int]:
     return {group: n for n, group in enumerate(groups)}
 
 
-def _bounds(
-    keys: Int64s, nbytes: Int64s, segments: Int64s, plan: Plan, slot_bytes: int
-) -> list[tuple[int, int]]:
+def _bounds(keys: Int64s, nbytes: Int64s, segments: Int64s, plan: Plan, slot_bytes: int) -> list[tuple[int, int]]:
     """Cut ordered copies into buckets: never across keys, never beyond the bounds of the policy."""
     bounds: list[tuple[int, int]] = []
     first, size, count = 0, 0, 0
@@ -212,10 +215,10 @@ class Binding:
     offset: Int64s
 
 
-def segments(
-    copies: Copies, itemsize: Int64s, source: Binding, target: Binding, sending: bool
-) -> npt.NDArray[np.void]:
-    """Lower copies to segments, neighbours joined. `itemsize` is bytes per element of every copy; see `contracts.SEGMENT`."""
+def segments(copies: Copies, itemsize: Int64s, source: Binding, target: Binding, sending: bool) -> npt.NDArray[np.void]:
+    """Lower copies to segments, neighbours joined. `itemsize` is bytes per element of every copy; see
+    `contracts.SEGMENT`.
+    """
     run = run_elements(copies)
     outer_sizes = copies.sizes.copy()
     dense = run == copies.sizes[:, -1]

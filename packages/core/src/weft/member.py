@@ -61,7 +61,9 @@ class Region:
 
     name: str
     memory: torch.Tensor
-    """One-dimensional uint8 tensor over the whole allocation. Whoever made the region keeps it alive until it is deregistered."""
+    """One-dimensional uint8 tensor over the whole allocation. Whoever made the region keeps it alive until it is
+    deregistered.
+    """
 
     @property
     def address(self) -> int:

@@ -1,4 +1,6 @@
-"""Planning: from the layouts of both sides to all copies, proven to write every element of every target exactly once."""
+"""Planning: from the layouts of both sides to all copies, proven to write every element of every target exactly
+once.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class Copies:
     """One box moved between two members, in columns of int64; shapes (n,) and, for the axes, (n, k).
 
     A copy is a loop nest: element `index` of it is at `source_offset + index·source_strides` in the source's buffer, at
-    `target_offset + index·target_strides` in the target's, and at `logical_start + index·logical_strides` in the flattened tensor.
+    `target_offset + index·target_strides` in the target's, and at `logical_start + index·logical_strides` in the
+    flattened tensor.
     """
 
     source: Int64s
@@ -97,7 +100,9 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the ordered members (name, layouts, host, domain, device, replica), the policy and the planner version."""
+        """SHA-256 over the ordered members (name, layouts, host, domain, device, replica), the policy and the
+        planner version.
+        """
         return fingerprint(self.members, self.policy)
 
     def index(self, name: str) -> int:
@@ -169,11 +174,12 @@ def plan(
 ) -> Plan:
     """Plan the move of everything the targets want from what the sources hold.
 
-    Pure and deterministic: the order of the arguments does not matter, and every member that calls it with equal arguments gets
-    an equal plan. A member that is both appears in both sequences. `layouts` maps layout addresses to layouts.
+    Pure and deterministic: the order of the arguments does not matter, and every member that calls it with equal
+    arguments gets an equal plan. A member that is both appears in both sequences. `layouts` maps layout addresses to
+    layouts.
 
-    Raises `PlanError` with every fault of both sides: names, shapes, dtypes, ties, memory claimed twice or by nobody, elements
-    that no source holds, plans without copies.
+    Raises `PlanError` with every fault of both sides: names, shapes, dtypes, ties, memory claimed twice or by
+    nobody, elements that no source holds, plans without copies.
     """
     policy = policy or Policy()
     policy.check()
@@ -203,7 +209,9 @@ def plan(
         faults.append("the plan would have no copies: no target wants anything that a source holds")
     if faults:
         raise PlanError(faults)
-    copies = _copies(joined, found, classes, members, list(source_layouts), list(target_layouts), target_layouts, catalog)
+    copies = _copies(
+        joined, found, classes, members, list(source_layouts), list(target_layouts), target_layouts, catalog
+    )
     tensors = tuple(
         PlannedTensor(*row)
         for row in zip(catalog.names, catalog.shapes, catalog.source_dtypes, catalog.target_dtypes, strict=True)

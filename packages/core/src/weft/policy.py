@@ -16,7 +16,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Choices that are not facts. New fields go to the end, with defaults that keep the old behaviour."""
 
     casts: tuple[tuple[str, str], ...] = ()
-    """Declared (source dtype, target dtype) pairs, rounded to nearest even at the source. Any other difference is an error."""
+    """Declared (source dtype, target dtype) pairs, rounded to nearest even at the source. Any other difference is an
+    error.
+    """
     ignore: tuple[str, ...] = ()
     """Patterns (`*` matches anything) of logical tensors that sources hold and no target wants."""
     landing: str = "in_place"
@@ -31,19 +33,22 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Upper bound of one bucket, in bytes; at least 4 KiB."""
     staging_bytes: int = 128 * _MIB
     """Upper bound of a member's staging memory per direction, in bytes; at least 64 KiB."""
-    direct_run_bytes: int = 16 * 1024
-    """Contiguous runs at least this long move straight between final buffers, shorter ones through staging, in bytes."""
+    direct_run_bytes: int = 0
+    """Contiguous runs at least this long move straight between final buffers, shorter ones through staging, in bytes.
+    0 takes what the transport says (`Capabilities.direct_run_bytes`); planned without a transport it means always."""
     max_segments: int = 16_384
     """Most segments of one bucket."""
 
     def check(self) -> None:
-        """Raise `ConfigError` with every contradiction, or `NotSupportedError` for what has its place but is not built."""
+        """Raise `ConfigError` with every contradiction, or `NotSupportedError` for what has its place but is not
+        built.
+        """
         faults = [
             f"cast {source} to {target}: both must be one of {', '.join(ITEM_BYTES)}"
             for source, target in self.casts
             if source not in ITEM_BYTES or target not in ITEM_BYTES
         ]
-        bounds = {"bucket_bytes": 4096, "staging_bytes": 65_536, "direct_run_bytes": 1, "max_segments": 1}
+        bounds = {"bucket_bytes": 4096, "staging_bytes": 65_536, "direct_run_bytes": 0, "max_segments": 1}
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 faults.append(f"{name} is {getattr(self, name)}, it must be at least {least}")

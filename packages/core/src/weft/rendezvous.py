@@ -58,6 +58,8 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     target_offset: bytes
     fingerprint: str
     """Of the plan it has made; equal on every member."""
+    slots: dict[str, tuple[int, int]] = {}
+    """Per member that sends it packed buckets: region and byte offset of the first staging slot that is that sender's."""
 
 
 class Rendezvous:
@@ -219,7 +221,7 @@ class Rendezvous:
         if newest > self._incarnation:
             raise RendezvousError(
                 f"job {self._job!r}: another process joined as {self._name!r} (incarnation {newest}; "
-                f"this one is {self._incarnation}). If it is not this member's restart, two members have one name: give each its own"
+                f"this one is {self._incarnation}). If that is no restart, two members have one name: give each its own"
             )
         if reason := self._roster.refused.get((self._name, self._incarnation)):
             raise RendezvousError(f"job {self._job!r}: {reason}")

@@ -1,4 +1,6 @@
-"""Vectorised steps over tables of boxes. Every column is int64; ragged joins are expanded by repetition, never by loops."""
+"""Vectorised steps over tables of boxes. Every column is int64; ragged joins are expanded by repetition, never by
+loops.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def pairs_by_key(left: Int64s, right: Int64s) -> tuple[Int64s, Int64s]:
     return owner, order[positions]
 
 
-def intersect(lo: Int64s, hi: Int64s, other_lo: Int64s, other_hi: Int64s) -> tuple[Int64s, Int64s, npt.NDArray[np.bool_]]:
+def intersect(
+    lo: Int64s, hi: Int64s, other_lo: Int64s, other_hi: Int64s
+) -> tuple[Int64s, Int64s, npt.NDArray[np.bool_]]:
     """Row-wise intersection of boxes of shape (n, k); returns lo, hi and whether it is not empty."""
     low, high = np.maximum(lo, other_lo), np.minimum(hi, other_hi)
     meets: npt.NDArray[np.bool_] = np.all(low < high, axis=1)
@@ -51,9 +55,9 @@ def unique_rows(rows: Int64s) -> tuple[Int64s, Int64s]:
     return order[new], inverse
 
 
-def subtract(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], lo: tuple[int, ...], hi: tuple[int, ...]) -> list[
-    tuple[tuple[int, ...], tuple[int, ...]]
-]:
+def subtract(
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], lo: tuple[int, ...], hi: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Disjoint boxes that cover `boxes` without the box lo:hi."""
     result = []
     for low, high in boxes:

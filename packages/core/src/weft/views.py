@@ -24,14 +24,18 @@ def torch_dtype(name: str) -> torch.dtype:
 def source_view(copies: Copies, n: int, buffer: torch.Tensor) -> torch.Tensor:
     """Copy n's elements in the source's buffer, as a strided view of shape `copies.sizes[n]`."""
     return buffer.as_strided(
-        copies.sizes[n].tolist(), copies.source_strides[n].tolist(), buffer.storage_offset() + int(copies.source_offset[n])
+        copies.sizes[n].tolist(),
+        copies.source_strides[n].tolist(),
+        buffer.storage_offset() + int(copies.source_offset[n]),
     )
 
 
 def target_view(copies: Copies, n: int, buffer: torch.Tensor) -> torch.Tensor:
     """Copy n's elements in the target's buffer, as a strided view of shape `copies.sizes[n]`."""
     return buffer.as_strided(
-        copies.sizes[n].tolist(), copies.target_strides[n].tolist(), buffer.storage_offset() + int(copies.target_offset[n])
+        copies.sizes[n].tolist(),
+        copies.target_strides[n].tolist(),
+        buffer.storage_offset() + int(copies.target_offset[n]),
     )
 
 
@@ -51,7 +55,8 @@ def apply_fills(layout: Layout, memory: Memory, group: int) -> None:
 def execute(
     plan: Plan, layouts: Mapping[str, Layout], sources: Mapping[str, Memory], targets: Mapping[str, Memory]
 ) -> None:
-    """Carry out a whole plan in this process: every copy, every fill. `sources` and `targets` are memories by member name.
+    """Carry out a whole plan in this process: every copy, every fill. `sources` and `targets` are memories by member
+    name.
 
     For tests, tools and small jobs; real refits move buckets through a transport.
     """

@@ -1,0 +1,166 @@
+"""Joining a job: from a store's URL to a member that has planned, registered, connected and prepared."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from weft.contracts import Prepared, Source, Target, Transport
+from weft.deadline import Deadline
+from weft.layout import Layout
+from weft.lower import MemberProgram, lower
+from weft.member import Member
+from weft.plan import Plan, plan
+from weft.policy import Policy
+from weft.prepare import Endpoint, Step, endpoint_record, local_moves, make_endpoint, make_steps, transfer_program
+from weft.rendezvous import Rendezvous
+from weft.replay import LocalMove
+from weft.views import Memory
+from weft.wire import Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a member says about itself."""
+
+    name: str
+    replica: str | None
+    replica_size: int
+    host: str
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Who leads whom."""
+
+    sources: tuple[str, ...]
+    source_leader: str
+    replicas: Mapping[str, tuple[str, ...]]
+    """Members of every replica, sorted."""
+    replica_leaders: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A member that is ready for its first refit, and everything that was made for it once."""
+
+    me: Member
+    roles: Roles
+    plan: Plan
+    program: MemberProgram
+    endpoint: Endpoint
+    wire: Wire
+    prepared: Prepared
+    sends: tuple[Step, ...]
+    receives: tuple[Step, ...]
+    local: Mapping[int, list[LocalMove]]
+    source: tuple[Layout, Memory] | None
+    target: tuple[Layout, Memory] | None
+    scratch_slots: Mapping[str, int]
+    """Per target: scratch groups in flight."""
+    segments: int
+    registrations: int
+
+
+def host_identity() -> str:
+    """A name of this machine that differs between machines and containers: host name and boot id."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip()[:8]}" if boot.exists() else socket.gethostname()
+
+
+def roles_of(members: tuple[Member, ...]) -> Roles:
+    """Leaders are the first by name, so that everybody names the same."""
+    sources = tuple(sorted(m.name for m in members if m.is_source))
+    replicas: dict[str, list[str]] = {}
+    for member in members:
+        if member.is_target:
+            replicas.setdefault(member.replica or member.name, []).append(member.name)
+    whole = {replica: tuple(sorted(names)) for replica, names in sorted(replicas.items())}
+    return Roles(sources, sources[0], whole, {replica: names[0] for replica, names in whole.items()})
+
+
+def join(
+    rendezvous: Rendezvous, transport: Transport, identity: Identity, source: Source | None, target: Target | None,
+    policy: Policy, deadline: Deadline,
+) -> Connection:  # fmt: skip
+    """Meet the others, plan, and get ready. Collective: every expected member must call it.
+
+    Raises what the steps raise; the other members are told the reason, so that none of them waits for its deadline.
+    """
+    sides = [(side.layout(), side.memory()) if side is not None else None for side in (source, target)]
+    try:
+        return _join(rendezvous, transport, identity, sides[0], sides[1], policy, deadline)
+    except Exception as error:
+        rendezvous.fail(identity.name, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _join(
+    rendezvous: Rendezvous, transport: Transport, identity: Identity, source: tuple[Layout, Memory] | None,
+    target: tuple[Layout, Memory] | None, policy: Policy, deadline: Deadline,
+) -> Connection:  # fmt: skip
+    memories = [tensor for side in (source, target) if side for tensor in side[1].values()]
+    own = {side[0].address: side[0] for side in (source, target) if side}
+    announced = Member(
+        name=identity.name, source_layout=source[0].address if source else None,
+        target_layout=target[0].address if target else None, replica=identity.replica if target else None,
+        replica_size=identity.replica_size, host=identity.host, domain=identity.domain,
+        device=str(memories[0].device) if memories else "cpu", incarnation=rendezvous.incarnation(identity.name),
+    )  # fmt: skip
+    rendezvous.announce(announced, own, msgspec.msgpack.encode(policy))
+    members = rendezvous.members()
+    addresses = {address for m in members for address in (m.source_layout, m.target_layout) if address}
+    layouts = {address: own[address] if address in own else rendezvous.layout(address) for address in sorted(addresses)}
+    made = plan([m for m in members if m.is_source], [m for m in members if m.is_target], layouts, policy)
+    program = lower(made, layouts, identity.name)
+    endpoint = make_endpoint(program, source, target)
+
+    transport.open(announced)
+    for region in endpoint.regions:
+        transport.register(region, deadline)
+    rendezvous.publish_endpoint(
+        endpoint_record(identity.name, announced.incarnation, 0, transport.address(), endpoint, made.fingerprint)
+    )
+    roles = roles_of(members)
+    peers = _peers(identity.name, roles, program)
+    endpoints = rendezvous.endpoints(peers)
+    by_name = {member.name: member for member in members}
+    for peer in sorted(peers):
+        transport.connect(by_name[peer], endpoints[peer].address, deadline)
+    transfers = transfer_program(made, program, endpoint, endpoints)
+    prepared = transport.prepare(transfers, deadline)
+    local = local_moves(made, program, source, target) if source and target else {}
+    return Connection(
+        me=announced, roles=roles, plan=made, program=program, endpoint=endpoint,
+        wire=Wire(transport, announced, members), prepared=prepared,
+        sends=tuple(make_steps(made, program, endpoint, source, True)) if source else (),
+        receives=tuple(make_steps(made, program, endpoint, target, False)) if target else (),
+        local=local, source=source, target=target,
+        scratch_slots={m.name: layouts[m.target_layout].scratch_slots for m in members if m.target_layout},
+        segments=sum(len(bucket.segments) for bucket in (*transfers.sends, *transfers.receives)),
+        registrations=len(endpoint.regions),
+    )  # fmt: skip
+
+
+def _peers(name: str, roles: Roles, program: MemberProgram) -> set[str]:
+    """Whom a member must reach: the other ends of its buckets, its leaders, and, for a leader, those it leads."""
+    peers = {bucket.peer for bucket in (*program.sends, *program.receives)}
+    if name in roles.sources:
+        peers.add(roles.source_leader)
+    for replica, names in roles.replicas.items():
+        leader = roles.replica_leaders[replica]
+        if name in names:
+            peers.add(leader)
+        if name == leader:
+            peers.update(names)
+            peers.add(roles.source_leader)
+        if name == roles.source_leader:
+            peers.add(leader)
+    if name == roles.source_leader:
+        peers.update(roles.sources)
+    return peers - {name}

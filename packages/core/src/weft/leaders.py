@@ -1,0 +1,178 @@
+"""Leaders: one per group of sources and one per replica. They count what members report and decide; they move no bytes.
+
+Kinds of notices, by who sends them to whom:
+
+* source → source leader: `source-offered`, `source-failed`
+* source leader → replica leaders: `offer`, `withdraw`; → sources: `go`, `outcome` (numbers: 1 and the digest, or 0)
+* replica leader → source leader: `replica-begun`, `replica-outcome`; → members: `begin`, `prepare`, `commit`, `abort`
+* member → replica leader: `begun`, `verified`, `prepared`, `committed`, `failed`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from weft.contracts import Store
+from weft.deadline import Deadline, Deadlines
+from weft.digest import Digest
+from weft.records import seal
+from weft.wire import Notice, Wire
+
+KEPT_VERSIONS = 8
+"""Records of so many versions stay in the store for people to look at."""
+
+
+class OfferRecord(msgspec.Struct, array_like=True):
+    """What the sources offer. New fields go to the end, with defaults."""
+
+    version: int
+
+
+class OutcomeRecord(msgspec.Struct, array_like=True):
+    """How a version ended in one replica. New fields go to the end, with defaults."""
+
+    version: int
+    replica: str
+    committed: bool
+    reasons: str = ""
+
+
+class SourceLeader:
+    """Offers a version once every source holds it, sends the sources to work replica by replica, and collects
+    outcomes.
+    """
+
+    def __init__(
+        self, wire: Wire, store: Store, prefix: str, sources: Sequence[str], leaders: Mapping[str, str],
+        deadlines: Deadlines, version: int,
+    ) -> None:  # fmt: skip
+        self._wire, self._store, self._prefix, self._version = wire, store, prefix, version
+        self._sources, self._leaders, self._deadlines = sources, leaders, deadlines
+        self._offered: set[str] = set()
+        self._limit = {replica: Deadline.after(deadlines.begin) for replica in leaders}
+        self._begun: set[str] = set()
+        self._ended: set[str] = set()
+
+    @property
+    def done(self) -> bool:
+        """Whether every replica has an outcome."""
+        return len(self._ended) == len(self._leaders)
+
+    def step(self) -> None:
+        """Handle what has been reported."""
+        version, wire = self._version, self._wire
+        for peer, _ in wire.take(version, "source-offered"):
+            self._offered.add(peer)
+            if len(self._offered) == len(self._sources):
+                self._offer()
+        for peer, notice in wire.take(version, "source-failed"):
+            self._abort(notice.replica, f"source {peer}: {notice.text}")
+        for _, notice in wire.take(version, "replica-begun"):
+            if notice.replica not in self._ended | self._begun:
+                self._begun.add(notice.replica)
+                rest = self._deadlines.move + self._deadlines.vote + self._deadlines.commit
+                self._limit[notice.replica] = Deadline.after(rest)
+                self._tell_sources(Notice("go", notice.replica))
+        for _, notice in wire.take(version, "replica-outcome"):
+            self._end(notice)
+        for replica, limit in self._limit.items():
+            if replica not in self._ended and limit.expired():
+                self._abort(replica, self._late(replica, limit))
+
+    def _late(self, replica: str, limit: Deadline) -> str:
+        missing = sorted(set(self._sources) - self._offered)
+        if missing:
+            return f"not offered by {', '.join(missing)} within {limit.seconds:.1f} s"
+        stage = "no outcome" if replica in self._begun else "not begun"
+        return f"replica {replica} (leader {self._leaders[replica]}): {stage} within {limit.seconds:.1f} s"
+
+    def _offer(self) -> None:
+        self._store.set(f"{self._prefix}/offer/{self._version}", seal("offer", OfferRecord(self._version)))
+        self._store.delete(f"{self._prefix}/offer/{self._version - KEPT_VERSIONS}")
+        for replica, leader in self._leaders.items():
+            self._limit[replica] = Deadline.after(self._deadlines.begin)
+            self._wire.tell(leader, self._version, Notice("offer", replica))
+
+    def _abort(self, replica: str, text: str) -> None:
+        if replica not in self._ended:
+            self._end(Notice("outcome", replica, text, (0,)))
+            self._wire.tell(self._leaders[replica], self._version, Notice("withdraw", replica, text))
+
+    def _end(self, outcome: Notice) -> None:
+        if outcome.replica not in self._ended:
+            self._ended.add(outcome.replica)
+            self._tell_sources(Notice("outcome", outcome.replica, outcome.text, outcome.numbers))
+
+    def _tell_sources(self, notice: Notice) -> None:
+        for source in self._sources:
+            self._wire.tell(source, self._version, notice)
+
+
+class ReplicaLeader:
+    """Counts the members of one replica through begun, verified, prepared and committed; any failure aborts all of
+    them.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        store: Store,
+        prefix: str,
+        replica: str,
+        members: Sequence[str],
+        source_leader: str,
+        version: int,
+    ) -> None:
+        self._wire, self._store, self._prefix, self._version = wire, store, prefix, version
+        self._replica, self._members, self._source_leader = replica, members, source_leader
+        self._reached: dict[str, set[str]] = {stage: set() for stage in ("begun", "verified", "prepared", "committed")}
+        self._digest = Digest()
+        self._reasons: list[str] = []
+        self.ended = False
+        """Whether the replica has committed or aborted."""
+
+    def step(self) -> None:
+        """Handle what has been reported."""
+        for peer, notice in self._wire.take(self._version, "failed", "withdraw", *self._reached):
+            if notice.kind in ("failed", "withdraw"):
+                self._reasons.append(notice.text if notice.kind == "withdraw" else f"{peer}: {notice.text}")
+                continue
+            self._reached[notice.kind].add(peer)
+            if notice.kind == "verified" and len(notice.numbers) == 2:
+                self._digest += Digest((notice.numbers[0], notice.numbers[1]))
+            if len(self._reached[notice.kind]) == len(self._members):
+                self._all_reached(notice.kind)
+        if self._reasons and not self.ended:
+            self._end(False, "; ".join(self._reasons))
+            self._tell_members(Notice("abort", self._replica, "\n".join(self._reasons)))
+
+    def missing(self, stage: str) -> list[str]:
+        """Members that have not reported a stage."""
+        return sorted(set(self._members) - self._reached[stage])
+
+    def _all_reached(self, stage: str) -> None:
+        if self.ended or self._reasons:
+            return
+        if stage == "begun":
+            self._wire.tell(self._source_leader, self._version, Notice("replica-begun", self._replica))
+        elif stage == "verified":
+            self._tell_members(Notice("prepare", self._replica))
+        elif stage == "prepared":
+            self._tell_members(Notice("commit", self._replica, numbers=self._digest.lanes))
+        else:
+            self._end(True, "")
+
+    def _end(self, committed: bool, text: str) -> None:
+        self.ended = True
+        record = OutcomeRecord(self._version, self._replica, committed, text)
+        self._store.set(f"{self._prefix}/outcome/{self._version}/{self._replica}", seal("outcome", record))
+        self._store.delete(f"{self._prefix}/outcome/{self._version - KEPT_VERSIONS}/{self._replica}")
+        numbers = (1, *self._digest.lanes) if committed else (0,)
+        outcome = Notice("replica-outcome", self._replica, text, numbers)
+        self._wire.tell(self._source_leader, self._version, outcome)
+
+    def _tell_members(self, notice: Notice) -> None:
+        for member in self._members:
+            self._wire.tell(member, self._version, notice)

@@ -1,0 +1,70 @@
+"""The loop in which a member waits: it takes in messages and steps its sessions, so that it serves others while it
+waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from weft.deadline import Deadline
+from weft.errors import DeadlineError
+from weft.session import SourceSession
+from weft.wire import Wire
+
+_FIRST_SLEEP_SECONDS = 20e-6
+_LONGEST_SLEEP_SECONDS = 1e-3
+"""Between polls while nothing arrives."""
+
+
+class Loop:
+    """One member's waits."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.offered: SourceSession | None = None
+        """The offer that is served while this member waits for anything at all."""
+
+    def until(
+        self,
+        done: Callable[[], bool],
+        step: Callable[[], None],
+        deadline: Deadline,
+        what: str,
+        late: Callable[[], Sequence[str]],
+    ) -> None:
+        """Step until `done`. Raises what `step` raises, and `DeadlineError` that names `late()`."""
+        sleep_seconds = _FIRST_SLEEP_SECONDS
+        while True:
+            arrived = self.wire.pump()
+            if self.offered is not None:
+                self.offered.step()
+            step()
+            if done():
+                return
+            if deadline.expired():
+                raise DeadlineError(what, deadline.seconds, late())
+            if arrived:
+                sleep_seconds = _FIRST_SLEEP_SECONDS
+            else:
+                time.sleep(sleep_seconds)
+                sleep_seconds = min(2 * sleep_seconds, _LONGEST_SLEEP_SECONDS)
+
+
+class Account:
+    """What a refit costs in this member, counted from its beginning."""
+
+    def __init__(self, operations: Callable[[], int]) -> None:
+        self._operations = operations
+        self._operations_before = operations()
+        self._begin_seconds = time.perf_counter()
+
+    def store_operations(self) -> int:
+        """Operations on the store since."""
+        return self._operations() - self._operations_before
+
+    def seconds(self, phases: dict[str, float]) -> dict[str, float]:
+        """All phases: `wire` is what the others leave of `total`."""
+        total = time.perf_counter() - self._begin_seconds
+        known = {name: phases.get(name, 0.0) for name in ("gather", "digest", "land", "commit")}
+        return {**known, "wire": max(0.0, total - sum(known.values())), "total": total}

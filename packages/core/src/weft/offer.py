@@ -1,0 +1,83 @@
+"""`Offer`: a version as its sources see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from weft.deadline import Deadline, Deadlines
+from weft.errors import ConfigError, RefitAbortedError
+from weft.loop import Account, Loop
+from weft.report import Report
+from weft.session import SourceSession
+
+
+class Offer:
+    """A version that this source offers. Made by `Refit.offer`; everything happens inside its calls and those of its
+    `Refit`.
+    """
+
+    def __init__(
+        self, loop: Loop, session: SourceSession, deadlines: Deadlines, account: Account, buckets: int, segments: int
+    ) -> None:
+        self._loop, self._session, self._deadlines, self._account = loop, session, deadlines, account
+        self._buckets, self._segments = buckets, segments
+        loop.offered = session
+
+    @property
+    def version(self) -> int:
+        """The version."""
+        return self._session.version
+
+    def released(self, deadline: Deadline | None = None) -> None:
+        """Serve until no replica reads this source's weights any more: afterwards they may change.
+
+        Returns too when a replica has given the version up; `committed` says so. Raises `DeadlineError` that names
+        who still reads (the offer is then withdrawn, and the weights may change).
+        """
+        limit = deadline or Deadline.after(self._deadlines.begin + self._deadlines.move)
+        self._until(lambda: self._session.released, limit, f"release of version {self.version}")
+
+    def committed(self, replicas: str | int = "all", deadline: Deadline | None = None) -> Report:
+        """Serve until `replicas` ("all", "any", or a number) have committed.
+
+        Raises `RefitAbortedError` with every replica's reason when that cannot happen any more, and `DeadlineError`.
+        """
+        outcomes = self._session.outcomes
+        expected = self._session.replicas
+        wanted = {"all": expected, "any": 1}.get(replicas) if isinstance(replicas, str) else replicas
+        if wanted is None or not 1 <= wanted <= expected:
+            raise ConfigError(f'replicas is {replicas!r}, expected "all", "any" or a number from 1 to {expected}')
+
+        def decided() -> bool:
+            return self._session.done or (wanted < expected and sum(r is None for r in outcomes.values()) >= wanted)
+
+        d = self._deadlines
+        limit = deadline or Deadline.after(d.begin + d.move + d.vote + d.commit)
+        self._until(decided, limit, f"commit of version {self.version}")
+        failed = {replica: reason for replica, reason in outcomes.items() if reason is not None}
+        if expected - len(failed) < wanted:
+            raise RefitAbortedError(
+                self.version, [f"replica {name}: {reason}" for name, reason in sorted(failed.items())]
+            )
+        if self._session.done and self._loop.offered is self._session:
+            self._loop.offered = None
+        return Report(
+            version=self.version, digest=self._session.digest, bytes=self._session.nbytes,
+            seconds=self._account.seconds(self._session.clock.seconds), buckets=self._buckets, segments=self._segments,
+            registrations=0, allocations=0, store_operations=self._account.store_operations(),
+            outcomes=dict(outcomes), events=tuple(self._session.events),
+        )  # fmt: skip
+
+    def withdraw(self, reason: str) -> None:
+        """Give the version up in every replica that has not ended; the weights may change. Idempotent."""
+        if not self._session.done:
+            self._session.give_up(reason)
+        if self._loop.offered is self._session:
+            self._loop.offered = None
+
+    def _until(self, done: Callable[[], bool], limit: Deadline, what: str) -> None:
+        try:
+            self._loop.until(done, lambda: None, limit, what, self._session.waiting_for)
+        except BaseException as error:
+            self.withdraw(f"{type(error).__name__}: {error}")
+            raise

@@ -1,0 +1,240 @@
+"""Preparing: everything between a plan and its first byte that does not depend on the version.
+
+Views, segments, staging memory and digests' index tables are made here, once per plan and set of endpoints; a warm
+refit makes none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from weft.contracts import SEGMENT, Bucket, TransferProgram
+from weft.digest import Bytes, Runs, tensor_seed
+from weft.errors import LayoutError
+from weft.layout import ITEM_BYTES, Layout
+from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
+from weft.member import Region, RemoteRegion, regions_of
+from weft.plan import Copies, Plan
+from weft.rendezvous import EndpointRecord
+from weft.views import Memory, byte_view, source_view, target_view, torch_dtype
+
+Move = tuple[torch.Tensor, torch.Tensor]
+"""(destination, source) views of equal shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One bucket, ready to be replayed at one of its ends."""
+
+    bucket: LoweredBucket
+    moves: tuple[Move, ...]
+    """Buffers → slot at the source, slot → buffers at the target; empty for direct buckets."""
+    runs: tuple[tuple[Bytes, Runs], ...]
+    """Where its digest is computed, over the bits that travel; empty when digests are off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One member's memory as the others see it: regions, and where buffers and staging slots lie in them."""
+
+    regions: tuple[Region, ...]
+    source: Binding
+    target: Binding
+    incoming: Mapping[str, tuple[int, int]]
+    """Per sender of packed buckets: region and byte offset of its first staging slot."""
+    outgoing: Mapping[str, tuple[int, int]]
+    """Per receiver of packed buckets: the same at this end."""
+
+
+def make_endpoint(
+    program: MemberProgram, source: tuple[Layout, Memory] | None, target: tuple[Layout, Memory] | None
+) -> Endpoint:
+    """Find the regions of all buffers and allocate the staging slots.
+
+    Raises `LayoutError` when memory does not match its layout, naming every buffer.
+    """
+    faults: list[str] = []
+    tensors: list[torch.Tensor] = []
+    for side in (source, target):
+        for buffer in side[0].buffers if side else ():
+            memory = side[1].get(buffer.name) if side else None
+            wanted = f"buffer {buffer.name} should be {buffer.numel} dense elements of {buffer.dtype}"
+            if memory is None:
+                faults.append(f"{wanted}; memory() does not have it")
+            elif (
+                memory.numel() != buffer.numel
+                or memory.dtype != torch_dtype(buffer.dtype)
+                or not memory.is_contiguous()
+            ):
+                faults.append(f"{wanted}; memory() gives {memory.numel()} of {memory.dtype}, strides {memory.stride()}")
+            else:
+                tensors.append(memory)
+    if faults:
+        raise LayoutError(faults)
+    regions = regions_of(tensors)
+    slots: list[dict[str, tuple[int, int]]] = []
+    device = tensors[0].device if tensors else torch.device("cpu")
+    for label, buckets in (("incoming", program.receives), ("outgoing", program.sends)):
+        peers = sorted({bucket.peer for bucket in buckets if bucket.slot is not None})
+        slots.append({peer: (len(regions), n * SLOTS * program.slot_bytes) for n, peer in enumerate(peers)})
+        if peers:
+            staging = torch.zeros(len(peers) * SLOTS * program.slot_bytes, dtype=torch.uint8, device=device)
+            regions.append(Region(f"staging-{label}", staging))
+    bindings = [_bind(side, regions) for side in (source, target)]
+    return Endpoint(tuple(regions), bindings[0], bindings[1], slots[0], slots[1])
+
+
+def _bind(side: tuple[Layout, Memory] | None, regions: Sequence[Region]) -> Binding:
+    starts = {region.address: n for n, region in enumerate(regions)}
+    found: list[tuple[int, int]] = []
+    for buffer in side[0].buffers if side else ():
+        memory = side[1][buffer.name] if side else torch.empty(0)
+        base = memory.untyped_storage().data_ptr()
+        found.append((starts[base], memory.data_ptr() - base) if memory.numel() else (0, 0))
+    columns = np.array(found, dtype=np.int64).reshape(-1, 2)
+    return Binding(columns[:, 0], columns[:, 1])
+
+
+def endpoint_record(
+    name: str, incarnation: int, memory_epoch: int, address: bytes, endpoint: Endpoint, fingerprint: str
+) -> EndpointRecord:
+    """What peers are told in the second round of the rendezvous."""
+    columns = [
+        np.ascontiguousarray(column, dtype="<i8").tobytes()
+        for binding in (endpoint.source, endpoint.target)
+        for column in (binding.region, binding.offset)
+    ]
+    return EndpointRecord(
+        name=name, incarnation=incarnation, memory_epoch=memory_epoch, address=address,
+        regions=tuple(RemoteRegion(r.address, r.nbytes, str(r.device)) for r in endpoint.regions),
+        source_region=columns[0], source_offset=columns[1], target_region=columns[2], target_offset=columns[3],
+        fingerprint=fingerprint, slots=dict(endpoint.incoming),
+    )  # fmt: skip
+
+
+def transfer_program(
+    plan: Plan, program: MemberProgram, endpoint: Endpoint, peers: Mapping[str, EndpointRecord]
+) -> TransferProgram:
+    """Lower a member's buckets to segments, now that every address is known."""
+    width = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in plan.tensors], dtype=np.int64)
+
+    def lowered(bucket: LoweredBucket, sending: bool) -> Bucket:
+        peer = peers[bucket.peer]
+        if bucket.slot is None:
+            itemsize = width[bucket.copies.tensor]
+            ends = (endpoint.source, _columns(peer.target_region, peer.target_offset)) if sending else (
+                _columns(peer.source_region, peer.source_offset), endpoint.target
+            )  # fmt: skip
+            return Bucket(bucket.index, bucket.peer, segments(bucket.copies, itemsize, *ends, sending))
+        mine = (endpoint.outgoing if sending else endpoint.incoming)[bucket.peer]
+        theirs = peer.slots[program.name] if sending else (0, 0)
+        step = bucket.slot * program.slot_bytes
+        segment = np.zeros(1, dtype=SEGMENT)
+        segment[0] = (mine[0], mine[1] + step, theirs[0], theirs[1] + step, slot_payload(bucket, width))
+        return Bucket(bucket.index, bucket.peer, segment)
+
+    sends = tuple(lowered(bucket, True) for bucket in program.sends)
+    receives = tuple(lowered(bucket, False) for bucket in program.receives)
+    key = hashlib.sha256(plan.fingerprint.encode())
+    for name in sorted(peers):
+        key.update(f"{name}/{peers[name].incarnation}/{peers[name].memory_epoch}".encode())
+    remote = {name: tuple(record.regions) for name, record in peers.items()}
+    return TransferProgram(key.digest(), sends, receives, endpoint.regions, remote)
+
+
+def slot_payload(bucket: LoweredBucket, width: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> int:
+    """Bytes of a packed bucket in its slot, alignment included."""
+    last = bucket.copies.select(np.array([len(bucket.copies) - 1]))
+    nbytes = int(last.numel[0] * width[last.tensor[0]])
+    return int(bucket.offsets[-1]) + -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _columns(region: bytes, offset: bytes) -> Binding:
+    return Binding(np.frombuffer(region, dtype="<i8"), np.frombuffer(offset, dtype="<i8"))
+
+
+def make_steps(
+    plan: Plan, program: MemberProgram, endpoint: Endpoint, side: tuple[Layout, Memory], sending: bool
+) -> list[Step]:
+    """The views and digest tables of every bucket that this member sends (or receives)."""
+    layout, memory = side
+    steps: list[Step] = []
+    for bucket in program.sends if sending else program.receives:
+        if bucket.slot is None:
+            steps.append(Step(bucket, (), _direct_runs(plan, bucket.copies, layout, memory, sending)))
+            continue
+        region, offset = (endpoint.outgoing if sending else endpoint.incoming)[bucket.peer]
+        begin = offset + bucket.slot * program.slot_bytes
+        slot = endpoint.regions[region].memory[begin : begin + program.slot_bytes]
+        steps.append(_packed_step(plan, bucket, layout, memory, slot, sending))
+    return steps
+
+
+def _packed_step(
+    plan: Plan, bucket: LoweredBucket, layout: Layout, memory: Memory, slot: torch.Tensor, sending: bool
+) -> Step:
+    copies = bucket.copies
+    moves: list[Move] = []
+    runs: list[tuple[Bytes, Runs]] = []
+    numel = copies.numel.tolist()
+    buffers = (copies.source_buffer if sending else copies.target_buffer).tolist()
+    for n, offset in enumerate(bucket.offsets.tolist()):
+        tensor = plan.tensors[copies.tensor[n]]
+        itemsize = ITEM_BYTES[tensor.target_dtype]
+        sizes = copies.sizes[n].tolist()
+        dense = slot[offset : offset + numel[n] * itemsize].view(torch_dtype(tensor.target_dtype)).view(sizes)
+        view = (source_view if sending else target_view)(copies, n, memory[layout.buffers[buffers[n]].name])
+        moves.append((dense, view) if sending else (view, dense))
+        if plan.policy.digests:
+            strides = [1] * len(sizes)
+            for axis in range(len(sizes) - 2, -1, -1):
+                strides[axis] = strides[axis + 1] * sizes[axis + 1]
+            start, distance = int(copies.logical_start[n]), copies.logical_strides[n].tolist()
+            nest = Runs.of_nest(tensor_seed(tensor.name), itemsize, offset, start, sizes, strides, distance)
+            runs.append((byte_view(slot), nest))
+    return Step(bucket, tuple(moves), tuple(runs))
+
+
+def _direct_runs(
+    plan: Plan, copies: Copies, layout: Layout, memory: Memory, sending: bool
+) -> tuple[tuple[Bytes, Runs], ...]:
+    if not plan.policy.digests:
+        return ()
+    return tuple(copy_runs(plan, copies, n, layout, memory, sending) for n in range(len(copies)))
+
+
+def copy_runs(plan: Plan, copies: Copies, n: int, layout: Layout, memory: Memory, sending: bool) -> tuple[Bytes, Runs]:
+    """Where copy n's digest is computed in the source's (or target's) own buffer."""
+    tensor = plan.tensors[copies.tensor[n]]
+    itemsize = ITEM_BYTES[tensor.source_dtype if sending else tensor.target_dtype]
+    buffer, offset, strides = (
+        (copies.source_buffer, copies.source_offset, copies.source_strides)
+        if sending
+        else (copies.target_buffer, copies.target_offset, copies.target_strides)
+    )
+    nest = Runs.of_nest(
+        tensor_seed(tensor.name), itemsize, int(offset[n]) * itemsize, int(copies.logical_start[n]),
+        copies.sizes[n].tolist(), strides[n].tolist(), copies.logical_strides[n].tolist(),
+    )  # fmt: skip
+    return byte_view(memory[layout.buffers[buffer[n]].name]), nest
+
+
+def local_moves(
+    plan: Plan, program: MemberProgram, source: tuple[Layout, Memory], target: tuple[Layout, Memory]
+) -> dict[int, list[tuple[Move, tuple[Bytes, Runs] | None]]]:
+    """Copies within this member by group of its target layout; those that count bring the runs of their digest."""
+    copies = program.local
+    moves: dict[int, list[tuple[Move, tuple[Bytes, Runs] | None]]] = {}
+    for n in range(len(copies)):
+        held = source[1][source[0].buffers[copies.source_buffer[n]].name]
+        wanted = target[1][target[0].buffers[copies.target_buffer[n]].name]
+        counted = plan.policy.digests and bool(copies.counted[n])
+        runs = copy_runs(plan, copies, n, target[0], target[1], False) if counted else None
+        move = (target_view(copies, n, wanted), source_view(copies, n, held))
+        moves.setdefault(int(copies.group[n]), []).append((move, runs))
+    return moves

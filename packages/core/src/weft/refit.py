@@ -1,0 +1,348 @@
+"""`Refit`: one member's handle on a job, from rendezvous to close."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from weft.connection import Connection, Identity, host_identity, join
+from weft.contracts import ReplicaControl, Source, Store, Target, Transport
+from weft.deadline import Deadline, Deadlines
+from weft.errors import ConfigError
+from weft.installation import Installation
+from weft.leaders import ReplicaLeader, SourceLeader
+from weft.loop import Account, Loop
+from weft.offer import Offer
+from weft.plan import Plan
+from weft.plugins import load
+from weft.policy import Policy
+from weft.rendezvous import Rendezvous
+from weft.replay import Clock, Receiver, Sender
+from weft.report import Report
+from weft.roster import Expect
+from weft.session import SourceSession, TargetSession
+from weft.stores import open_store
+from weft.wire import Notice
+
+
+class CountedStore:
+    """A store that counts its operations."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.operations = 0
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `Store.set`."""
+        self.operations += 1
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes | None:
+        """See `Store.get`."""
+        self.operations += 1
+        return self._store.get(key)
+
+    def add(self, key: str, amount: int) -> int:
+        """See `Store.add`."""
+        self.operations += 1
+        return self._store.add(key, amount)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        self.operations += 1
+        self._store.delete(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """See `Store.keys`."""
+        self.operations += 1
+        return self._store.keys(prefix)
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._store.close()
+
+
+class Refit:
+    """One member of a refit job. Collective: every member of the job makes one, with its own source, target or both.
+
+    Use it as a context manager, or call `open` and `close`. For one thread: everything a member does for others
+    (sending, leading) happens inside its own calls, so a source should call `Offer.released` soon after `offer`.
+
+    `transport` is the name of an installed plug-in; `store` a URL such as `tcp://10.0.0.1:29511`; `name` is unique
+    in the job and stable over restarts; targets also name their replica and say how many members it has. `host` and
+    `domain` override what is found out about this machine. `control` is used by `receive` and `run`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source | None = None,
+        target: Target | None = None,
+        control: ReplicaControl | None = None,
+        transport: str,
+        transport_options: Mapping[str, Any] | None = None,
+        store: str,
+        job: str,
+        name: str,
+        replica: str | None = None,
+        replica_size: int = 1,
+        expect: Expect,
+        deadlines: Deadlines | None = None,
+        policy: Policy | None = None,
+        host: str | None = None,
+        domain: str | None = None,
+    ) -> None:
+        faults = []
+        if source is None and target is None:
+            faults.append("give a source, a target or both")
+        if target is not None and replica is None:
+            faults.append("a target names its replica: replica=…")
+        if control is not None and target is None:
+            faults.append("a control belongs to a replica: give a target as well")
+        if faults:
+            raise ConfigError("Refit: " + "; ".join(faults))
+        self._source, self._target, self._control = source, target, control
+        self._transport_name, self._transport_options = transport, dict(transport_options or {})
+        self._store_url, self._job, self._expect = store, job, expect
+        self._deadlines, self._policy = deadlines or Deadlines(), policy or Policy()
+        host = host or host_identity()
+        self._identity = Identity(name, replica, replica_size, host, domain or host)
+        self._transport: Transport | None = None
+        self._store: CountedStore | None = None
+        self._rendezvous: Rendezvous | None = None
+        self._joined: tuple[Connection, Loop] | None = None
+        self._offer: Offer | None = None
+        self._last_version = -1
+
+    def __enter__(self) -> Refit:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """This member's name."""
+        return self._identity.name
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that refits replay. Raises `ConfigError` before `open`."""
+        return self._connection[0].plan
+
+    @property
+    def registrations(self) -> int:
+        """Regions registered since `open`: one per allocation; refits add none."""
+        return self._connection[0].registrations
+
+    @property
+    def _connection(self) -> tuple[Connection, Loop]:
+        if self._joined is None:
+            raise ConfigError(f"{self.name} is not open: use `with Refit(...) as refit`, or call open() first")
+        return self._joined
+
+    def open(self) -> None:
+        """Meet the others, plan, register and connect. Collective; blocks until everybody expected is ready.
+
+        Raises `RendezvousError`, `PlanError`, `TransportError`, `DeadlineError` and the like: on every member, with
+        nothing half-done.
+        """
+        self._policy.check()
+        deadline = Deadline.after(self._deadlines.rendezvous)
+        transport: Transport = load("weft.transports", self._transport_name)(self._transport_options)
+        try:
+            self._transport = transport
+            self._store = CountedStore(open_store(self._store_url, deadline))
+            self._rendezvous = Rendezvous(self._store, self._job, self._expect, deadline)
+            connection = join(
+                self._rendezvous,
+                transport,
+                self._identity,
+                self._source,
+                self._target,
+                self._shaped(transport),
+                deadline,
+            )
+            self._joined = (connection, Loop(connection.wire))
+        except BaseException:
+            self.close()
+            raise
+
+    def _shaped(self, transport: Transport) -> Policy:
+        """The policy, with what the transport decides filled in."""
+        capabilities = transport.capabilities
+        return msgspec.structs.replace(
+            self._policy,
+            max_segments=min(self._policy.max_segments, capabilities.max_segments),
+            direct_run_bytes=self._policy.direct_run_bytes or capabilities.direct_run_bytes,
+        )
+
+    def close(self) -> None:
+        """Withdraw what is still offered, leave the job and let go of everything. Idempotent."""
+        if self._offer is not None:
+            self._offer.withdraw("the source has closed")
+            self._offer = None
+        if self._rendezvous is not None and self._joined is not None:
+            self._rendezvous.leave()
+        self._rendezvous = self._joined = None
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def offer(self, version: int) -> Offer:
+        """Offer this source's weights as `version`; returns at once. Versions grow; all sources offer the same ones.
+
+        The weights must not change before `Offer.released` has returned. A former offer that has not ended is
+        withdrawn.
+        """
+        connection, loop = self._connection
+        if self._source is None:
+            raise ConfigError(f"{self.name} has no source: only sources offer")
+        self._check_version(version)
+        if self._offer is not None:
+            self._offer.withdraw(f"version {version} is offered instead")
+        loop.wire.finish(version - 1)
+        account = self._account()
+        roles, wire, clock = connection.roles, loop.wire, Clock()
+        lease = self._source.hold(version)
+        leader = None
+        if roles.source_leader == self.name:
+            leader = SourceLeader(
+                wire, self._counted, self._prefix, roles.sources, roles.replica_leaders, self._deadlines, version
+            )
+        senders = {replica: self._sender(names, version, clock) for replica, names in roles.replicas.items()}
+        session = SourceSession(wire, version, lease, senders, roles.source_leader, leader, clock)
+        self._offer = Offer(loop, session, self._deadlines, account, len(connection.sends), connection.segments)
+        self._last_version = version
+        return self._offer
+
+    def _sender(self, names: Sequence[str], version: int, clock: Clock) -> Callable[[], Sender]:
+        connection = self._connection[0]
+        steps = [step for step in connection.sends if step.bucket.peer in names]
+        return lambda: Sender(connection.wire, connection.prepared, steps, connection.scratch_slots, version, clock)
+
+    def begin(self, version: int | None = None) -> Installation:
+        """Wait for the sources' offer and say that this target may be written: its replica must be paused by now.
+
+        Without a version it takes the newest one offered. Raises `DeadlineError` when nothing is offered in time.
+        """
+        connection, loop = self._connection
+        if self._target is None or connection.target is None:
+            raise ConfigError(f"{self.name} has no target: only targets begin")
+        wire, roles, replica = loop.wire, connection.roles, self._identity.replica or ""
+        leader_name, members = roles.replica_leaders[replica], roles.replicas[replica]
+        leads = leader_name == self.name
+        account = self._account()
+        found = self._await(version, *(("offer", roles.source_leader) if leads else ("begin", leader_name)))
+        wire.finish(found - 1)
+        leader = None
+        if leads:
+            for member in members:
+                if member != self.name:
+                    wire.tell(member, found, Notice("begin", replica))
+            leader = ReplicaLeader(wire, self._counted, self._prefix, replica, members, roles.source_leader, found)
+        clock = Clock()
+        receiver = Receiver(
+            wire,
+            connection.prepared,
+            connection.receives,
+            connection.local,
+            self._target,
+            *connection.target,
+            found,
+            clock,
+        )
+        session = TargetSession(wire, found, self._target, receiver, leader_name, leader, clock)
+        installation = Installation(
+            loop, session, self._deadlines, account, len(connection.receives), connection.segments
+        )
+        self._last_version = max(found, self._last_version)
+        try:
+            session.begin()
+        except BaseException as error:
+            installation.abort(error)
+            raise
+        return installation
+
+    def _await(self, version: int | None, kind: str, sender: str) -> int:
+        """The version to begin: as soon as the sender's notice of it is here."""
+        wire, found = self._connection[1].wire, -1
+
+        def step() -> None:
+            nonlocal found
+            wire.check(lambda: [sender])
+            newest = wire.newest(kind)
+            if newest is None:
+                return
+            if version is not None and newest > version:
+                raise ConfigError(f"{self.name} is to begin version {version}, but {newest} is offered already")
+            if version is None or newest == version:
+                wire.take(newest, kind)
+                found = newest
+
+        what = "an offer" if version is None else f"the offer of version {version}"
+        limit = Deadline.after(self._deadlines.offer)
+        self._connection[1].until(lambda: found >= 0, step, limit, what, lambda: [sender])
+        return found
+
+    def receive(self, version: int | None = None) -> Report:
+        """The whole of a target's part: pause (with a control), begin, update, commit, resume.
+
+        Raises `RefitAbortedError` and the like after a failure; the control has then been told to refuse.
+        """
+        control = self._control
+        if control is not None:
+            control.pause("wait", Deadline.after(self._deadlines.begin))
+        try:
+            installation = self.begin(version)
+            installation.update()
+            report = installation.commit()
+        except Exception as error:
+            if control is not None:
+                control.refuse(f"{type(error).__name__}: {error}")
+            raise
+        if control is not None:
+            control.invalidate_caches(report.version)
+            control.resume(report.version)
+        return report
+
+    def run(self, version: int) -> Report:
+        """One version in lock-step, whatever this member is: offer, receive, and wait for the others. Collective.
+
+        A member that is both returns the target's report.
+        """
+        offer = self.offer(version) if self._source is not None else None
+        received = self.receive(version) if self._target is not None else None
+        if offer is None:
+            assert received is not None, "a member is a source, a target or both"
+            return received
+        offer.released()
+        sent = offer.committed()
+        return received or sent
+
+    @property
+    def _counted(self) -> CountedStore:
+        if self._store is None:
+            raise ConfigError(f"{self.name} is not open")
+        return self._store
+
+    @property
+    def _prefix(self) -> str:
+        return f"weft/{self._job}/refit"
+
+    def _account(self) -> Account:
+        store = self._counted
+        return Account(lambda: store.operations)
+
+    def _check_version(self, version: int) -> None:
+        if version <= self._last_version:
+            raise ConfigError(f"version {version} is offered after {self._last_version}: versions must grow")

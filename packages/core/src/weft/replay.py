@@ -1,0 +1,227 @@
+"""Replay: moving the buckets of one version. Two machines that are stepped, never wait, and count what they do."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from weft.contracts import Group, Prepared, Target, Work
+from weft.digest import Bytes, Digest, Runs
+from weft.errors import TransportError
+from weft.layout import Kind, Layout
+from weft.lower import SLOTS
+from weft.prepare import Move, Step
+from weft.views import Memory, apply_fills
+from weft.wire import Notice, Wire
+
+LocalMove = tuple[Move, tuple[Bytes, Runs] | None]
+"""One copy within a member and, where it counts, the runs of its digest."""
+
+POSTED_PER_PEER = 4
+"""Buckets in flight to one receiver: enough to fill the wire while the next one is gathered."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds per phase; phases do not overlap, so what remains of the total is waiting for the wire."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside towards a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def digest_of(runs: Sequence[tuple[Bytes, Runs]]) -> Digest:
+    """Sum over the runs of a bucket."""
+    total = Digest()
+    for memory, run in runs:
+        total += run.digest(memory)
+    return total
+
+
+class Sender:
+    """Moves one source's buckets for one replica."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        prepared: Prepared,
+        steps: Sequence[Step],
+        scratch_slots: Mapping[str, int],
+        version: int,
+        clock: Clock,
+    ) -> None:
+        self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
+        self._queues: dict[str, deque[Step]] = {}
+        for step in steps:
+            self._queues.setdefault(step.bucket.peer, deque()).append(step)
+        self._active: dict[str, list[tuple[Step, Work]]] = {peer: [] for peer in self._queues}
+        self._scratch_slots = scratch_slots
+        self._credit: dict[str, tuple[int, int]] = dict.fromkeys(self._queues, (0, 0))
+        self.nbytes = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether every bucket has left: source bytes may change."""
+        return not any(self._queues.values()) and not any(self._active.values())
+
+    def waiting_for(self) -> list[str]:
+        """Receivers that have not taken everything yet."""
+        return sorted(peer for peer in self._queues if self._queues[peer] or self._active[peer])
+
+    def step(self) -> None:
+        """Do what can be done now."""
+        for peer, notice in self._wire.take(self._version, "credit"):
+            if peer in self._credit:
+                before = self._credit[peer]
+                self._credit[peer] = (max(before[0], notice.numbers[0]), max(before[1], notice.numbers[1]))
+        for peer, works in self._active.items():
+            self._active[peer] = [(step, work) for step, work in works if not work.poll()]
+        for peer, queue in self._queues.items():
+            if queue and len(self._active[peer]) < POSTED_PER_PEER and self._may_go(peer, queue[0]):
+                self._post(queue.popleft())
+        self._wire.check(self.waiting_for)
+
+    def _may_go(self, peer: str, step: Step) -> bool:
+        bucket = step.bucket
+        returned, landed = self._credit[peer]
+        if bucket.slot is not None:
+            mine_busy = any(active.bucket.slot == bucket.slot for active, _ in self._active[peer])
+            if mine_busy or returned < bucket.staged - SLOTS + 1:
+                return False
+        return bucket.scratch is None or landed >= bucket.scratch - self._scratch_slots[peer] + 1
+
+    def _post(self, step: Step) -> None:
+        bucket = step.bucket
+        with self._clock.phase("gather"):
+            for destination, source in step.moves:
+                destination.copy_(source)
+        note = b""
+        if step.runs:
+            with self._clock.phase("digest"):
+                note = digest_of(step.runs).hex().encode()
+        self.nbytes += bucket.nbytes
+        tag = self._wire.tag(self._version)
+        work = self._wire.transport.post(self._prepared, bucket.index, tag, note, None)
+        self._active[bucket.peer].append((step, work))
+
+    def cancel(self) -> None:
+        """Give up: nothing more is posted, and what is in flight is cancelled."""
+        for queue in self._queues.values():
+            queue.clear()
+        for works in self._active.values():
+            for _, work in works:
+                work.cancel()
+            works.clear()
+
+
+class Receiver:
+    """Takes one target's buckets of one version, checks their digests and lands their groups in order."""
+
+    def __init__(
+        self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, Sequence[LocalMove]],
+        target: Target, layout: Layout, memory: Memory, version: int, clock: Clock,
+    ) -> None:  # fmt: skip
+        self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
+        self._steps = {step.bucket.index: step for step in steps}
+        self._local, self._target, self._layout, self._memory = local, target, layout, memory
+        self._left = [0] * len(layout.groups)
+        for step in steps:
+            self._left[step.bucket.group] += 1
+        names: list[list[str]] = [[] for _ in layout.groups]
+        scratch = set()
+        for buffer in layout.buffers:
+            names[buffer.group].append(buffer.name)
+            if buffer.kind is Kind.SCRATCH:
+                scratch.add(buffer.group)
+        self._groups = [Group(n, name, tuple(names[n])) for n, name in enumerate(layout.groups)]
+        self._scratch = scratch
+        self._next = 0
+        self._landed_scratch = 0
+        self._returned = {step.bucket.peer: 0 for step in steps}
+        self.digest = Digest()
+        """Of the counted elements verified so far."""
+        self.nbytes = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether every group has landed."""
+        return self._next == len(self._groups)
+
+    def waiting_for(self) -> list[str]:
+        """Senders whose buckets are still missing."""
+        return sorted({step.bucket.peer for step in self._steps.values()})
+
+    def step(self) -> None:
+        """Do what can be done now. Raises `TransportError` when a digest differs or a bucket comes twice."""
+        for message in self._wire.arrivals(self._version):
+            step = self._steps.pop(message.bucket or 0, None)
+            if step is None or step.bucket.peer != message.peer:
+                raise TransportError(f"bucket {message.bucket} from {message.peer} came twice or is not of this plan")
+            self._take(step, message.note)
+        while self._next < len(self._groups) and not self._left[self._next]:
+            self._land(self._next)
+            self._next += 1
+        self._wire.check(self.waiting_for)
+
+    def _take(self, step: Step, note: bytes) -> None:
+        bucket = step.bucket
+        assert self._prepared is not None, "buckets only arrive at members that have prepared for them"
+        self._wire.transport.fence(self._prepared, bucket.index, self._wire.tag(self._version), None)
+        if step.runs:
+            with self._clock.phase("digest"):
+                digest = digest_of(step.runs)
+            if digest.hex().encode() != note:
+                group = self._groups[bucket.group].name
+                raise TransportError(
+                    f"{bucket.nbytes} bytes from {bucket.peer} for group {group} arrived changed: "
+                    f"digest {digest.hex()}, sent {note.decode(errors='replace') or 'without one'}"
+                )
+            if bucket.counted:
+                self.digest += digest
+        with self._clock.phase("land"):
+            for destination, source in step.moves:
+                destination.copy_(source)
+        self.nbytes += bucket.nbytes
+        self._left[bucket.group] -= 1
+        if bucket.slot is not None:
+            self._returned[bucket.peer] += 1
+            self._give_credit(bucket.peer)
+
+    def _land(self, group: int) -> None:
+        with self._clock.phase("land"):
+            for (destination, source), runs in self._local.get(group, ()):
+                destination.copy_(source)
+                self.nbytes += destination.numel() * destination.element_size()
+                if runs is not None:
+                    self.digest += digest_of([runs])
+            apply_fills(self._layout, self._memory, group)
+            self._target.land(self._groups[group], None).synchronize()
+        if group in self._scratch:
+            self._landed_scratch += 1
+            for peer in self._returned:
+                self._give_credit(peer)
+
+    def _give_credit(self, peer: str) -> None:
+        numbers = (self._returned[peer], self._landed_scratch)
+        self._wire.tell(peer, self._version, Notice("credit", numbers=numbers))
+
+
+class Landed:
+    """The event of work that is already finished (CPU)."""
+
+    def query(self) -> bool:
+        """Always true."""
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""

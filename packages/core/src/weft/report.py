@@ -1,0 +1,31 @@
+"""What a refit did, for people and for assertions."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One member's account of one refit. Seconds are wall time of this member."""
+
+    version: int
+    digest: str
+    """Of the whole version: 32 hexadecimal digits, equal on every replica; empty when digests are off."""
+    bytes: int
+    """Bytes this member sent (a source) or wrote (a target)."""
+    seconds: dict[str, float]
+    """`gather`, `digest`, `land`, `commit`: time spent in them; `wire`: the rest of the move; `total`: from begin to
+    commit.
+    """
+    buckets: int
+    segments: int
+    """Byte ranges handed to the transport."""
+    registrations: int
+    """Regions registered with the transport during this refit; 0 when warm."""
+    allocations: int
+    """Staging buffers allocated during this refit; 0 when warm."""
+    store_operations: int
+    outcomes: dict[str, str | None] = {}
+    """On sources, per replica: None when it committed, else why it did not."""
+    events: tuple[tuple[float, str], ...] = ()
+    """(seconds of `time.monotonic`, what happened)."""
