@@ -1,4 +1,4 @@
-"""Whatever the model and the meshes: a plan moves each element to where an independent slice puts it, or says why not."""
+"""Whatever the model and the meshes: a plan moves each element to where an independent slice puts it, or says why."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def differences(
 
 @given(seeds)
 @settings(max_examples=150, deadline=None)
-@pytest.mark.trap(1, 2, 3, 4, 5, 8, 9, 13, 14, 16, 72)
+@pytest.mark.trap(1, 3, 4, 5, 8, 9, 13, 14, 72)
 def test_every_byte_is_what_an_independent_slice_gives(seed: int) -> None:
     """Padding keeps its poison: a plan writes pieces and nothing beside them."""
     case = case_of(seed)
@@ -166,7 +166,7 @@ def test_each_replica_counts_every_logical_element_once(seed: int) -> None:
 
 @given(seeds)
 @settings(max_examples=60, deadline=None)
-@pytest.mark.trap(10, 41)
+@pytest.mark.trap(10)
 def test_statistics_are_the_sums_of_what_moves(seed: int) -> None:
     case = case_of(seed)
     planned = plan_of(case)
@@ -220,7 +220,7 @@ def test_the_plan_is_equal_on_every_member(seed: int) -> None:
 
 
 def rebuilt(layout: Layout, *, drop: int = -1, shift: int = -1, grow: int = -1, **renamed: str) -> Layout:
-    """The same layout with one piece left out (`drop`), or moved on by one in its tensor (`shift`) or its buffer (`grow`).
+    """The same layout with one piece dropped, or moved on by one in its tensor (`shift`) or in its buffer (`grow`).
 
     `renamed` maps names of tensors to others. Pieces that would leave their tensor or buffer stay as they are.
     """
