@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-_ADAPTER = '''
+_ADAPTER = """
 from weft.errors import ConfigError
 from weft.layout import LayoutBuilder
 
@@ -42,7 +42,7 @@ class Greedy(Toy):
         return super().layouts({**config, "more": ["b"]}, parallel, dtype)
 
 toy, greedy = Toy(), Greedy()
-'''
+"""
 _ENTRY_POINTS = """[weft.adapters]
 toy = toy_framework:toy
 greedy = toy_framework:greedy
@@ -52,7 +52,9 @@ absent = toy_framework_absent:adapter
 
 @pytest.fixture
 def toy_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Installs `toy` (one tensor), `greedy` (wants a second one) and `absent` (does not import); returns a config.json of 64 rows."""
+    """Installs `toy` (one tensor), `greedy` (wants a second one) and `absent` (does not import); returns a config.json
+    of 64 rows.
+    """
     site = tmp_path / "site"
     info = site / "toy_framework-7.0.dist-info"
     info.mkdir(parents=True)

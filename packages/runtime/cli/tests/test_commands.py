@@ -12,7 +12,9 @@ from weft_cli.app import main
 from weft_cli.models import load_config, presets
 
 
-def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of `weft <arguments>`."""
     monkeypatch.setattr(sys, "argv", ["weft", *arguments])
     code: object = 0
@@ -85,7 +87,9 @@ def test_plan_that_leaves_a_target_unwritten_is_refused_with_the_tensor(weft, to
         (":tp2", ["no framework is named"]),
     ],
 )
-def test_plan_names_what_is_wrong_with_a_side_and_exits_2(weft, toy_framework: Path, source: str, words: list[str]) -> None:
+def test_plan_names_what_is_wrong_with_a_side_and_exits_2(
+    weft, toy_framework: Path, source: str, words: list[str]
+) -> None:
     code, _, err = weft("plan", "--model", toy_framework, "--source", source, "--target", "toy:tp2")
     assert code == 2
     for word in words:

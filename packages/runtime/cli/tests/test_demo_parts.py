@@ -19,7 +19,7 @@ from weft_cli.demo.reward import advantages, mean, token_rewards
 from weft_cli.demo.sessions import end_session, members_of
 from weft_cli.demo.slices import compare, expected_parameters
 
-_HELPER = '''
+_HELPER = """
 import os, subprocess, sys, time
 from multiprocessing import shared_memory
 from weft_cli.demo.channel import serve
@@ -44,12 +44,14 @@ def fork():
 keep = []
 print("helper is up", flush=True)
 serve({"echo": echo, "fail": fail, "sleep": sleep, "share": share, "fork": fork})
-'''
+"""
 
 
 @pytest.fixture
 def helper(tmp_path: Path) -> dict[str, str]:
-    """The environment in which `python -m demo_helper` is a child that echoes, fails, sleeps, shares memory and forks."""
+    """The environment in which `python -m demo_helper` is a child that echoes, fails, sleeps, shares memory and
+    forks.
+    """
     source = _HELPER if sys.version_info >= (3, 13) else _HELPER.replace(", track=False", "")
     (tmp_path / "demo_helper.py").write_text(source)
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
@@ -83,32 +85,44 @@ def test_children_answer_and_end_with_the_family(tmp_path: Path, helper: dict[st
 
 @pytest.mark.trap(47)
 def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path, helper: dict[str, str]) -> None:
-    with pytest.raises(ChildError, match=r"(?s)cook died \(exit code 1\).*the cup is empty"), Family(tmp_path) as family:
+    with (
+        pytest.raises(ChildError, match=r"(?s)cook died \(exit code 1\).*the cup is empty"),
+        Family(tmp_path) as family,
+    ):
         ask([family.start("cook", "demo_helper", helper)], 60, "fail")
 
 
 @pytest.mark.trap(40)
 def test_a_silent_child_is_named_when_the_deadline_passes(tmp_path: Path, helper: dict[str, str]) -> None:
-    with pytest.raises(ChildError, match="cook is late: sleep: not within 0.2 s"), Family(tmp_path) as family:
+    with Family(tmp_path) as family:
         child = family.start("cook", "demo_helper", helper)
         ask([child], 60, "echo", text="up")
-        child.send("sleep", seconds=600)
-        answers([child], 0.2, "sleep")
+        child.send("sleep", seconds=2)
+        with pytest.raises(ChildError, match=r"cook is late: sleep: not within 0\.2 s"):
+            answers([child], 0.2, "sleep")
     assert gone(child.process.pid)
+
+
+def leave_a_frozen_child(directory: Path, environment: dict[str, str]) -> None:
+    """Start a child that shares memory and forks, freeze it, note what it made in `directory`, and be interrupted."""
+    with Family(directory) as family:
+        child = family.start("cook", "demo_helper", environment)
+        shared = ask([child], 60, "share")[0]["name"]
+        grandchild = ask([child], 60, "fork")[0]["process"]
+        assert Path("/dev/shm", shared).exists()
+        (directory / "made").write_text(f"{child.process.pid} {grandchild} {shared}")
+        os.kill(child.process.pid, signal.SIGSTOP)  # it cannot end by itself
+        raise KeyboardInterrupt
 
 
 def test_ending_takes_grandchildren_and_shared_memory(tmp_path: Path, helper: dict[str, str]) -> None:
-    with pytest.raises(KeyboardInterrupt), Family(tmp_path) as family:
-        child = family.start("cook", "demo_helper", helper)
-        name = ask([child], 60, "share")[0]["name"]
-        grandchild = ask([child], 60, "fork")[0]["process"]
-        assert Path("/dev/shm", name).exists()
-        os.kill(child.process.pid, signal.SIGSTOP)  # it cannot end by itself
-        raise KeyboardInterrupt
-    assert gone(child.process.pid)
-    assert gone(grandchild)
-    assert not Path("/dev/shm", name).exists()
-    assert members_of(child.process.pid) == []
+    with pytest.raises(KeyboardInterrupt):
+        leave_a_frozen_child(tmp_path, helper)
+    process, grandchild, shared = (tmp_path / "made").read_text().split()
+    assert gone(int(process))
+    assert gone(int(grandchild))
+    assert not Path("/dev/shm", shared).exists()
+    assert members_of(int(process)) == []
 
 
 def test_children_end_when_the_parent_is_killed(tmp_path: Path, helper: dict[str, str]) -> None:

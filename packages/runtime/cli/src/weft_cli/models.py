@@ -13,7 +13,11 @@ from weft.errors import ConfigError
 
 def presets() -> list[str]:
     """Names of the configurations that come with this package, sorted."""
-    return sorted(entry.name.removesuffix(".json") for entry in files("weft_cli").joinpath("presets").iterdir() if entry.name.endswith(".json"))
+    return sorted(
+        entry.name.removesuffix(".json")
+        for entry in files("weft_cli").joinpath("presets").iterdir()
+        if entry.name.endswith(".json")
+    )
 
 
 def load_config(model: str) -> Mapping[str, Any]:
@@ -27,7 +31,10 @@ def load_config(model: str) -> Mapping[str, Any]:
         path = Path(model)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
-            raise ConfigError(f"model {model!r}: no such preset, file, or directory with a config.json; presets are {', '.join(presets())}")
+            known = ", ".join(presets())
+            raise ConfigError(
+                f"model {model!r}: neither a preset ({known}), nor a config.json, nor a directory with one"
+            )
         text = path.read_text()
     try:
         config = json.loads(text)

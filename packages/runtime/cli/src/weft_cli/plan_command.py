@@ -85,7 +85,12 @@ def _members(found: Figures) -> Table:
     table = Table("member", "sends", "receives", "peers", box=None, pad_edge=False)
     names = list(found.peers)
     for name in names[:_MOST_ROWS]:
-        table.add_row(name, f"{found.egress_bytes.get(name, 0):,}", f"{found.ingress_bytes.get(name, 0):,}", str(found.peers[name]))
+        table.add_row(
+            name,
+            f"{found.egress_bytes.get(name, 0):,}",
+            f"{found.ingress_bytes.get(name, 0):,}",
+            str(found.peers[name]),
+        )
     if len(names) > _MOST_ROWS:
         table.add_row(f"and {len(names) - _MOST_ROWS} more", "", "", "")
     return table

@@ -57,10 +57,11 @@ class Figures(msgspec.Struct, frozen=True):
 def members_of(
     config: Mapping[str, Any], source: Side, target: Side, dtypes: tuple[str, str], ranks_per_host: int, report: Report
 ) -> Sides:
-    """Describe both sides by their adapters, without the frameworks running; sources and targets sit on hosts of their own.
+    """Describe both sides by their adapters, without the frameworks running; sources and targets sit on hosts of their
+    own.
 
-    `dtypes` are the source's and the target's. Raises `ConfigError` for sizes that do not factor, `NotSupportedError` for what an adapter
-    cannot describe, `PluginError` for an adapter that is not installed.
+    `dtypes` are the source's and the target's. Raises `ConfigError` for sizes that do not factor, `NotSupportedError`
+    for what an adapter cannot describe, `PluginError` for an adapter that is not installed.
     """
     layouts: dict[str, Layout] = {}
 
@@ -81,7 +82,15 @@ def members_of(
     wanted, replicas = ranks(target, dtypes[1], "target")
     size = len(wanted) // replicas
     sources = [
-        member(f"trainer/{rank}", rank, "trainer", source_layout=layout.address, target_layout=None, replica=None, replica_size=0)
+        member(
+            f"trainer/{rank}",
+            rank,
+            "trainer",
+            source_layout=layout.address,
+            target_layout=None,
+            replica=None,
+            replica_size=0,
+        )
         for rank, layout in enumerate(held)
     ]
     targets = [
@@ -103,7 +112,9 @@ def figures(made: Plan, sides: Sides, report: Report) -> Figures:
     """Lower the plan for every source, and add up."""
     statistics = made.statistics
     width = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in made.tensors], dtype=np.int64)
-    layout_of = {member.name: sides.layouts[member.target_layout] for member in sides.targets if member.target_layout is not None}
+    layout_of = {
+        member.name: sides.layouts[member.target_layout] for member in sides.targets if member.target_layout is not None
+    }
     runs = buckets = packed = 0
     for number, member in enumerate(sides.sources):
         report(f"lowering for source {number + 1} of {len(sides.sources)}")

@@ -26,8 +26,8 @@ class Side:
 def parse_side(text: str) -> Side:
     """Read `framework`, `framework:tp2,pp2` or `framework:tp=2,pp=2`.
 
-    Raises `ConfigError` with every fault: sizes that are not numbers above zero, and axes given twice. Whether the framework has
-    such axes is for `check_axes` to say, whether the sizes factor is for the adapter's `world_size`.
+    Raises `ConfigError` with every fault: sizes that are not numbers above zero, and axes given twice. Whether the
+    framework has such axes is for `check_axes` to say, whether the sizes factor is for the adapter's `world_size`.
     """
     framework, _, sizes = text.strip().partition(":")
     faults: list[str] = []

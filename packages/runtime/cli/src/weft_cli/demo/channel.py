@@ -1,4 +1,6 @@
-"""Messages between the demo and its children: one JSON object a line over a socket pair, and no wait without a deadline."""
+"""Messages between the demo and its children: one JSON object a line over a socket pair, and no wait without a
+deadline.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,11 @@ def child_environment(end: socket.socket) -> dict[str, str]:
 
 
 def serve(handlers: Mapping[str, Handler]) -> None:
-    """A child's main loop: answer each command with its handler until `stop` comes. What a handler raises ends the child, traceback in its log.
+    """A child's main loop: answer each command with its handler until `stop` comes. What a handler raises ends the
+    child, traceback in its log.
 
-    When the parent vanishes, even in the middle of a command, the child's whole session is ended: it must not outlive the demo.
+    When the parent vanishes, even in the middle of a command, the child's whole session is ended: it must not outlive
+    the demo.
     """
     channel = Channel(socket.socket(fileno=int(os.environ.pop(_DESCRIPTOR))))
     commands: list[Reply] = []

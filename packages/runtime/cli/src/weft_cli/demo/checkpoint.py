@@ -32,8 +32,9 @@ def config_of(settings: Settings) -> Qwen3Config:
 def write_checkpoint(settings: Settings) -> None:
     """Draw the weights and save them to `settings.checkpoint`.
 
-    Hugging Face's own initial scale (0.02) makes logits nearly equal, and greedy decoding a lottery; these scales keep activations near one and
-    spread the logits, and leave norm weights near one but different, so that a norm in the wrong place shows.
+    Hugging Face's own initial scale (0.02) makes logits nearly equal, and greedy decoding a lottery; these scales keep
+    activations near one and spread the logits, and leave norm weights near one but different, so that a norm in the
+    wrong place shows.
     """
     model = Qwen3ForCausalLM(config_of(settings))
     generator = torch.Generator().manual_seed(settings.seed)

@@ -31,7 +31,14 @@ def demo(transport: str, steps: int, seed: int, json_file: Path | None, *, flip_
     signal.signal(signal.SIGHUP, _interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="weft-demo-") as directory:
-            settings = Settings(directory, transport=transport, steps=steps, seed=seed, engine_ranks=ranks, engine_cores=tuple(available[:ranks]))
+            settings = Settings(
+                directory,
+                transport=transport,
+                steps=steps,
+                seed=seed,
+                engine_ranks=ranks,
+                engine_cores=tuple(available[:ranks]),
+            )
             result = run(settings, progress, flip_byte=flip_byte)
         result = msgspec.structs.replace(result, seconds=time.perf_counter() - began)
         progress.result(result)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import weft_vllm
 from vllm import LLM, SamplingParams
 
+import weft_vllm
 from weft_cli.demo.channel import Handler, Reply, serve
 from weft_cli.demo.settings import JOB, REPLICA, Settings
 
@@ -35,7 +35,9 @@ class Engine:
         }
 
     def start(self, settings: dict[str, Any]) -> None:
-        """Load the checkpoint into a new engine. One thread per rank, so that trainer and engine can share two cores."""
+        """Load the checkpoint into a new engine. One thread per rank, so that trainer and engine can share two
+        cores.
+        """
         made = msgspec.convert(settings, Settings)
         self._llm = LLM(
             made.checkpoint,
@@ -69,18 +71,24 @@ class Engine:
     def sample(self, prompts: list[list[int]], seeds: list[int], new_tokens: int) -> Reply:
         """Completions at temperature 1, one per prompt, each with its own seed."""
         parameters = [
-            SamplingParams(temperature=1.0, max_tokens=new_tokens, seed=seed, detokenize=False, ignore_eos=True) for seed in seeds
+            SamplingParams(temperature=1.0, max_tokens=new_tokens, seed=seed, detokenize=False, ignore_eos=True)
+            for seed in seeds
         ]
         return {"tokens": [list(output.outputs[0].token_ids) for output in self._generate(prompts, parameters)]}
 
     def greedy(self, prompts: list[list[int]], new_tokens: int) -> Reply:
         """Greedy completions with the log-probability of every token."""
-        parameters = SamplingParams(temperature=0.0, max_tokens=new_tokens, logprobs=1, detokenize=False, ignore_eos=True)
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=new_tokens, logprobs=1, detokenize=False, ignore_eos=True
+        )
         completions = [output.outputs[0] for output in self._generate(prompts, [parameters] * len(prompts))]
         return {
             "tokens": [list(completion.token_ids) for completion in completions],
             "log_probabilities": [
-                [position[token].logprob for token, position in zip(completion.token_ids, completion.logprobs, strict=True)]
+                [
+                    position[token].logprob
+                    for token, position in zip(completion.token_ids, completion.logprobs, strict=True)
+                ]
                 for completion in completions
             ],
         }
@@ -107,7 +115,9 @@ class Engine:
         return {"parameter": "".join(self._llm.collective_rpc("demo_flip_byte"))}
 
     def _generate(self, prompts: list[list[int]], parameters: list[SamplingParams]) -> list[Any]:
-        outputs: list[Any] = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+        outputs: list[Any] = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        )
         return outputs
 
 

@@ -1,4 +1,6 @@
-"""The trainer's weights as a Hugging Face state dict, by plain torch and nothing of weft: one half of the demo's reference."""
+"""The trainer's weights as a Hugging Face state dict, by plain torch and nothing of weft: one half of the demo's
+reference.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,12 @@ import torch.distributed as dist
 from torch import nn
 
 
-def gather_state(model: nn.Module, *, vocabulary: int, layers: int, heads: int, key_value_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
-    """The whole model under Hugging Face's Qwen3 names, on every rank. Collective: the default group is the tensor-parallel group."""
+def gather_state(
+    model: nn.Module, *, vocabulary: int, layers: int, heads: int, key_value_heads: int, head_dim: int
+) -> dict[str, torch.Tensor]:
+    """The whole model under Hugging Face's Qwen3 names, on every rank. Collective: the default group is the
+    tensor-parallel group.
+    """
     shards = {name: _of_all_ranks(parameter.detach()) for name, parameter in model.named_parameters()}
     per_group = heads // key_value_heads
 
@@ -21,7 +27,9 @@ def gather_state(model: nn.Module, *, vocabulary: int, layers: int, heads: int, 
         ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
         attention, feed_forward = f"{theirs}.self_attn", f"{theirs}.mlp"
         # One entry per key-value head along the second axis: its query heads, one key, one value.
-        fused = torch.cat(shards[f"{ours}.self_attention.linear_qkv.weight"]).view(key_value_heads, per_group + 2, head_dim, -1)
+        fused = torch.cat(shards[f"{ours}.self_attention.linear_qkv.weight"]).view(
+            key_value_heads, per_group + 2, head_dim, -1
+        )
         gates, ups = zip(*(shard.chunk(2) for shard in shards[f"{ours}.mlp.linear_fc1.weight"]), strict=True)
         state |= {
             f"{theirs}.input_layernorm.weight": _same(shards[f"{ours}.input_layernorm.weight"]),

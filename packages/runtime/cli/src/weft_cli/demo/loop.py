@@ -25,7 +25,8 @@ _SEEDS_PER_VERSION = 10_000
 
 
 def run(settings: Settings, progress: Progress, *, flip_byte: bool) -> Result:
-    """One whole demo. Needs Linux, about 4 GiB of memory, and two cores to be quick; leaves no process behind, however it ends.
+    """One whole demo. Needs Linux, about 4 GiB of memory, and two cores to be quick; leaves no process behind, however
+    it ends.
 
     Raises `ChildError` when a child dies or is late. A check that fails is in the result, not an exception.
     """
@@ -37,7 +38,8 @@ def run(settings: Settings, progress: Progress, *, flip_byte: bool) -> Result:
         with Family(directory) as family:
             engine = family.start("engine", "weft_cli.demo.engine", _engine_environment(settings))
             trainers = [
-                family.start(f"trainer/{rank}", "weft_cli.demo.trainer", _trainer_environment()) for rank in range(settings.trainer_ranks)
+                family.start(f"trainer/{rank}", "weft_cli.demo.trainer", _trainer_environment())
+                for rank in range(settings.trainer_ranks)
             ]
             _start(settings, progress, engine, trainers, store.url)
             result = _Loop(settings, progress, engine, trainers).run(flip_byte=flip_byte)
@@ -73,7 +75,8 @@ class _Loop:
 
     def run(self, *, flip_byte: bool) -> Result:
         settings, steps = self._settings, []
-        # A sampling engine is a function of weights, prompts and seeds: before the first refit it is the one that is never refitted.
+        # A sampling engine is a function of weights, prompts and seeds: before the first refit it is the one that is
+        # never refitted.
         frozen = mean(token_rewards(self._sample(settings.steps)))
         tokens = self._sample(0)
         first = mean(token_rewards(tokens))
@@ -94,7 +97,14 @@ class _Loop:
     def _sample(self, version: int) -> list[list[int]]:
         base = (self._settings.seed * 100 + version) * _SEEDS_PER_VERSION
         seeds = [base + index for index in range(len(self._prompts))]
-        answer = ask([self._engine], CALL_SECONDS, "sample", prompts=self._prompts, seeds=seeds, new_tokens=self._settings.new_tokens)
+        answer = ask(
+            [self._engine],
+            CALL_SECONDS,
+            "sample",
+            prompts=self._prompts,
+            seeds=seeds,
+            new_tokens=self._settings.new_tokens,
+        )
         tokens: list[list[int]] = answer[0]["tokens"]
         return tokens
 
@@ -133,7 +143,8 @@ class _Loop:
             reference_model(config_of(settings), state), prompts, greedy["tokens"], greedy["log_probabilities"]
         )
         memory = [
-            compare(expected_parameters(state, rank, len(files)), load_file(file), rank) for rank, file in enumerate(files)
+            compare(expected_parameters(state, rank, len(files)), load_file(file), rank)
+            for rank, file in enumerate(files)
         ]
         return result.checked(outputs, _together(memory))
 
@@ -151,7 +162,9 @@ def _together(parts: list[ByteComparison]) -> ByteComparison:
 
 
 def _engine_environment(settings: Settings) -> Mapping[str, str]:
-    """vLLM's settings for CPU: 1 GiB of key-value cache, one core per rank, no network, and nothing compiled (a compilation takes longer than the demo)."""
+    """vLLM's settings for CPU: 1 GiB of key-value cache, one core per rank, no network, and nothing compiled (a
+    compilation takes longer than the demo).
+    """
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in settings.engine_cores),

@@ -1,4 +1,6 @@
-"""Counting what a warm refit must not do, from outside weft: NIXL registrations and tensor allocations of this process."""
+"""Counting what a warm refit must not do, from outside weft: NIXL registrations and tensor allocations of this
+process.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _MEMORY = "[memory]"
 
 
 class Observer:
-    """Wraps NIXL's registration call and runs torch's memory profiler, both on demand. From one thread, the one that refits."""
+    """Wraps NIXL's registration call and runs torch's memory profiler, both on demand. From one thread, the one that
+    refits.
+    """
 
     def __init__(self) -> None:
         """Wrap `nixl_agent.register_memory` for the life of this process. Make it before any agent registers memory."""
@@ -43,4 +47,8 @@ class Observer:
         events = self._profile.profiler.kineto_results.events()
         sizes = [event.nbytes() for event in events if event.name() == _MEMORY and event.nbytes() > 0]
         self._profile = None
-        return {"registrations": self._registrations - self._before, "allocations": len(sizes), "allocated_bytes": sum(sizes)}
+        return {
+            "registrations": self._registrations - self._before,
+            "allocations": len(sizes),
+            "allocated_bytes": sum(sizes),
+        }

@@ -70,19 +70,19 @@ def load_weights(model: GPTModel, checkpoint: Mapping[str, torch.Tensor], settin
     rank, ranks = parallel_state.get_tensor_model_parallel_rank(), settings.trainer_ranks
 
     def rows(name: str) -> torch.Tensor:
-        return checkpoint[name].chunk(ranks, dim=0)[rank]
+        return _part(checkpoint[name], 0, rank, ranks)
 
     def columns(name: str) -> torch.Tensor:
-        return checkpoint[name].chunk(ranks, dim=1)[rank]
+        return _part(checkpoint[name], 1, rank, ranks)
 
     def vocabulary(name: str) -> torch.Tensor:
         padding = padded_vocabulary(sizes.vocabulary, ranks) - sizes.vocabulary
-        return torch.nn.functional.pad(checkpoint[name], (0, 0, 0, padding)).chunk(ranks, dim=0)[rank]
+        return _part(torch.nn.functional.pad(checkpoint[name], (0, 0, 0, padding)), 0, rank, ranks)
 
     def grouped(prefix: str) -> torch.Tensor:
         """Megatron's rows of `linear_qkv`: per key-value head its query heads, then its key, then its value."""
         parts = [checkpoint[f"{prefix}.{part}_proj.weight"].unflatten(0, (sizes.key_value_heads, -1)) for part in "qkv"]
-        return torch.cat(parts, dim=1).flatten(0, 1).chunk(ranks, dim=0)[rank]
+        return _part(torch.cat(parts, dim=1).flatten(0, 1), 0, rank, ranks)
 
     values = {
         "embedding.word_embeddings.weight": vocabulary("model.embed_tokens.weight"),
@@ -98,21 +98,31 @@ def load_weights(model: GPTModel, checkpoint: Mapping[str, torch.Tensor], settin
             f"{ours}.self_attention.k_layernorm.weight": checkpoint[f"{theirs}.self_attn.k_norm.weight"],
             f"{ours}.self_attention.linear_proj.weight": columns(f"{theirs}.self_attn.o_proj.weight"),
             f"{ours}.pre_mlp_layernorm.weight": checkpoint[f"{theirs}.post_attention_layernorm.weight"],
-            f"{ours}.mlp.linear_fc1.weight": torch.cat([rows(f"{theirs}.mlp.{part}_proj.weight") for part in ("gate", "up")]),
+            f"{ours}.mlp.linear_fc1.weight": torch.cat(
+                [rows(f"{theirs}.mlp.{part}_proj.weight") for part in ("gate", "up")]
+            ),
             f"{ours}.mlp.linear_fc2.weight": columns(f"{theirs}.mlp.down_proj.weight"),
         }
     parameters = dict(model.named_parameters())
     if parameters.keys() != values.keys():
-        raise ValueError(f"the model has parameters that the checkpoint lacks, or the reverse: {sorted(parameters.keys() ^ values.keys())}")
+        strangers = sorted(parameters.keys() ^ values.keys())
+        raise ValueError(f"model and checkpoint do not have the same parameters: {', '.join(strangers)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
 
 
-def token_log_probabilities(model: GPTModel, sequences: torch.Tensor) -> torch.Tensor:
-    """Log-probability of every token but the first given those before it: (batch, length) int64 to (batch, length - 1) float32.
+def _part(tensor: torch.Tensor, axis: int, rank: int, ranks: int) -> torch.Tensor:
+    size = tensor.shape[axis] // ranks
+    return tensor.narrow(axis, rank * size, size)
 
-    Collective over the tensor-parallel group: Megatron's own vocab-parallel cross entropy sums over the ranks' parts of the vocabulary.
+
+def token_log_probabilities(model: GPTModel, sequences: torch.Tensor) -> torch.Tensor:
+    """Log-probability of every token but the first given those before it: (batch, length) int64 to (batch, length - 1)
+    float32.
+
+    Collective over the tensor-parallel group: Megatron's own vocab-parallel cross entropy sums over the ranks' parts of
+    the vocabulary.
     """
     inputs, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
     length = inputs.shape[1]
@@ -123,7 +133,9 @@ def token_log_probabilities(model: GPTModel, sequences: torch.Tensor) -> torch.T
 
 
 class Trainer:
-    """Policy gradient with Adam. With bfloat16 parameters the optimizer works on float32 masters, which are then rounded into the model."""
+    """Policy gradient with Adam. With bfloat16 parameters the optimizer works on float32 masters, which are then
+    rounded into the model.
+    """
 
     def __init__(self, model: GPTModel, settings: Settings) -> None:
         self._model = model
@@ -132,7 +144,8 @@ class Trainer:
         self._optimizer = torch.optim.Adam(self._masters.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
 
     def step(self, sequences: torch.Tensor, advantages: torch.Tensor) -> float:
-        """One step on prompts with completions, (batch, prompt + new) int64, and advantages, (batch, new) float32; returns the loss.
+        """One step on prompts with completions, (batch, prompt + new) int64, and advantages, (batch, new) float32;
+        returns the loss.
 
         Collective over the tensor-parallel group.
         """
@@ -145,7 +158,8 @@ class Trainer:
             if gradient is None:
                 raise RuntimeError(f"{name} took no part in the loss")
             if "q_layernorm" in name or "k_layernorm" in name:
-                # Every rank applies these to its own heads only (distributed/finalize_model_grads.py sums them likewise).
+                # Every rank applies these to its own heads only (distributed/finalize_model_grads.py sums them
+                # likewise).
                 dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
             self._masters[name].grad = gradient.float()
         self._optimizer.step()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -70,7 +71,9 @@ class Child:
     def failure(self, what: str) -> ChildError:
         """An error that names this child and shows the end of its log."""
         lines = self._log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-        return ChildError("\n".join([f"{self.name} {what}; the last lines of its log:", *(f"  | {line}" for line in lines)]))
+        return ChildError(
+            "\n".join([f"{self.name} {what}; the last lines of its log:", *(f"  | {line}" for line in lines)])
+        )
 
     def request_stop(self) -> None:
         """Ask it to end by itself; silence is fine, `end` follows."""
@@ -81,10 +84,8 @@ class Child:
 
     def end(self, deadline: Deadline) -> None:
         """Wait until `deadline` for it to end by itself, then end its whole session. Idempotent."""
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(deadline.remaining())
-        except subprocess.TimeoutExpired:
-            pass
         end_session(self.process.pid, _PATIENCE_SECONDS)
         self._channel.socket.close()
         self.process.wait(_PATIENCE_SECONDS)
@@ -131,9 +132,13 @@ class Family:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # A second Ctrl-C must not leave behind what the first one began to end; ending is bounded.
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {
+            number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         # After a failure children may be in the middle of anything and would not read a request to stop.
         deadline = Deadline.after(_STOP_SECONDS if kind is None else 0.0)
         try:

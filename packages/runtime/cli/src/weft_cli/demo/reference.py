@@ -27,7 +27,11 @@ class OutputComparison:
     @property
     def passed(self) -> bool:
         """Whether tokens are equal and log-probabilities agree."""
-        return self.tokens_compared > 0 and self.tokens_different == 0 and self.max_logprob_difference <= LOG_PROBABILITY_BOUND
+        return (
+            self.tokens_compared > 0
+            and self.tokens_different == 0
+            and self.max_logprob_difference <= LOG_PROBABILITY_BOUND
+        )
 
 
 def reference_model(config: Qwen3Config, state: Mapping[str, torch.Tensor]) -> Qwen3ForCausalLM:

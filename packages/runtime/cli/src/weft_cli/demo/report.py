@@ -48,7 +48,8 @@ class Step(msgspec.Struct, frozen=True):
     def line(self) -> str:
         """For people."""
         phases = "  ".join(f"{self.phase_seconds.get(phase, 0.0):8.4f}" for phase in _PHASES)
-        return f"{self.version:7d}  {self.reward:6.3f}  {self.bytes:11,d}  {phases}  {self.gigabytes_per_second:6.2f}  {self.digest[:16]}"
+        rate = f"{self.gigabytes_per_second:6.2f}"
+        return f"{self.version:7d}  {self.reward:6.3f}  {self.bytes:11,d}  {phases}  {rate}  {self.digest[:16]}"
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -65,7 +66,9 @@ class Result(msgspec.Struct, frozen=True):
     reward_last: float
     """Of the last version."""
     reward_frozen: float
-    """Of the checkpoint's weights on the prompts and sampling seeds of the last version: what an engine that is never refitted would get."""
+    """Of the checkpoint's weights on the prompts and sampling seeds of the last version: what an engine that is never
+    refitted would get.
+    """
     rewards: list[float]
     bytes_per_refit: int
     refit_seconds: list[float]
@@ -91,7 +94,13 @@ class Result(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(
-        cls, settings: Settings, first: float, frozen: float, steps: Sequence[Step], counts: Mapping[str, int], flipped: str | None
+        cls,
+        settings: Settings,
+        first: float,
+        frozen: float,
+        steps: Sequence[Step],
+        counts: Mapping[str, int],
+        flipped: str | None,
     ) -> Result:
         """From the finished loop, not yet checked."""
         return cls(
@@ -117,19 +126,21 @@ class Result(msgspec.Struct, frozen=True):
 
     def checked(self, outputs: OutputComparison, memory: ByteComparison) -> Result:
         """With the outcome of the final check, and every failure in words."""
-        judged = {
-            f"{outputs.tokens_different} of {outputs.tokens_compared} greedy tokens differ from Hugging Face's": outputs.tokens_different > 0,
-            f"log-probabilities differ by {outputs.max_logprob_difference:.2e}, more than {LOG_PROBABILITY_BOUND:.0e}": not (
-                outputs.max_logprob_difference <= LOG_PROBABILITY_BOUND
-            ),
-            "no token was compared": outputs.tokens_compared == 0,
-            "no byte was compared": memory.compared_bytes == 0,
-            f"{memory.mismatched_bytes} bytes differ, in {len(memory.mismatched_parameters)} parameters": bool(memory.mismatched_parameters),
-            f"reward {self.reward_last:.3f} is not above {self.reward_frozen:.3f}, that of an engine never refitted": not (
-                self.reward_last > self.reward_frozen
-            ),
-            f"warm refits registered memory {self.warm_registrations} times": self.warm_registrations > 0,
-        }
+        failures = []
+        if outputs.tokens_compared == 0 or memory.compared_bytes == 0:
+            failures.append(
+                f"{outputs.tokens_compared} tokens and {memory.compared_bytes} bytes were compared: too few"
+            )
+        if outputs.tokens_different:
+            failures.append(f"{outputs.tokens_different} greedy tokens differ from Hugging Face's, ties not counted")
+        if not outputs.max_logprob_difference <= LOG_PROBABILITY_BOUND:
+            failures.append(f"log-probabilities differ by {outputs.max_logprob_difference:.1e}")
+        if memory.mismatched_parameters:
+            failures.append(f"{memory.mismatched_bytes} bytes of the engine's parameters are not the reference's")
+        if not self.reward_last > self.reward_frozen:
+            failures.append(f"reward {self.reward_last:.3f} is not above {self.reward_frozen:.3f}, of no refit at all")
+        if self.warm_registrations:
+            failures.append(f"warm refits registered memory {self.warm_registrations} times")
         return msgspec.structs.replace(
             self,
             tokens_equal=outputs.tokens_compared > 0 and outputs.tokens_different == 0,
@@ -140,7 +151,7 @@ class Result(msgspec.Struct, frozen=True):
             compared_bytes=memory.compared_bytes,
             mismatched_bytes=memory.mismatched_bytes,
             mismatched_parameters=list(memory.mismatched_parameters),
-            failures=[words for words, failed in judged.items() if failed],
+            failures=failures,
         )
 
 
@@ -169,14 +180,17 @@ class Progress:
 
     def result(self, result: Result) -> None:
         """The verdict."""
-        self._print(
-            f"tokens     {result.tokens_compared - result.tokens_different} of {result.tokens_compared} greedy tokens as Hugging Face's, {result.ties} ties\n"
-            f"log-probs  largest difference {result.max_logprob_difference:.1e}, bound {result.logprob_bound:.0e}\n"
-            f"bytes      {result.compared_bytes:,} compared, {result.mismatched_bytes:,} differ\n"
-            f"reward     {result.reward_last:.3f}, never refitted {result.reward_frozen:.3f}\n"
-            f"warm       {result.warm_registrations} registrations, {result.warm_allocations} allocations ({result.warm_allocated_bytes:,} bytes)\n"
-            f"time       {result.seconds:.1f} s"
-        )
+        right = result.tokens_compared - result.tokens_different
+        lines = {
+            "tokens": f"{right} of {result.tokens_compared} greedy tokens as Hugging Face's, {result.ties} ties",
+            "log-probs": f"differ by at most {result.max_logprob_difference:.1e}, bound {result.logprob_bound:.0e}",
+            "bytes": f"{result.compared_bytes:,} compared, {result.mismatched_bytes:,} differ",
+            "reward": f"{result.reward_last:.3f}, never refitted {result.reward_frozen:.3f}",
+            "warm": f"{result.warm_registrations} registrations, {result.warm_allocations} allocations",
+            "time": f"{result.seconds:.1f} s",
+        }
+        for name, words in lines.items():
+            self._print(f"{name:10} {words}")
         for words in (*result.mismatched_parameters, *result.failures):
             self._print(f"FAILED     {words}")
         if not result.failures:

@@ -25,8 +25,8 @@ def shared_memory_of(session: int) -> set[str]:
 def end_session(session: int, patience_seconds: float) -> None:
     """Terminate every process of a session, kill what remains after `patience_seconds`, and unlink its shared memory.
 
-    A process that is killed cannot unlink what it shares, and nor can the tracker that is killed with it. Only what the session itself had mapped,
-    and this user owns, is removed.
+    A process that is killed cannot unlink what it shares, and nor can the tracker that is killed with it. Only what the
+    session itself had mapped, and this user owns, is removed.
     """
     shared = shared_memory_of(session)
     for number, seconds in ((signal.SIGTERM, patience_seconds), (signal.SIGKILL, patience_seconds)):
@@ -44,7 +44,9 @@ def end_own_session() -> None:
     """Kill every process of the caller's session, the caller last. Only for a process that leads its session."""
     session = os.getsid(0)
     if session != os.getpid():
-        raise RuntimeError(f"process {os.getpid()} does not lead its session {session}: start it with start_new_session=True")
+        raise RuntimeError(
+            f"process {os.getpid()} does not lead its session {session}: start it with start_new_session=True"
+        )
     shared = shared_memory_of(session)
     for process in members_of(session):
         if process != session:

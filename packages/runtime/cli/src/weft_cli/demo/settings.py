@@ -6,7 +6,9 @@ import msgspec
 
 
 class ModelSizes(msgspec.Struct, frozen=True):
-    """A Qwen3 small enough to train on two cores, with nothing that divides too conveniently: the vocabulary is padded on both sides."""
+    """A Qwen3 small enough to train on two cores, with nothing that divides too conveniently: the vocabulary is padded
+    on both sides.
+    """
 
     vocabulary: int = 1000
     hidden: int = 256
@@ -35,7 +37,9 @@ class Settings(msgspec.Struct, frozen=True):
     engine_cores: tuple[int, ...] = (0, 1)
     """One core per engine rank."""
     dtype: str = "float32"
-    """Of both sides. In float32 two correct implementations agree to about 1e-5, so that the final check can be strict."""
+    """Of both sides. In float32 two correct implementations agree to about 1e-5, so that the final check can be
+    strict.
+    """
     prompts: int = 64
     prompt_tokens: int = 8
     new_tokens: int = 16

@@ -1,4 +1,6 @@
-"""What each rank of the engine must hold, cut from a Hugging Face state dict by plain torch and nothing of weft: the other half of the reference."""
+"""What each rank of the engine must hold, cut from a Hugging Face state dict by plain torch and nothing of weft: the
+other half of the reference.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 _VOCABULARY_STEP = 64
-"""vLLM pads vocabularies to this (`model_executor/layers/vocab_parallel_embedding.py`, DEFAULT_VOCAB_PADDING_SIZE); padding rows are zero."""
+"""vLLM pads vocabularies to this (`model_executor/layers/vocab_parallel_embedding.py`, DEFAULT_VOCAB_PADDING_SIZE);
+padding rows are zero.
+"""
 _REPLICATED = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "model.norm")
 
 
@@ -33,7 +37,9 @@ def expected_parameters(state: Mapping[str, torch.Tensor], rank: int, ranks: int
             expected[name.replace("q_proj", "qkv_proj")] = torch.cat([_part(part, 0, rank, ranks) for part in parts])
         elif stem.endswith("gate_proj"):
             parts = [state[name.replace("gate_proj", other)] for other in ("gate_proj", "up_proj")]
-            expected[name.replace("gate_proj", "gate_up_proj")] = torch.cat([_part(part, 0, rank, ranks) for part in parts])
+            expected[name.replace("gate_proj", "gate_up_proj")] = torch.cat(
+                [_part(part, 0, rank, ranks) for part in parts]
+            )
         elif not stem.endswith(("k_proj", "v_proj", "up_proj")):
             raise ValueError(f"{name}: no rule says where vLLM keeps it")
     return expected
@@ -46,7 +52,9 @@ class ByteComparison:
     compared_bytes: int
     mismatched_bytes: int
     mismatched_parameters: tuple[str, ...]
-    """`rank N: name`, with what is wrong; also parameters that are missing, unexpected, misshapen or without elements."""
+    """`rank N: name`, with what is wrong; also parameters that are missing, unexpected, misshapen or without
+    elements.
+    """
 
 
 def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], rank: int) -> ByteComparison:
@@ -60,8 +68,8 @@ def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
             faults.append(f"{where}: has no elements")
         elif name not in expected:
             faults.append(f"{where}: the reference does not have it")
-        elif (found[name].shape, found[name].dtype) != (expected[name].shape, expected[name].dtype):
-            faults.append(f"{where}: is {found[name].dtype}{tuple(found[name].shape)}, not {expected[name].dtype}{tuple(expected[name].shape)}")
+        elif _kind(found[name]) != _kind(expected[name]):
+            faults.append(f"{where}: is {_kind(found[name])}, not {_kind(expected[name])}")
         else:
             ours, theirs = _bytes(expected[name]), _bytes(found[name])
             different = int((ours != theirs).sum())
@@ -81,3 +89,7 @@ def _part(tensor: torch.Tensor, axis: int, rank: int, ranks: int) -> torch.Tenso
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}{tuple(tensor.shape)}"

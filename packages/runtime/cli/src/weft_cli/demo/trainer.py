@@ -9,18 +9,17 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-import weft_megatron
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from safetensors.torch import load_file, save_file
 
 import weft
+import weft_megatron
 from weft_cli.demo.channel import Handler, Reply, serve
 from weft_cli.demo.gather import gather_state
 from weft_cli.demo.megatron_on_cpu import answer_cuda_calls
 from weft_cli.demo.observe import Observer
 from weft_cli.demo.policy import Trainer, build_model, load_weights
-from weft_cli.demo.settings import JOB, REPLICA, Settings
+from weft_cli.demo.settings import JOB, Settings
 
 
 class TrainerRank:
@@ -47,7 +46,9 @@ class TrainerRank:
         }
 
     def start(self, settings: dict[str, Any], rank: int) -> None:
-        """Build this rank's part of the policy from the checkpoint. Collective. Ranks meet in a file: no port can collide."""
+        """Build this rank's part of the policy from the checkpoint. Collective. Ranks meet in a file: no port can
+        collide.
+        """
         made = msgspec.convert(settings, Settings)
         torch.set_num_threads(1)
         torch.manual_seed(made.seed)

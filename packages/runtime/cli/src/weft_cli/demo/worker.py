@@ -1,4 +1,6 @@
-"""What the demo needs inside vLLM's workers, as named methods: dump parameters, damage one byte, count what a refit does."""
+"""What the demo needs inside vLLM's workers, as named methods: dump parameters, damage one byte, count what a refit
+does.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class DemoWorker:
         return path
 
     def demo_flip_byte(self) -> str:
-        """Invert one byte in the middle of one parameter of rank 0; returns the parameter's name there, and "" elsewhere."""
+        """Invert one byte in the middle of one parameter of rank 0; returns the parameter's name there, and ""
+        elsewhere.
+        """
         if self.rank != 0:
             return ""
         name, parameter = max(self.model_runner.model.named_parameters(), key=lambda item: item[1].numel())
