@@ -111,15 +111,18 @@ def test_pieces_come_back_as_they_were_given() -> None:
     builder = started()
     builder.tensor("scalar", (), "float32")
     builder.tensor("qkv", (4, 3, 2), "bfloat16")
+    builder.tensor("odd", (6, 1, 2), "bfloat16")
     builder.buffer("s", "float32", 3, group="layer1", kind=Kind.SCRATCH)
     builder.buffer("q", "bfloat16", 100, group="layer0", kind=Kind.PRODUCED)
     builder.shard("w", "b", axis=1, start=1, stop=3, offset=4)
     builder.shard("scalar", "s", offset=2)
+    builder.piece("odd", Box((2, 3, 2), (0, 1, 0), (2, 2, 2)), "q", 60, (2, 0, 1))
     builder.piece("qkv", Box((2, 2, 3, 2), (1, 0, 1, 0), (2, 2, 2, 2)), "q", 7, (50, 9, 3, 1))
     layout = builder.build()
     assert list(layout) == [
         Piece("w", Box((6, 4), (0, 1), (6, 3)), "b", 4, (2, 1)),
         Piece("scalar", Box((), (), ()), "s", 2, ()),
+        Piece("odd", Box((2, 3, 2), (0, 1, 0), (2, 2, 2)), "q", 60, (2, 0, 1)),
         Piece("qkv", Box((2, 2, 3, 2), (1, 0, 1, 0), (2, 2, 2, 2)), "q", 7, (50, 9, 3, 1)),
     ]
     assert layout.groups == ("layer0", "layer1")

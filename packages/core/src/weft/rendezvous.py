@@ -131,7 +131,7 @@ class Rendezvous:
         self._store.set(self._endpoint_key(record.name, record.incarnation), seal("endpoint", record))
 
     def endpoints(self, names: Iterable[str]) -> dict[str, EndpointRecord]:
-        """The endpoints of these members. Waits for them.
+        """The endpoints of these members, in the order of their names. Waits for them.
 
         Raises `DeadlineError` that names who has published none by the deadline, and `RendezvousError` when one of
         all members has failed, left or restarted, or has made another plan than this one.
@@ -153,7 +153,7 @@ class Rendezvous:
             missing = [name for name in wanted if name not in found]
             self._check_fingerprints(found)
             if not missing:
-                return found
+                return {name: found[name] for name in wanted}
             self._own_attempt()
             if gone := sorted(attempt.left.intersection(missing)):
                 raise RendezvousError(f"job {self._job!r}: {', '.join(gone)} left before saying how to be reached")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from weft.cast import encoding
 from weft.contracts import Group, Prepared, Target, Work
 from weft.digest import Bytes, Digest, Runs
 from weft.errors import TransportError
@@ -104,7 +105,7 @@ class Sender:
         bucket = step.bucket
         with self._clock.phase("gather"):
             for destination, source in step.moves:
-                destination.copy_(source)
+                encoding.encode(source, destination)
         note = b""
         if step.runs:
             with self._clock.phase("digest"):
@@ -200,7 +201,7 @@ class Receiver:
     def _land(self, group: int) -> None:
         with self._clock.phase("land"):
             for (destination, source), runs in self._local.get(group, ()):
-                destination.copy_(source)
+                encoding.encode(source, destination)
                 self.nbytes += destination.numel() * destination.element_size()
                 if runs is not None:
                     self.digest += digest_of([runs])

@@ -202,4 +202,5 @@ def must_still_work(crew: Crew, name: str, peer: str) -> None:
     prepare_buckets(crew, {(name, peer): buckets}, b"still works", records)
     for bucket in (0, 1):
         crew[name].call("post", b"still works", bucket, 1, b"", False)
+        crew[name].call("posted", bucket, peer, SECONDS)
     assert [message[0] for message in crew[peer].call("collect", 2, SECONDS)] == [name, name]

@@ -1,0 +1,132 @@
+"""Plan files: a versioned header, then the columns as they lie in memory, so that a plan loads without being parsed.
+
+Layout of a file (little-endian): 8 bytes magic `WEFTPLAN`, uint32 format version, uint32 header length, uint32 checksum
+of the header (CRC-32, as in zip files), the header (msgpack), zeros up to a multiple of 64, then every column of
+`Copies` in turn, each padded to a multiple of 64. The header holds the planner version, the fingerprint, checksum
+and length of the body, and shapes of the columns.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import fields
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from weft.errors import PlanError, RecordError
+from weft.member import Member
+from weft.plan import PLANNER_VERSION, Copies, Plan, PlannedTensor
+from weft.policy import Policy
+
+MAGIC = b"WEFTPLAN"
+FORMAT_VERSION = 1
+_PREFIX = struct.Struct("<8sIII")
+_ALIGNMENT = 64
+_COLUMNS = tuple(field.name for field in fields(Copies))
+
+
+class _Header(msgspec.Struct):
+    """New fields get defaults, so that neighbouring versions can read each other's files."""
+
+    planner: int
+    fingerprint: str
+    members: tuple[Member, ...]
+    tensors: tuple[PlannedTensor, ...]
+    policy: Policy
+    copies: int
+    widths: dict[str, int]
+    """Per column: 0 for shape (n,), k for (n, k)."""
+    body_bytes: int
+    body_checksum: int
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan to a file; what was there is replaced at once or not at all. Raises `OSError`."""
+    blocks: list[bytes] = []
+    for name in _COLUMNS:
+        data = np.ascontiguousarray(getattr(plan.copies, name), dtype="<i8").tobytes()
+        blocks += [data, bytes(-len(data) % _ALIGNMENT)]
+    body = b"".join(blocks)
+    widths = {name: array.shape[1] if array.ndim == 2 else 0 for name, array in _arrays(plan.copies)}
+    header = msgspec.msgpack.encode(
+        _Header(
+            PLANNER_VERSION, plan.fingerprint, plan.members, plan.tensors, plan.policy, len(plan.copies), widths,
+            len(body), zlib.crc32(body),
+        )
+    )  # fmt: skip
+    head = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(header), zlib.crc32(header)) + header
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(head + bytes(-len(head) % _ALIGNMENT) + body)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_plan(path: Path, *, fingerprint: str | None = None) -> Plan:
+    """Map a plan file into memory.
+
+    Raises `RecordError` for a file that is not a plan, is truncated, damaged or of another format version, `PlanError`
+    when it was made by another planner or for other members, layouts or policy than `fingerprint` says, `OSError` when
+    it cannot be read.
+    """
+    if path.stat().st_size < _PREFIX.size:
+        raise RecordError(f"{path} has {path.stat().st_size} bytes: not a plan file, or truncated")
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    magic, version, length, checksum = _PREFIX.unpack(data[: _PREFIX.size].tobytes())
+    if magic != MAGIC:
+        raise RecordError(f"{path} starts with {magic!r}, expected {MAGIC!r}: not a plan file")
+    if version != FORMAT_VERSION:
+        raise RecordError(f"{path} has format version {version}, this weft reads {FORMAT_VERSION}: plan again")
+    start = -(-(_PREFIX.size + length) // _ALIGNMENT) * _ALIGNMENT
+    raw = data[_PREFIX.size : _PREFIX.size + length].tobytes()
+    if zlib.crc32(raw) != checksum:
+        raise RecordError(f"{path}: the checksum of its header differs: truncated or damaged")
+    try:
+        header = msgspec.msgpack.decode(raw, type=_Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: the header is damaged: {error}") from error
+    body = data[start : start + header.body_bytes]
+    if len(data) != start + header.body_bytes:
+        raise RecordError(f"{path} has {len(data)} bytes, expected {start + header.body_bytes}: truncated or damaged")
+    if zlib.crc32(body.data) != header.body_checksum:
+        raise RecordError(f"{path}: the checksum of its columns differs: damaged")
+    copies = _columns(path, header, body)
+    plan = Plan(header.members, header.tensors, header.policy, copies)
+    if header.planner != PLANNER_VERSION:
+        raise PlanError([f"{path} was made by planner {header.planner}, this weft has {PLANNER_VERSION}: plan again"])
+    for expected in (header.fingerprint, fingerprint):
+        if expected is not None and plan.fingerprint != expected:
+            raise PlanError([f"{path} is of plan {plan.fingerprint[:16]}, expected {expected[:16]}: plan again"])
+    return plan
+
+
+def _arrays(copies: Copies) -> list[tuple[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]]:
+    return [(name, getattr(copies, name)) for name in _COLUMNS]
+
+
+def _columns(path: Path, header: _Header, body: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Copies:
+    found: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
+    at = 0
+    for name in _COLUMNS:
+        width = header.widths.get(name, -1)
+        nbytes = header.copies * max(1, width) * 8
+        if width < 0 or header.copies < 0 or at + nbytes > len(body):
+            raise RecordError(f"{path}: column {name} is missing or too short: damaged")
+        column = body[at : at + nbytes].view("<i8")
+        found[name] = column.reshape(header.copies, width) if width else column
+        at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    bounds = {
+        "source": len(header.members), "target": len(header.members), "tensor": len(header.tensors)
+    }  # fmt: skip
+    for name, limit in bounds.items():
+        if header.copies and (found[name].min() < 0 or found[name].max() >= limit):
+            raise RecordError(f"{path}: column {name} refers to what the header does not have: damaged")
+    return Copies(**found)
