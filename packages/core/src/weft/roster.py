@@ -246,7 +246,7 @@ def _expect(record: MemberRecord) -> tuple[int, int]:
 
 def _extra(attempt: Attempt, member: Member) -> str:
     return (
-        f"too many members: the job was complete with {', '.join(attempt.records)} when {member.name} came; "
+        f"too many members: the job was complete with {', '.join(sorted(attempt.records))} when {member.name} came; "
         "start as many members as expected, or give this one another job name"
     )
 
