@@ -101,7 +101,7 @@ def test_cases_differ_between_ranks_where_they_should() -> None:
     assert [default[rank].address for rank in (0, 2, 1, 3)] == [layout.address for layout in other]
 
 
-@pytest.mark.trap(11, 13)
+@pytest.mark.trap(13)
 def test_every_difference_of_a_model_is_reported_at_once(answers: list[dict[str, Any]]) -> None:
     kind, text = answers[0]["spoiled: parameters"]
     assert kind == "LayoutError"
@@ -148,6 +148,12 @@ def test_memory_that_moved_is_noticed_before_it_is_used(answers: list[dict[str, 
     held, begun = answers[0]["moved"]
     assert held == begun
     assert "decoder.layers.1.mlp.linear_fc2.weight: moved since it was inspected" in held
+
+
+def test_the_readmes_example_runs(answers: list[dict[str, Any]]) -> None:
+    assert [answer["readme"]["name"] for answer in answers] == [f"trainer/{rank}" for rank in range(WORLD)]
+    assert "MegatronSource" in answers[0]["readme"]["source"]
+    assert "MegatronTarget" in answers[0]["readme"]["target"]
 
 
 @pytest.mark.trap(66)

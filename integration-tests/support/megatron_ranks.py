@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from support.megatron_model import build_model, end_job, logits_of, stage_logits, start_job, transformer_config
+from transformers import Qwen3Config
 
+from weft.contracts import Source, Target
 from weft.errors import LayoutError, WeftError
 from weft.layout import Layout
 from weft_megatron import MegatronSource, MegatronTarget, member_name
 
+README = Path(__file__).parents[2] / "packages" / "adapters" / "megatron" / "README.md"
 State = Mapping[str, torch.Tensor]
 Config = dict[str, Any]
 
@@ -59,6 +63,7 @@ def inspect(
         with mesh():
             answers |= {f"spoiled: {name}": _faults(config, padded, spoil) for name, spoil in _SPOIL.items()}
             answers["moved"] = _moved(config, padded)
+            answers["readme"] = _readme(config, padded)
             answers["gathers"] = _gathers(config, padded)
         return answers
     finally:
@@ -74,6 +79,8 @@ def _describe(config: Config, padded: int, kind: str) -> dict[str, Any]:
     if kind == "float16":
         model = Float16Module(transformer_config(config, dtype), model)
     source, target = MegatronSource(model, config), MegatronTarget(model, config)
+    assert isinstance(source, Source)
+    assert isinstance(target, Target)
     modules = model if isinstance(model, list) else [model]
     pointers = {parameter.data_ptr() for module in modules for parameter in module.parameters()}
     return {
@@ -112,6 +119,13 @@ def _moved(config: Config, padded: int) -> list[str]:
         except LayoutError as error:
             texts.append(str(error))
     return texts
+
+
+def _readme(config: Config, padded: int) -> dict[str, str]:
+    """What the example for live models in the package's README leaves behind."""
+    found = {"model": build_model(config, padded_vocabulary=padded), "hf_config": Qwen3Config(**config)}
+    exec(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0], found)
+    return {name: str(found[name]) for name in ("name", "source", "target")}
 
 
 def _gathers(config: Config, padded: int) -> tuple[bool, bool]:

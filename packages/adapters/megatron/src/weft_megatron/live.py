@@ -50,6 +50,9 @@ class MegatronSource:
     def __init__(self, model: Any, hf_config: Mapping[str, Any] | HasToDict) -> None:
         self._inspection = inspect_model(model, hf_config)
 
+    def __repr__(self) -> str:
+        return f"MegatronSource({self._inspection.layout!r})"
+
     def layout(self) -> Layout:
         """What this rank holds: one live buffer per parameter."""
         return self._inspection.layout
@@ -96,6 +99,9 @@ class MegatronTarget:
         self.version: int | None = None
         self.failure: BaseException | None = None
 
+    def __repr__(self) -> str:
+        return f"MegatronTarget({self._inspection.layout!r}, version={self.version})"
+
     def layout(self) -> Layout:
         """What this rank wants: every parameter; both copies of a tied embedding under pipeline parallelism."""
         return self._inspection.layout
@@ -105,9 +111,9 @@ class MegatronTarget:
         return self._inspection.memory
 
     def begin(self, version: int) -> int:
-        """Finish the device's work on the old weights. Returns layout epoch 0: a dense model has only one.
+        """Finish pending gathers and the device's work on the old weights; collective where `MegatronSource.hold` is.
 
-        Raises `LayoutError` when parameters have moved.
+        Returns layout epoch 0: a dense model has only one. Raises `LayoutError` when parameters have moved.
         """
         finish_parameter_gathers(self._inspection.chunks)
         _settle(self._inspection)
