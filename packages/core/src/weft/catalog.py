@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weft.box import Affine, boxes_from_views
+from weft.box import Affine, Box, boxes_from_views
 from weft.errors import LayoutError
 from weft.layout import Kind, Layout
 from weft.policy import Policy
-from weft.table import Int64s, intersect, ragged_ranges
+from weft.table import Int64s, intersect, ragged_ranges, subtract
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,52 +119,55 @@ def memory_faults(member: str, layout: Layout) -> list[str]:
     for fill in layout.fills:
         views[numbers[fill.buffer]].append(("a fill", Affine(fill.offset, fill.sizes, fill.strides)))
     for number, buffer in enumerate(layout.buffers):
-        claims = views.get(number, [])
-        claimed = sum(int(np.prod(view.sizes, dtype=np.int64)) for _, view in claims)
         where = f"{member}: buffer {buffer.name} ({buffer.numel} elements)"
-        if claimed < buffer.numel:
-            what = (
-                "no piece and no fill claims any of it"
-                if not claims
-                else f"{buffer.numel - claimed} are claimed by none"
-            )
-            faults.append(f"{where}: {what}")
-        dense = len(claims) == 1 and claimed == buffer.numel
-        if not dense:
-            faults += [f"{where}: {text}" for text in _overlaps(buffer.numel, claims)]
+        faults += [f"{where}: {text}" for text in _claim_faults(buffer.numel, views.get(number, []))]
     return faults
 
 
-def _overlaps(numel: int, claims: Sequence[tuple[str, Affine]]) -> list[str]:
-    """Say which claims on one buffer share elements."""
+def _claim_faults(numel: int, claims: Sequence[tuple[str, Affine]]) -> list[str]:
+    """Say which claims on one buffer share elements, and how many elements are claimed by none."""
+    if numel and not claims:
+        return ["no piece and no fill claims any of it"]
     cuts = {
         stride
         for _, view in claims
         for stride, size in zip(view.strides, view.sizes, strict=True)
         if size > 1 and stride > 0
     }
-    owners: list[int] = []
-    los: list[tuple[int, ...]] = []
-    his: list[tuple[int, ...]] = []
-    for n, (label, view) in enumerate(claims):
+    owners: list[str] = []
+    boxes: list[Box] = []
+    for label, view in claims:
         try:
-            boxes = boxes_from_views((numel,), view, view, cuts)
+            placed = [box for box, _, _ in boxes_from_views((numel,), view, view, cuts)]
         except LayoutError:
             return [f"{label} writes some elements twice ({view})"]
-        for box, _, _ in boxes:
-            owners.append(n)
-            los.append(box.lo)
-            his.append(box.hi)
-    lo, hi = np.array(los, dtype=np.int64), np.array(his, dtype=np.int64)
+        owners += [label] * len(placed)
+        boxes += placed
+    faults: list[str] = []
+    claimed = sum(box.numel for box in boxes)
+    clashes = _clashes(boxes)
+    if clashes:
+        names = {tuple(sorted((owners[a], owners[b]))) for a, b in clashes}
+        faults += [f"{first} and {second} share memory" for first, second in sorted(names)]
+        left = [((0,) * len(boxes[0].factors), boxes[0].factors)]
+        for box in boxes:
+            left = subtract(left, box.lo, box.hi)
+        claimed = numel - sum(Box(boxes[0].factors, lo, hi).numel for lo, hi in left)
+    if claimed < numel:
+        faults.append(f"{numel - claimed} are claimed by none")
+    return faults
+
+
+def _clashes(boxes: Sequence[Box]) -> list[tuple[int, int]]:
+    """Pairs of boxes of one split that meet."""
+    if len(boxes) < 2:
+        return []
+    lo, hi = (np.array(ends, dtype=np.int64) for ends in ([b.lo for b in boxes], [b.hi for b in boxes]))
     order = np.argsort(lo[:, 0], kind="stable")
     left, right = _neighbours(lo[order, 0], hi[order, 0])
     left, right = order[left], order[right]
-    _, _, both = intersect(lo[left], hi[left], lo[right], hi[right])
-    found = {
-        tuple(sorted((claims[owners[a]][0], claims[owners[b]][0])))
-        for a, b in zip(left[both], right[both], strict=True)
-    }
-    return [f"{first} and {second} share memory" for first, second in sorted(found)]
+    _, _, meets = intersect(lo[left], hi[left], lo[right], hi[right])
+    return list(zip(left[meets].tolist(), right[meets].tolist(), strict=True))
 
 
 def _neighbours(lo: Int64s, hi: Int64s) -> tuple[Int64s, Int64s]:

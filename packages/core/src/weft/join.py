@@ -172,9 +172,12 @@ def overlaps(joined: Joined) -> tuple[Overlaps, Int64s]:
     source = first[right]
     lo, hi, meets = intersect(targets.lo[left], targets.hi[left], sources.lo[source], sources.hi[source])
     left, right, lo, hi = left[meets], right[meets], lo[meets], hi[meets]
-    covered = np.zeros(len(targets.tensor), np.int64)
-    np.add.at(covered, left, volume(lo, hi))
-    doubled = covered > targets.numel
+    first_of_pair, second_of_pair = pairs_by_key(left, left)
+    later = first_of_pair < second_of_pair
+    first_of_pair, second_of_pair = first_of_pair[later], second_of_pair[later]
+    _, _, twice = intersect(lo[first_of_pair], hi[first_of_pair], lo[second_of_pair], hi[second_of_pair])
+    doubled = np.zeros(len(targets.tensor), dtype=bool)
+    doubled[left[first_of_pair[twice]]] = True
     if doubled.any():
         left, right, lo, hi = _first_holder(left, right, lo, hi, doubled)
     return Overlaps(left, right, lo, hi), classes

@@ -242,7 +242,8 @@ class Layout:
         return msgspec.msgpack.encode(
             _LayoutRecord(
                 FORMAT_VERSION, list(self.tensors), list(self.groups), list(self.buffers), list(self.fills),
-                list(self.ties), list(self.skipped), self.scratch_slots, self.pieces.factors.shape[1], self.pieces.columns(),
+                list(self.ties), list(self.skipped), self.scratch_slots, self.pieces.factors.shape[1],
+                self.pieces.columns(),
             )
         )  # fmt: skip
 
