@@ -193,7 +193,8 @@ def must_fail_naming(peer: str, attempt: Callable[[], None]) -> None:
 
 
 def must_still_work(crew: Crew, name: str, peer: str) -> None:
-    """`name`, whatever has happened to it, still reaches somebody new."""
+    """`name`, whatever has happened to it, still reaches somebody new once its losses are reported."""
+    crew[name].call("lost", 1, 0.5)
     crew[peer].call("open", peer, 0, [10])
     records = {each: crew[each].call("record") for each in (name, peer)}
     crew[name].call("connect", *records[peer][:2], SECONDS)

@@ -1,0 +1,88 @@
+"""Where NIXL is found, and what its exceptions mean in weft's terms. The rest sees NIXL through this module."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from weft.errors import PeerLostError, TransportError
+
+INSTALL = "weft-nixl needs NIXL: pip install 'weft-nixl[cu12]' (CUDA 12, or no CUDA at all) or 'weft-nixl[cu13]'"
+
+
+def candidates(cuda: str | None) -> tuple[str, ...]:
+    """Modules that may hold NIXL, best first: the dispatching `nixl`, then the wheel of torch's CUDA (like "13.0")."""
+    wheels = ("nixl_cu13", "nixl_cu12") if (cuda or "").startswith("13") else ("nixl_cu12", "nixl_cu13")
+    return ("nixl", *wheels)
+
+
+def find(names: Sequence[str]) -> tuple[ModuleType, ModuleType]:
+    """`_api` and `_bindings` of the first of these that imports. Raises `ImportError` that says what to install."""
+    reasons = []
+    for name in names:
+        try:
+            return importlib.import_module(f"{name}._api"), importlib.import_module(f"{name}._bindings")
+        except ImportError as error:
+            reasons.append(f"{name}: {error}")
+    raise ImportError(f"{INSTALL} (tried {'; '.join(reasons)})")
+
+
+_api, _bindings = find(candidates(torch.version.cuda))
+
+_MEANING: Mapping[str, str] = {
+    "nixlBackendError": "the network backend failed; its own log on stderr says more",
+    "nixlCancelledError": "the transfer was cancelled",
+    "nixlInvalidParamError": "NIXL rejects an argument: a descriptor index or a backend parameter",
+    "nixlMismatchError": "local and remote descriptors differ in number or size",
+    "nixlNotAllowedError": "NIXL does not allow this in its present state",
+    "nixlNotFoundError": "memory that is not registered over there (any more), or a peer that is not connected",
+    "nixlNotPostedError": "the transfer was never posted",
+    "nixlNotSupportedError": "no backend can do this with memory of this kind",
+    "nixlRemoteDisconnectError": "its process or the link to it is gone",
+    "nixlRepostActiveError": "the transfer is still active",
+    "nixlUnknownError": "NIXL reports an unknown error",
+}
+"""By class name, so that a release of NIXL without one of them still imports."""
+
+FOREIGN: tuple[type[Exception], ...] = tuple(
+    getattr(_bindings, name) for name in _MEANING if hasattr(_bindings, name)
+)
+"""What NIXL raises."""
+
+
+def translate(error: Exception, what: str, peer: str) -> TransportError:
+    """NIXL's error in weft's terms. `peer` is whom it concerns, or empty."""
+    name = type(error).__name__
+    if name == "nixlRemoteDisconnectError" and peer:
+        return PeerLostError(peer, f"{what}: {_MEANING[name]} ({error})")
+    whose = f" (peer {peer})" if peer else ""
+    return TransportError(f"{what}{whose}: {_MEANING.get(name, 'NIXL failed')} ({name}: {error})")
+
+
+@contextmanager
+def translated(what: str, peer: str = "") -> Iterator[None]:
+    """Map what NIXL raises inside; the only place where its exceptions are caught by kind."""
+    try:
+        yield
+    except FOREIGN as error:
+        raise translate(error, what, peer) from error
+
+
+def make_agent(name: str, backends: Mapping[str, Mapping[str, str]], progress_thread: bool) -> Any:
+    """A `nixl_agent` with these backends and their parameters. Raises `TransportError` when one is not available."""
+    configuration = _api.nixl_agent_config(
+        enable_prog_thread=progress_thread, backends=[], sync_mode=_api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+    )
+    agent = _api.nixl_agent(name, configuration)
+    for backend, parameters in backends.items():
+        if backend not in agent.get_plugin_list():
+            has = ", ".join(sorted(agent.get_plugin_list()))
+            raise TransportError(f"this NIXL has no backend {backend!r}; it has {has}")
+        with translated(f"creating the {backend} backend with {dict(parameters)}"):
+            agent.create_backend(backend, dict(parameters))
+    return agent

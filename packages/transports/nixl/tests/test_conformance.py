@@ -1,0 +1,15 @@
+"""The nixl transport keeps the contract, between real processes."""
+
+from typing import ClassVar
+
+from weft.testing.transports import TransportSuite
+
+
+class TestNixl(TransportSuite):
+    factory = "weft_nixl:factory"
+    options: ClassVar = {"probe_seconds": 0.2}
+
+
+class TestNixlInSmallChunks(TransportSuite):
+    factory = "weft_nixl:factory"
+    options: ClassVar = {"probe_seconds": 0.2, "chunk_segments": 7, "depth": 2}
