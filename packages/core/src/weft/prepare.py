@@ -113,7 +113,7 @@ def endpoint_record(
         name=name, incarnation=incarnation, memory_epoch=memory_epoch, address=address,
         regions=tuple(RemoteRegion(r.address, r.nbytes, str(r.device)) for r in endpoint.regions),
         source_region=columns[0], source_offset=columns[1], target_region=columns[2], target_offset=columns[3],
-        fingerprint=fingerprint, slots=dict(endpoint.incoming),
+        fingerprint=fingerprint, slots=dict(endpoint.incoming), outgoing_slots=dict(endpoint.outgoing),
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def transfer_program(
             )  # fmt: skip
             return Bucket(bucket.index, bucket.peer, segments(bucket.copies, itemsize, *ends, sending))
         mine = (endpoint.outgoing if sending else endpoint.incoming)[bucket.peer]
-        theirs = peer.slots[program.name] if sending else (0, 0)
+        theirs = (peer.slots if sending else peer.outgoing_slots)[program.name]
         step = bucket.slot * program.slot_bytes
         segment = np.zeros(1, dtype=SEGMENT)
         segment[0] = (mine[0], mine[1] + step, theirs[0], theirs[1] + step, slot_payload(bucket, width))
