@@ -19,6 +19,7 @@ class Engine:
 
     def __init__(self) -> None:
         self._llm: Any = None
+        self._control: weft_vllm.VllmControl
 
     def handlers(self) -> dict[str, Handler]:
         """By command name."""
@@ -52,6 +53,7 @@ class Engine:
             worker_extension_cls="weft_cli.demo.worker.DemoWorker",
         )
         self._llm.collective_rpc("demo_observe")
+        self._control = weft_vllm.control(self._llm)
 
     def connect(self, store: str, transport: str, sources: int) -> None:
         """Meet the trainer's ranks."""
@@ -95,8 +97,12 @@ class Engine:
 
     def refit(self, version: int) -> Reply:
         """Install a version."""
-        report = weft_vllm.control(self._llm).refit(version)
-        return {"report": msgspec.to_builtins(report)}
+        report = self._control.refit(version)
+        return {
+            "digest": report.digest,
+            "bytes": report.nbytes,
+            "seconds": {**report.seconds, "pause": report.pause_seconds},
+        }
 
     def start_counting(self) -> None:
         """Every worker counts registrations and allocations from here."""

@@ -129,7 +129,7 @@ class _Loop:
                 for count in answer["counts"]:
                     for name, number in count.items():
                         counts[name] += number
-        return Step.of(version, seconds, engine["report"], [trainer["report"] for trainer in trainers])
+        return Step.of(version, seconds, engine, trainers)
 
     def _check(self, result: Result) -> Result:
         settings, directory = self._settings, self._settings.directory

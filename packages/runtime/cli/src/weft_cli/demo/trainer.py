@@ -84,7 +84,8 @@ class TrainerRank:
         """Offer the weights as they are now, and wait until the engine has committed them."""
         offer = self._refit.offer(version=version)
         offer.released()
-        return {"report": msgspec.to_builtins(offer.committed(replicas="all"))}
+        report = offer.committed(replicas="all")
+        return {"digest": report.digest, "seconds": report.seconds}
 
     def start_counting(self) -> None:
         """Count registrations and allocations from here."""
