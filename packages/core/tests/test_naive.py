@@ -195,6 +195,21 @@ def test_a_tie_of_the_target_does_not_join_what_the_source_holds_apart() -> None
     assert naive_faults({"s": source.build()}, {"t": target.build()}) == {("tie", "s", "head")}
 
 
+@pytest.mark.trap(13)
+def test_ties_that_contradict_or_chain_are_faults() -> None:
+    def tied(*ties: tuple[str, str]) -> Layout:
+        builder = uint8(("w", (2,)), buffer=2)
+        builder.shard("w", "b")
+        for alias, name in ties:
+            builder.tie(alias, name)
+        return builder.build()
+
+    target = {"t": tied()}
+    assert naive_faults({"s0": tied(("head", "w")), "s1": tied(("head", "w"))}, target) == set()
+    assert naive_faults({"s0": tied(("head", "v")), "s1": tied(("head", "w"))}, target) == {("tie", "s0", "head")}
+    assert naive_faults({"s": tied(("tail", "head"), ("head", "w"))}, target) == {("tie", "s", "tail")}
+
+
 def one(shape: tuple[int, ...] = (4,), dtype: str = "uint8", name: str = "w") -> Layout:
     builder = LayoutBuilder()
     builder.tensor(name, shape, dtype)

@@ -49,9 +49,7 @@ def all_ties(*sides: Mapping[str, Layout]) -> dict[str, str]:
     return {tie.alias: tie.name for side in sides for layout in side.values() for tie in layout.ties}
 
 
-def naive_copies(
-    sources: Mapping[str, Layout], targets: Mapping[str, Layout]
-) -> dict[tuple[str, str, int], list[str]]:
+def naive_copies(sources: Mapping[str, Layout], targets: Mapping[str, Layout]) -> dict[tuple[str, str, int], list[str]]:
     """(target member, its tensor, flat logical index) → sorted names of every source member that holds that element."""
     ties = all_ties(sources, targets)
     holders: dict[tuple[str, int], set[str]] = defaultdict(set)
@@ -74,7 +72,7 @@ def naive_faults(
 
     Kinds: `shape` and `dtype` (a member declares a tensor otherwise than the first source that has it), `missing` (no
     source holds some element that a target wants), `unwanted` (a source has a tensor that no target declares), `tie` (a
-    target ties what a source holds apart), `doubled` and `unclaimed` (an element of a target's buffer is written twice,
+    target ties what a source holds apart, or ties contradict or chain), `doubled` and `unclaimed` (an element of a target's buffer is written twice,
     or never), `empty` (no copies).
     """
     faults: set[tuple[str, str, str]] = set()
@@ -84,6 +82,8 @@ def naive_faults(
     for feeds, side in ((True, sources), (False, targets)):
         allowed = () if feeds else tuple(casts)
         for member, layout in side.items():
+            conflicts = [tie for tie in layout.ties if ties[tie.alias] != tie.name or tie.name in ties]
+            faults |= {("tie", member, tie.alias) for tie in conflicts}
             for tensor in layout.tensors:
                 name = ties.get(tensor.name, tensor.name)
                 first = declared.setdefault(name, tensor) if feeds else declared.get(name, tensor)
