@@ -42,10 +42,10 @@ def save_checkpoint(directory: Path, **options: Any) -> Any:
     return model
 
 
-def prompts(count: int, seed: int = 99) -> list[list[int]]:
+def prompts(count: int, length: int = PROMPT_TOKENS, seed: int = 99) -> list[list[int]]:
     """Fixed random prompts."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, VOCABULARY, (count, PROMPT_TOKENS), generator=generator).tolist()
+    return torch.randint(1, VOCABULARY, (count, length), generator=generator).tolist()
 
 
 @torch.no_grad()
@@ -53,7 +53,12 @@ def reference_tokens(model: Any, asked: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of the Hugging Face model."""
     inputs = torch.tensor(asked)
     tokens = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return tokens[:, inputs.shape[1] :].tolist()
 
@@ -96,7 +101,11 @@ def expected_parameters(
                 q, k, v = (state[f"{attention}.{part}_proj.{kind}"] for part in "qkv")
                 here = heads // ranks * size
                 out[f"{attention}.qkv_proj.{kind}"] = torch.cat(
-                    [rows(q, rank * here, here), rows(k, kv_first * size, kv_here * size), rows(v, kv_first * size, kv_here * size)]
+                    [
+                        rows(q, rank * here, here),
+                        rows(k, kv_first * size, kv_here * size),
+                        rows(v, kv_first * size, kv_here * size),
+                    ]
                 )
         inner = config["intermediate_size"] // ranks
         gate, up = state[f"{mlp}.gate_proj.weight"], state[f"{mlp}.up_proj.weight"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ import torch
 from models import NEW_TOKENS, expected_parameters, prompts, reference_tokens, save_checkpoint, top_two_gap
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
-
 from weft.contracts import Group
+from weft_vllm import adapter
 from weft_vllm.target import VllmTarget
 
 
 def build(worker: Any) -> dict[str, Any]:
     """Make the target in the worker, poison what a refit must write, and describe it."""
     worker.weft_target = VllmTarget.from_worker(worker.get_model(), worker.vllm_config)
-    return {**worker.weft_target.report(), "buffer_kinds": sorted({b.kind for b in worker.weft_target.layout().buffers}),
-            "dtypes": sorted({t.dtype for t in worker.weft_target.layout().tensors}),
-            "encoded": worker.weft_target.layout().encoded.hex()}  # fmt: skip
+    layout = worker.weft_target.layout()
+    return {
+        **worker.weft_target.report(),
+        "dtypes": sorted({tensor.dtype for tensor in layout.tensors}),
+        "ties": [[tie.alias, tie.name] for tie in layout.ties],
+        "encoded": replace(layout, skipped=()).encoded.hex(),
+    }
 
 
 def refit(worker: Any, path: str, version: int) -> None:
@@ -50,10 +55,12 @@ def refit(worker: Any, path: str, version: int) -> None:
 
 
 def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Compare every parameter with a slice made by hand; a packed weight is read back by multiplying with the identity."""
+    """Compare every parameter with a slice made by hand; packed weights are read back by multiplying with the identity."""
     model, parallel = worker.get_model(), worker.parallel_config
     rank, ranks = worker.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
-    expected = expected_parameters(load_file(f"{path}/model.safetensors"), config, rank, ranks, worker.model_config.dtype)
+    expected = expected_parameters(
+        load_file(f"{path}/model.safetensors"), config, rank, ranks, worker.model_config.dtype
+    )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {"lm_head.weight"}
     wrong, compared = sorted(names ^ expected.keys()), 0
     for name, want in expected.items():
@@ -93,6 +100,8 @@ def main() -> None:
 
     config = models[0].config.to_dict()
     result: dict[str, Any] = {"ranks": llm.collective_rpc(build), "versions": []}
+    analytic = adapter.layouts(config, {"tp": case["tp"]}, case["dtype"])
+    result["analytic_equal"] = [r.pop("encoded") == a.encoded.hex() for r, a in zip(result["ranks"], analytic, strict=True)]
     before = llm.collective_rpc(pointers)
     previous = tokens()
     result["first_equal"] = previous == reference_tokens(models[0].to(getattr(torch, case["dtype"])), asked)
@@ -102,7 +111,9 @@ def main() -> None:
         model = models[number].to(getattr(torch, case["dtype"]))
         got, want = tokens(), reference_tokens(model, asked)
         gaps = [
-            top_two_gap(model, asked[n] + want[n][: next(i for i, (a, b) in enumerate(zip(g, want[n], strict=True)) if a != b)])
+            top_two_gap(
+                model, asked[n] + want[n][: next(i for i, (a, b) in enumerate(zip(g, want[n], strict=True)) if a != b)]
+            )
             for n, g in enumerate(got)
             if g != want[n]
         ]

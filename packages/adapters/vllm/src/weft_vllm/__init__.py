@@ -1,1 +1,9 @@
-"""weft adapter for vLLM: weight-transfer engine, target and replica control of a live engine."""
+"""weft adapter for vLLM: weight-transfer engine, target and replica control of a live engine.
+
+Importing it needs no vLLM; whatever drives an engine says what to install where it is missing.
+"""
+
+from weft_vllm.analytic import VllmAdapter, adapter
+from weft_vllm.replica_control import RefusedError, ReplicaReport, VllmControl, control
+
+__all__ = ["RefusedError", "ReplicaReport", "VllmAdapter", "VllmControl", "adapter", "control"]

@@ -1,8 +1,8 @@
 """The layout of a live vLLM rank: its parameters as its own weight loading fills them.
 
-Every parameter and persistent buffer becomes one weft buffer, named as in the vLLM model. It is `live` when post-load processing
-left it where loading wrote it, and `scratch` when loading's tensor is gone (packed, permuted, requantized): then a group lands in
-scratch and `weft_vllm.landing` has the engine turn it into kernel format.
+Every parameter and persistent buffer becomes one weft buffer, named as in the vLLM model. It is `live` when post-load
+processing left it where loading wrote it, and `scratch` when loading's tensor is gone (packed, permuted, requantized):
+then a group lands in scratch and `weft_vllm.landing` has the engine turn it into kernel format.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from weft.box import Affine
@@ -54,17 +55,17 @@ class RecordedLayout:
     """Why, by parameter."""
 
 
-def record_layout(model: torch.nn.Module, tensors: Sequence[LogicalTensor], *, scratch_slots: int = 1) -> RecordedLayout:
+def record_layout(model: Any, tensors: Sequence[LogicalTensor], *, scratch_slots: int = 2) -> RecordedLayout:
     """Record the model's weight loading and describe this rank.
 
-    `tensors` are the checkpoint's (`weft_vllm.checkpoint`). The live model is not touched: for the time of the recording its
-    modules hold stand-ins instead of their parameters, so no forward pass may run meanwhile. Raises `LayoutError` naming every
-    element range that nothing fills, `NotSupportedError` for loading that can neither be expressed nor repeated, and
-    `LoadRecordingError` when the model's loading cannot be recorded.
+    `tensors` are the checkpoint's (`weft_vllm.checkpoint`). The live model is not touched: for the time of the
+    recording its modules hold stand-ins instead of their parameters, so no forward pass may run meanwhile. Raises
+    `LayoutError` naming every element range that nothing fills, `NotSupportedError` for loading that can neither be
+    expressed nor repeated, and `LoadRecordingError` when the model's loading cannot be recorded.
     """
     slots, skipped, ties = _slots(model)
     with _standing_in(model, {id(slot.live): slot.loaded for slot in slots}):
-        records = record(model.load_weights, tensors, {slot.name: slot.loaded for slot in slots})  # type: ignore[operator]
+        records = record(model.load_weights, tensors, {slot.name: slot.loaded for slot in slots})
     shapes = {tensor.name: tensor for tensor in tensors}
     builder = LayoutBuilder(scratch_slots=scratch_slots)
     faults: list[str] = []
@@ -128,7 +129,9 @@ def _slots(model: torch.nn.Module) -> tuple[list[Slot], list[tuple[str, str]], d
 
 
 def _group_names(names: Sequence[str]) -> list[str]:
-    """Per name its group: the path up to its first number (one decoder layer), else `pre` or `post` of the numbered ones."""
+    """Per name its group: the path up to its first number (one decoder layer), else `pre` or `post` of the numbered
+    ones.
+    """
     groups = []
     seen = False
     for name in names:
@@ -145,11 +148,11 @@ def _group_names(names: Sequence[str]) -> list[str]:
 @contextmanager
 def _standing_in(model: torch.nn.Module, stand_ins: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """Let modules hold stand-ins (by identity of the tensor they replace) instead of their tensors."""
-    held = [(table, name, tensor) for module in model.modules() for table in (module._parameters, module._buffers)
-            for name, tensor in table.items() if tensor is not None and id(tensor) in stand_ins]  # fmt: skip
+    tables: list[dict[str, Any]] = [t for module in model.modules() for t in (module._parameters, module._buffers)]
+    held = [(table, name, tensor) for table in tables for name, tensor in table.items() if id(tensor) in stand_ins]
     try:
         for table, name, tensor in held:
-            table[name] = stand_ins[id(tensor)]  # type: ignore[assignment]
+            table[name] = stand_ins[id(tensor)]
         yield
     finally:
         for table, name, tensor in held:
@@ -161,7 +164,9 @@ def _land_by_loader(slot: Slot, slots: Sequence[Slot], records: Mapping[str, Slo
     reason = "; ".join(dict.fromkeys(records[slot.name].derived))
     inputs = records[slot.name].inputs
     if not inputs:
-        raise NotSupportedError(f"{slot.name}: loading writes values into it that come from no checkpoint tensor ({reason})")
+        raise NotSupportedError(
+            f"{slot.name}: loading writes values into it that come from no checkpoint tensor ({reason})"
+        )
     fed = [other for other in slots if records[other.name].inputs & inputs]
     packed = [other.name for other in fed if other.kind is not Kind.LIVE]
     if packed:
@@ -171,17 +176,19 @@ def _land_by_loader(slot: Slot, slots: Sequence[Slot], records: Mapping[str, Slo
         )
     beyond = {name for other in fed for name in records[other.name].inputs} - inputs
     if beyond:
-        raise NotSupportedError(f"{slot.name}: loading mixes {', '.join(sorted(inputs))} with {', '.join(sorted(beyond))} ({reason})")
+        raise NotSupportedError(
+            f"{slot.name}: loading mixes {', '.join(sorted(inputs))} with {', '.join(sorted(beyond))} ({reason})"
+        )
     return {other.name: reason for other in fed}
 
 
-def _describe(
-    builder: LayoutBuilder, slot: Slot, entry: SlotRecord, shapes: Mapping[str, LogicalTensor]
-) -> list[str]:
+def _describe(builder: LayoutBuilder, slot: Slot, entry: SlotRecord, shapes: Mapping[str, LogicalTensor]) -> list[str]:
     """Add one slot's buffer, pieces and fills; returns faults."""
     numel = dense_numel(slot.loaded.shape, slot.loaded.stride())
     if numel is None:
-        return [f"{slot.name}: its memory has holes or repeats (shape {tuple(slot.loaded.shape)}, strides {slot.loaded.stride()})"]
+        return [
+            f"{slot.name}: its memory has holes or repeats (shape {tuple(slot.loaded.shape)}, strides {slot.loaded.stride()})"
+        ]
     if numel == 0:
         return [f"{slot.name}: has no elements, although the model holds it"]
     dtype = str(slot.loaded.dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
 """The logical tensors of a model: names, shapes and dtypes of its Hugging Face checkpoint, without reading weights.
 
-The headers of the checkpoint's safetensors files say it exactly, whatever wrote them. Where there are none (weights made by
-`load_format="dummy"`, other file formats) the names come from the Transformers model that the config describes, built on the meta
-device; names that it ties are left out, as `save_pretrained` leaves them out.
+The headers of the checkpoint's safetensors files say it exactly, whatever wrote them. Where there are none (weights
+made by `load_format="dummy"`, other file formats) the names come from the Transformers model that the config describes,
+built on the meta device; names that it ties are left out, as `save_pretrained` leaves them out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _LONGEST_HEADER_BYTES = 100_000_000
 
 
 def logical_tensors(path: str, config: Any, dtype: str) -> list[LogicalTensor]:
-    """The checkpoint's tensors in name order: from the files under `path`, else from the Transformers `config` with `dtype`.
+    """The checkpoint's tensors in name order: from the files under `path`, else from the Transformers `config` with
+    `dtype`.
 
     Raises `ConfigError` when a file's header is damaged.
     """
@@ -63,5 +64,7 @@ def _from_config(config: Any, dtype: str) -> list[LogicalTensor]:
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     return [
-        LogicalTensor(name, tuple(tensor.shape), dtype) for name, tensor in model.state_dict().items() if name not in tied
+        LogicalTensor(name, tuple(tensor.shape), dtype)
+        for name, tensor in model.state_dict().items()
+        if name not in tied
     ]

@@ -1,7 +1,8 @@
 """Everything weft knows about one series of vLLM, checked when it is imported.
 
-Written against vLLM 0.32: `vllm/model_executor/model_loader/base_loader.py`, `model_executor/layers/utils.py` (CPU linears),
-`model_executor/layers/attention`, `distributed/weight_transfer`, `v1/executor/multiproc_executor.py`, `v1/worker/worker_base.py`.
+Written against vLLM 0.32: `vllm/model_executor/model_loader/base_loader.py`, `model_executor/layers/utils.py` (CPU
+linears), `model_executor/layers/attention`, `distributed/weight_transfer`, `v1/executor/multiproc_executor.py`,
+`v1/worker/worker_base.py`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Support:
 
 
 def check(version: str) -> Support:
-    """Accept a version of vLLM. Raises `PluginError` for a series that weft does not know; untested neighbours are accepted."""
+    """Accept a version of vLLM. Raises `PluginError` for a series that weft does not know; untested neighbours are
+    accepted.
+    """
     series = ".".join(version.split(".")[:2])
     if series not in (*TESTED_SERIES, *UNTESTED_SERIES):
         raise PluginError(
@@ -113,10 +116,12 @@ def cpu_linear_policy(config: VllmConfig) -> str:
 
 
 def install_hooks() -> None:
-    """Hook into loading and into worker calls, once per process. Every hook does nothing unless the engine's backend is weft.
+    """Hook into loading and into worker calls, once per process. Every hook does nothing unless the engine's backend is
+    weft.
 
-    vLLM creates the transfer engine after the model is loaded and packed, and loads plug-ins before it knows its configuration:
-    so the seams are the functions that loading calls, and each asks for the configuration when it is called.
+    vLLM creates the transfer engine after the model is loaded and packed, and loads plug-ins before it knows its
+    configuration: so the seams are the functions that loading calls, and each asks for the configuration when it is
+    called.
     """
     _hook(base_loader, "process_weights_after_loading", _remember_at_load)
     _hook(layer_utils, "dispatch_cpu_unquantized_gemm", _keep_plain)
@@ -148,7 +153,7 @@ def _remember_at_load(original: Callable[..., Any]) -> Callable[..., Any]:
 def _keep_plain(original: Callable[..., Any]) -> Callable[..., Any]:
     """On CPU, packing moves a linear's weight into an opaque handle; the plain policy keeps it where it was loaded."""
 
-    def dispatch_cpu_unquantized_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         config = get_current_vllm_config_or_none()
         weight = layer.weight
         plain = isinstance(weight, torch.Tensor) and weight.ndim == 2
@@ -161,8 +166,9 @@ def _keep_plain(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collect_every_error(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The multi-process executor stops reading replies at the first failure: the other workers' errors are lost, and their
-    replies are taken for those of the next call. Weight-update calls therefore reply with their error instead of failing.
+    """The multi-process executor stops reading replies at the first failure: the other workers' errors are lost, and
+    their replies are taken for those of the next call. Weight-update calls therefore reply with their error instead of
+    failing.
     """
 
     def collective_rpc(
@@ -219,7 +225,9 @@ def configured(config: VllmConfig) -> AbstractContextManager[None]:
 
 
 def at_load(model: torch.nn.Module) -> Mapping[str, AtLoad]:
-    """The model's parameters and buffers as loaded. Raises `NotSupportedError` when its loader bypassed vLLM's base loader."""
+    """The model's parameters and buffers as loaded. Raises `NotSupportedError` when its loader bypassed vLLM's base
+    loader.
+    """
     remembered: Mapping[str, AtLoad] | None = getattr(model, _AT_LOAD, None)
     if remembered is None:
         raise NotSupportedError(
@@ -240,9 +248,9 @@ def is_attention(module: torch.nn.Module) -> bool:
     return bool(is_deferred_attention_layer(module))
 
 
-def finish_attention(module: torch.nn.Module, dtype: torch.dtype) -> None:
+def finish_attention(module: Any, dtype: torch.dtype) -> None:
     """Re-run an attention layer's own post-load step (absorbed matrices, default scales; trap 56)."""
-    module.process_weights_after_loading(dtype)  # type: ignore[operator]
+    module.process_weights_after_loading(dtype)
 
 
 def kernel_state(module: torch.nn.Module) -> Callable[..., Any] | None:
@@ -251,9 +259,10 @@ def kernel_state(module: torch.nn.Module) -> Callable[..., Any] | None:
     return linear if callable(linear) else None
 
 
-def keep_kernel_state(module: torch.nn.Module, old: Callable[..., Any] | None) -> None:
-    """Move freshly packed weights into the kernel objects that were there before, so that compiled code that holds them sees
-    the new values, and keep those objects. Raises `NotSupportedError` when the engine chose another kernel this time.
+def keep_kernel_state(module: Any, old: Callable[..., Any] | None) -> None:
+    """Move freshly packed weights into the kernel objects that were there before, so that compiled code that holds them
+    sees the new values, and keep those objects. Raises `NotSupportedError` when the engine chose another kernel this
+    time.
     """
     new = kernel_state(module)
     if old is None or new is None or new is old:
@@ -271,7 +280,9 @@ def keep_kernel_state(module: torch.nn.Module, old: Callable[..., Any] | None) -
             kept.handler_tensor.copy_(fresh.handler_tensor)
             fresh.handler_tensor.copy_(address)
         elif kept != fresh:
-            raise NotSupportedError(f"{type(module).__name__}: the CPU kernel's {name} changed from {kept!r} to {fresh!r}")
+            raise NotSupportedError(
+                f"{type(module).__name__}: the CPU kernel's {name} changed from {kept!r} to {fresh!r}"
+            )
     module.cpu_linear = old
 
 

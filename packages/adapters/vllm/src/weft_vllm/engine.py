@@ -1,9 +1,168 @@
-from weft_vllm.compat import WeightTransferEngine,WeightTransferInitInfo,WeightTransferUpdateInfo
-class WeftWeightTransferEngine(WeightTransferEngine):
-    init_info_cls=WeightTransferInitInfo
-    update_info_cls=WeightTransferUpdateInfo
-    def init_transfer_engine(self, i): pass
-    def start_weight_update(self): pass
-    def finish_weight_update(self): pass
-    def receive_weights(self,u): pass
-    def shutdown(self): pass
+"""weft as a weight-transfer engine of vLLM: one object per worker, created by vLLM when the model has been loaded.
+
+vLLM's calls and weft's steps: `init_weight_transfer_engine` makes the target and meets the others;
+`start_weight_update` begins the version that the sources offer; `update_weights` moves, verifies, votes and prepares;
+`finish_weight_update` commits. An error of any step reaches the caller of the `LLM` with the words of every worker;
+weights may then be mixed, and `weft_vllm.control` refuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from weft.deadline import Deadlines
+from weft.errors import ConfigError
+from weft.installation import Installation
+from weft.policy import Policy
+from weft.refit import Refit
+from weft.report import Report
+from weft.roster import Expect
+
+from weft_vllm import compat
+from weft_vllm.target import VllmTarget
+
+
+@dataclass
+class WeftInitInfo(compat.WeightTransferInitInfo):
+    """What `init_weight_transfer_engine({"init_info": {...}})` takes: plain values, equal on every worker."""
+
+    store: str
+    """URL of the store, such as `tcp://10.0.0.1:29511`."""
+    job: str
+    """Name of the refit job; sources use the same."""
+    replica: str
+    """Name of this engine, unique in the job; its workers are the members `<replica>/0`, `<replica>/1` …"""
+    sources: int
+    """How many sources the job has."""
+    replicas: int = 1
+    """How many engines the job has."""
+    transport: str = "nixl"
+    """Name of an installed transport plug-in."""
+    transport_options: dict[str, Any] = field(default_factory=dict)
+    deadlines: dict[str, float] = field(default_factory=dict)
+    """Seconds by field of `weft.Deadlines`; the others keep their defaults."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    """Fields of `weft.Policy`, equal to the sources'; the others keep their defaults."""
+    scratch_slots: int = 2
+    """Groups of packed weights that may be in flight at once; each costs the largest group's memory."""
+
+
+@dataclass
+class WeftUpdateInfo(compat.WeightTransferUpdateInfo):
+    """What `update_weights({"update_info": {...}})` takes."""
+
+    version: int | None = None
+    """The version the caller means; None accepts the one that was begun."""
+
+
+class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpdateInfo]):
+    """Lives in a vLLM worker and is called from its thread. Every wait ends by `WeftInitInfo.deadlines`."""
+
+    init_info_cls = WeftInitInfo
+    update_info_cls = WeftUpdateInfo
+    supports_draft_weight_update = False
+
+    _target: VllmTarget | None = None
+    _refit: Refit | None = None
+    _installation: Installation | None = None
+    _last: Report | None = None
+
+    def init_transfer_engine(self, init_info: WeftInitInfo) -> None:
+        """Make this worker a member of the job. Collective: returns when everybody is there, planned and connected.
+
+        A second call leaves the former job first. Raises `ConfigError` for values that weft does not know, and whatever
+        `weft.Refit.open` raises.
+        """
+        self.shutdown()
+        try:
+            deadlines = Deadlines(**init_info.deadlines)
+            policy = msgspec.convert(init_info.policy, Policy, strict=False)
+        except (TypeError, msgspec.ValidationError) as error:
+            raise ConfigError(f"init_info of the weft backend: {error}") from error
+        unknown = sorted(init_info.policy.keys() - set(Policy.__struct_fields__))
+        if unknown:
+            raise ConfigError(f"init_info of the weft backend: policy has no {', '.join(unknown)}")
+        parallel = self.parallel_config
+        replica = init_info.replica
+        if parallel.data_parallel_size > 1:
+            replica = f"{replica}.dp{parallel.data_parallel_index}"
+        self._target = VllmTarget.from_worker(self.model, self.vllm_config, scratch_slots=init_info.scratch_slots)
+        refit = Refit(
+            target=self._target,
+            transport=init_info.transport,
+            transport_options=init_info.transport_options,
+            store=init_info.store,
+            job=init_info.job,
+            name=f"{replica}/{parallel.rank}",
+            replica=replica,
+            replica_size=parallel.world_size,
+            expect=Expect(sources=init_info.sources, replicas=init_info.replicas),
+            deadlines=deadlines,
+            policy=policy,
+        )
+        refit.open()
+        self._refit = refit
+
+    def start_weight_update(self) -> None:
+        """Wait for the sources' offer and let them write: no forward pass may run from now on."""
+        if self._refit is None:
+            raise ConfigError(
+                "the weft backend is not connected: call init_weight_transfer_engine with store and job first"
+            )
+        if self._installation is not None:
+            raise ConfigError(
+                f"version {self._installation.version} is still being installed: finish or abort it first"
+            )
+        self._installation = self._refit.begin()
+
+    def receive_weights(self, update_info: WeftUpdateInfo) -> None:
+        """Take every byte of the version, verify it, vote, and prepare the commit. Collective in the replica."""
+        installation = self._active()
+        if update_info.version not in (None, installation.version):
+            error = ConfigError(
+                f"version {update_info.version} is asked for, but the sources offer {installation.version}"
+            )
+            self.give_up(str(error))
+            raise error
+        try:
+            installation.update()
+        except BaseException:
+            self._installation = None
+            raise
+
+    def finish_weight_update(self) -> None:
+        """Make the version the one that is served. Local, apart from the leader's wait for the others."""
+        installation = self._active()
+        self._installation = None
+        self._last = installation.commit()
+
+    def give_up(self, reason: str) -> None:
+        """Abort the version that is under way, if any, on every member of the replica."""
+        installation, self._installation = self._installation, None
+        if installation is not None:
+            installation.abort(ConfigError(reason))
+
+    def shutdown(self) -> None:
+        """Leave the job; weights stay as they are. Idempotent."""
+        self.give_up("the engine is shutting down")
+        refit, self._refit = self._refit, None
+        if refit is not None:
+            refit.close()
+
+    def report(self) -> dict[str, Any]:
+        """The installed version, this rank's layout, and the last refit, as plain values."""
+        target = self._target
+        return {
+            "engine": compat.installed(),
+            "rank": self.parallel_config.rank,
+            "version": None if target is None else target.version,
+            "target": None if target is None else target.report(),
+            "refit": None if self._last is None else msgspec.to_builtins(self._last),
+        }
+
+    def _active(self) -> Installation:
+        if self._installation is None:
+            raise ConfigError("no version has been begun: call start_weight_update first")
+        return self._installation

@@ -1,10 +1,11 @@
 """From bytes in load format to kernel format, by the engine's own post-load processing.
 
-A group of weights has arrived: fills are set, whole tensors go through the model's loader, and every module that holds one of the
-group's parameters is processed again by its quantization method, as after loading. Parameters that processing replaced at load
-are put in its hands as views of the scratch memory; what comes out is copied into the engine's own tensors and kernel objects,
-whose addresses never change (trap 53). Modules that only share a parameter, such as a tied output layer with a packed copy of the
-embedding, are processed with it: vLLM's own reload leaves that copy stale.
+A group of weights has arrived: fills are set, whole tensors go through the model's loader, and every module that holds
+one of the group's parameters is processed again by its quantization method, as after loading. Parameters that
+processing replaced at load are put in its hands as views of the scratch memory; what comes out is copied into the
+engine's own tensors and kernel objects, whose addresses never change (trap 53). Modules that only share a parameter,
+such as a tied output layer with a packed copy of the embedding, are processed with it: vLLM's own reload leaves that
+copy stale.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Landing:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         recorded: RecordedLayout,
         memory: Mapping[str, torch.Tensor],
         config: compat.VllmConfig,
@@ -60,12 +61,14 @@ class Landing:
 
     @torch.no_grad()
     def land(self, group: int) -> None:
-        """Bring one group into kernel format. Raises whatever the engine's processing raises; the group is then undefined."""
+        """Bring one group into kernel format. Raises whatever the engine's processing raises; the group is then
+        undefined.
+        """
         for fill in self._fills[group]:
             _view(self._memory[fill.buffer], fill.sizes, fill.strides, fill.offset).fill_(fill.value)
         whole = [(name, self._memory[LOADER + name].view(shape)) for name, shape in self._whole[group]]
         if whole:
-            self._model.load_weights(iter(whole))  # type: ignore[operator]
+            self._model.load_weights(iter(whole))
         with compat.configured(self._config):
             for entry in self._modules[group]:
                 self._process(entry)
@@ -86,10 +89,10 @@ class Landing:
             for name, slot in entry.scratch:
                 module._parameters[name] = slot.live  # type: ignore[assignment]
 
-    def _in_scratch(self, slot: Slot) -> torch.nn.Parameter:
+    def _in_scratch(self, slot: Slot) -> Any:
         """The parameter as loading would have left it, on the group's scratch memory."""
         view = _view(self._memory[slot.name], slot.loaded.shape, slot.loaded.stride(), 0)
-        parameter = torch.nn.Parameter(view, requires_grad=False)
+        parameter: Any = torch.nn.Parameter(view, requires_grad=False)
         parameter.__class__ = type(slot.loaded)
         parameter.__dict__ = dict(slot.loaded.__dict__)
         return parameter
@@ -103,7 +106,9 @@ def _view(memory: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], of
 def _copy_back(name: str, processed: torch.Tensor, live: torch.Tensor) -> None:
     if processed.shape != live.shape or processed.dtype != live.dtype:
         raise LayoutError(
-            [f"{name}: post-processing gave {processed.dtype}{tuple(processed.shape)}, the engine holds {live.dtype}{tuple(live.shape)}"]
+            [
+                f"{name}: post-processing gave {processed.dtype}{tuple(processed.shape)}, the engine holds {live.dtype}{tuple(live.shape)}"
+            ]
         )
     live.data.copy_(processed.data)
 
@@ -131,5 +136,10 @@ def _modules(model: torch.nn.Module, recorded: RecordedLayout, group: str) -> Se
     orphans = {slot.name for slot in slots.values() if slot.kind is Kind.SCRATCH}
     orphans -= {slot.name for entry in found for _, slot in entry.scratch}
     if orphans:
-        raise LayoutError([f"{name}: replaced after loading, by something else than a quantization method" for name in sorted(orphans)])
+        raise LayoutError(
+            [
+                f"{name}: replaced after loading, by something else than a quantization method"
+                for name in sorted(orphans)
+            ]
+        )
     return found

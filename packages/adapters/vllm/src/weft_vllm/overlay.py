@@ -1,4 +1,6 @@
-"""From the writes of a recording to what finally lies in a parameter: later writes win, and nothing may be left unwritten."""
+"""From the writes of a recording to what finally lies in a parameter: later writes win, and nothing may be left
+unwritten.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class _Patch:
 
 
 def overlay(numel: int, writes: Sequence[Write]) -> tuple[list[Placed], list[Affine]]:
-    """What lies where in a parameter of `numel` elements after these writes, by memory offset, and which parts none wrote."""
+    """What lies where in a parameter of `numel` elements after these writes, by memory offset, and which parts none
+    wrote.
+    """
     cuts = {stride for write in writes for stride in write.region.strides if stride > 0}
     patches: list[_Patch] = []
     for write in writes:

@@ -1,10 +1,11 @@
 """Recording what weight loaders do, on tensors without storage.
 
-Checkpoint tensors and parameters are stand-ins on torch's `meta` device. A view of a meta tensor keeps its storage, offset and
-strides, so whatever chain of narrow, view, index, chunk, transpose a loader applies, the two ends of its final `copy_` say which
-elements go where. Only four kinds of operation are understood: views, copies and casts of a checkpoint tensor, `copy_` into a
-parameter, and filling a parameter with a constant. Everything else that touches checkpoint values or a parameter makes whatever
-is later written from it *derived*, with the checkpoint tensors that went in; nothing is ever taken for a copy by guess (trap 70).
+Checkpoint tensors and parameters are stand-ins on torch's `meta` device. A view of a meta tensor keeps its storage,
+offset and strides, so whatever chain of narrow, view, index, chunk, transpose a loader applies, the two ends of its
+final `copy_` say which elements go where. Only four kinds of operation are understood: views, copies and casts of a
+checkpoint tensor, `copy_` into a parameter, and filling a parameter with a constant. Everything else that touches
+checkpoint values or a parameter makes whatever is later written from it *derived*, with the checkpoint tensors that
+went in; nothing is ever taken for a copy by guess (trap 70).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ aten = torch.ops.aten
 
 
 class LoadRecordingError(WeftError):
-    """The engine's own weight loading raised while it was recorded; the message names the checkpoint tensor it was given."""
+    """The engine's own weight loading raised while it was recorded; the message names the checkpoint tensor it was
+    given.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,9 @@ def record(
 ) -> dict[str, SlotRecord]:
     """Run `load` on stand-ins for the checkpoint's `tensors` and say what it wrote into each of `slots`.
 
-    `slots` are the parameters' stand-ins, on the meta device, each with a storage of its own. Live tensors are not touched: a
-    loader that still reaches one is an error. Raises `LoadRecordingError` when loading raises, or a stand-in was replaced.
+    `slots` are the parameters' stand-ins, on the meta device, each with a storage of its own. Live tensors are not
+    touched: a loader that still reaches one is an error. Raises `LoadRecordingError` when loading raises, or a stand-in
+    was replaced.
     """
     recorder = _Recorder(slots)
     at = "nothing yet"
@@ -91,7 +95,9 @@ def record(
         ) from error
     replaced = [name for name, tensor in slots.items() if _storage(tensor) not in recorder.slot_at]
     if replaced:
-        raise LoadRecordingError(f"weight loading replaced the memory of {', '.join(replaced)}: it cannot land in place")
+        raise LoadRecordingError(
+            f"weight loading replaced the memory of {', '.join(replaced)}: it cannot land in place"
+        )
     return recorder.records
 
 
@@ -106,10 +112,10 @@ class _Origin:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, slots: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.records = {name: SlotRecord() for name in slots}
         self.slot_at = {_storage(tensor): name for name, tensor in slots.items()}
-        self._first = {name: tensor.storage_offset() for name, tensor in slots.items()}
+        self._first = {name: int(tensor.storage_offset()) for name, tensor in slots.items()}
         self._origins: dict[int, _Origin] = {}
         self._tainted: dict[int, set[str]] = {}
         self._changed: set[str] = set()
@@ -152,9 +158,11 @@ class _Recorder(TorchDispatchMode):
         record = self.records[slot]
         record.inputs.add(origin.tensor)
         values = source.expand(target.shape)
-        view = Affine(values.storage_offset(), tuple(values.shape), tuple(values.stride()))
+        view = Affine(int(values.storage_offset()), tuple(values.shape), tuple(values.stride()))
         if any(dtype != target.dtype for dtype in origin.casts):
-            record.derived.append(f"{origin.tensor} goes through {', '.join(map(str, origin.casts))} on its way to {target.dtype}")
+            record.derived.append(
+                f"{origin.tensor} goes through {', '.join(map(str, origin.casts))} on its way to {target.dtype}"
+            )
         elif any(size > 1 and stride == 0 for size, stride in zip(view.sizes, view.strides, strict=True)):
             record.derived.append(f"{origin.tensor} is broadcast into it")
         elif target.numel():
@@ -172,7 +180,12 @@ class _Recorder(TorchDispatchMode):
         casts = origin.casts if dtype == source.dtype else (*origin.casts, dtype)
         numel = source.untyped_storage().nbytes() // _WIDEST_ITEM_BYTES
         copy = self._on_new_storage(
-            numel, dtype, source.storage_offset(), source.shape, source.stride(), _Origin(origin.tensor, origin.dtype, casts)
+            numel,
+            dtype,
+            int(source.storage_offset()),
+            source.shape,
+            source.stride(),
+            _Origin(origin.tensor, origin.dtype, casts),
         )
         if origin.tensor in self._changed:
             self._taint(copy, {origin.tensor}, "")
@@ -213,7 +226,7 @@ class _Recorder(TorchDispatchMode):
         return set(self._tainted.get(key, ()))
 
     def _region(self, slot: str, target: torch.Tensor) -> Affine:
-        return Affine(target.storage_offset() - self._first[slot], tuple(target.shape), tuple(target.stride()))
+        return Affine(int(target.storage_offset()) - self._first[slot], tuple(target.shape), tuple(target.stride()))
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
         key = _storage(tensor)
@@ -242,7 +255,7 @@ class _Recorder(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> int:
     """Identity of the storage behind a tensor; meta tensors have no address."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_view(func: Any) -> bool:
@@ -254,7 +267,8 @@ def _is_plain_view(source: Any, result: Any) -> bool:
     """Whether a view shows the same elements: not other bits of them, nor their conjugates or negatives."""
     outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
     return isinstance(source, torch.Tensor) and all(
-        t.dtype == source.dtype and not t.is_conj() and not t.is_neg() and _storage(t) == _storage(source) for t in outputs
+        t.dtype == source.dtype and not t.is_conj() and not t.is_neg() and _storage(t) == _storage(source)
+        for t in outputs
     )
 
 

