@@ -72,8 +72,8 @@ def naive_faults(
 
     Kinds: `shape` and `dtype` (a member declares a tensor otherwise than the first source that has it), `missing` (no
     source holds some element that a target wants), `unwanted` (a source has a tensor that no target declares), `tie` (a
-    target ties what a source holds apart, or ties contradict or chain), `doubled` and `unclaimed` (an element of a target's buffer is written twice,
-    or never), `empty` (no copies).
+    target ties what a source holds apart, or ties contradict or chain), `doubled` and `unclaimed` (an element of a
+    target's buffer is written twice, or never), `empty` (no copies).
     """
     faults: set[tuple[str, str, str]] = set()
     ties = all_ties(sources, targets)
