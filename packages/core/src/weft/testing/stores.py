@@ -170,10 +170,10 @@ class StoreSuite:
 
     def test_processes_adding_at_once_get_different_sums(self, url: str, store: Store) -> None:
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results = [pool.submit(add_many, url, "counter", 200) for _ in range(2)]
+            results = [pool.submit(add_many, url, 2, 1000) for _ in range(2)]
             sums = [total for result in results for total in result.result(2 * SECONDS)]
-        assert sorted(sums) == list(range(1, 401))
-        assert store.add("counter", 0) == 400
+        assert sorted(sums) == list(range(1, 2001))
+        assert store.add("counter", 0) == 2000
 
     def test_a_closed_client_refuses_and_closes_twice(self, url: str) -> None:
         store = open_store(url, Deadline.after(SECONDS))
@@ -191,10 +191,13 @@ class StoreSuite:
                 call()
 
 
-def add_many(url: str, key: str, times: int) -> list[int]:
-    """What each of `times` additions of 1 returned; run in processes of its own."""
+def add_many(url: str, processes: int, times: int) -> list[int]:
+    """What each of `times` additions of 1 to `counter` returned, once as many processes as these have come to add."""
     store = open_store(url, Deadline.after(SECONDS))
     try:
-        return [store.add(key, 1) for _ in range(times)]
+        store.add("ready", 1)
+        everybody = Deadline.after(SECONDS)
+        everybody.wait(lambda: store.add("ready", 0) == processes, "the other processes", lambda: [])
+        return [store.add("counter", 1) for _ in range(times)]
     finally:
         store.close()
