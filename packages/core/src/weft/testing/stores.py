@@ -197,7 +197,7 @@ def add_many(url: str, processes: int, times: int) -> list[int]:
     try:
         store.add("ready", 1)
         everybody = Deadline.after(SECONDS)
-        everybody.wait(lambda: store.add("ready", 0) == processes, "the other processes", lambda: [])
+        everybody.wait(lambda: store.add("ready", 0) == processes, "the other processes", list)
         return [store.add("counter", 1) for _ in range(times)]
     finally:
         store.close()
