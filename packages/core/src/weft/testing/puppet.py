@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -248,6 +249,8 @@ def perform(connection: Connection, factory: str, options: Mapping[str, Any]) ->
     """Obey commands until the test hangs up. `factory` is `module:name`."""
     module, _, name = factory.partition(":")
     torch.set_num_threads(1)
+    if multiprocessing.parent_process() is not None:
+        faulthandler.enable()
     actor = Actor(getattr(importlib.import_module(module), name), options)
     with connection:
         while True:
@@ -282,13 +285,19 @@ class Puppet:
 
     def begin(self, command: str, *arguments: Any) -> None:
         """Send a command; `end` fetches its result."""
-        self._near.send_bytes(msgspec.msgpack.encode((command, arguments)))
+        try:
+            self._near.send_bytes(msgspec.msgpack.encode((command, arguments)))
+        except BrokenPipeError as error:
+            raise self._death(command) from error
 
     def end(self) -> Any:
         """The result of the command begun last. Raises `PuppetError` for an error of weft."""
         if not self._near.poll(_ANSWER_SECONDS):
             raise AssertionError(f"a member did not answer within {_ANSWER_SECONDS} s: something in it blocks")
-        reply = msgspec.msgpack.decode(self._near.recv_bytes(), type=Reply)
+        try:
+            reply = msgspec.msgpack.decode(self._near.recv_bytes(), type=Reply)
+        except EOFError as error:
+            raise self._death("its last command") from error
         if reply.kind:
             raise PuppetError(reply)
         return reply.value
@@ -327,6 +336,15 @@ class Puppet:
             self._process.close()
         elif self._thread is not None:
             self._thread.join(_END_SECONDS)
+
+    def _death(self, command: str) -> AssertionError:
+        """What to raise for a puppet that died by itself; the crew replaces it."""
+        self.alive = False
+        code = None
+        if self._process is not None:
+            self._process.join(_END_SECONDS)
+            code = self._process.exitcode
+        return AssertionError(f"a member died at {command} (exit code {code}); its stderr says more")
 
     def _send_signal(self, number: int) -> None:
         if self._process is not None and self._process.pid is not None:
