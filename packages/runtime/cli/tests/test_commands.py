@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from weft.planfile import load_plan
 from weft_cli.app import main
 from weft_cli.models import load_config, presets
 
@@ -66,6 +67,15 @@ def test_plan_casts_only_what_was_declared(weft, toy_framework: Path) -> None:
     code, out, _ = weft(*arguments, "--source-dtype", "float32")
     assert code == 0
     assert json.loads(out)["bytes"] == 64 * 8 * 2
+
+
+def test_plan_saves_the_plan_that_it_reports(weft, toy_framework: Path, tmp_path: Path) -> None:
+    sides = ("--source", "toy:tp2", "--target", "toy:tp4")
+    code, out, _ = weft("plan", "--model", toy_framework, *sides, "--save", tmp_path / "toy.plan", "--json")
+    assert code == 0
+    found = json.loads(out)
+    saved = load_plan(tmp_path / "toy.plan", fingerprint=found["fingerprint"])
+    assert saved.statistics.bytes == found["bytes"]
 
 
 @pytest.mark.trap(12, 13)

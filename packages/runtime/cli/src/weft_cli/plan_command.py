@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from weft.planfile import save_plan
 from weft.policy import Policy
 from weft_cli.models import load_config
 from weft_cli.planning import Figures, Report, figures, make_plan, members_of
@@ -46,7 +47,7 @@ def show(request: Request, *, as_json: bool) -> None:
         found = figures(plan, sides, report)
         if request.save is not None:
             report(f"saving {request.save}")
-            plan.save(request.save)
+            save_plan(plan, request.save)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
         return

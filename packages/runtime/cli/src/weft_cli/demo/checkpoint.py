@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from weft_cli.demo.settings import Settings
 
@@ -36,6 +37,7 @@ def write_checkpoint(settings: Settings) -> None:
     activations near one and spread the logits, and leave norm weights near one but different, so that a norm in the
     wrong place shows.
     """
+    logging.disable_progress_bar()
     model = Qwen3ForCausalLM(config_of(settings))
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():

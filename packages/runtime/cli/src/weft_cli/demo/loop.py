@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,7 +82,7 @@ class _Loop:
         tokens = self._sample(0)
         first = mean(token_rewards(tokens))
         self._progress.first(first)
-        counts = {"registrations": 0, "allocations": 0, "allocated_bytes": 0}
+        counts: Counter[str] = Counter()
         for version in range(1, settings.steps + 1):
             self._progress.doing(f"learning version {version}")
             self._learn(tokens)
@@ -112,7 +113,7 @@ class _Loop:
         sequences = [prompt + completion for prompt, completion in zip(self._prompts, tokens, strict=True)]
         ask(self._trainers, CALL_SECONDS, "train", sequences=sequences, advantages=advantages(token_rewards(tokens)))
 
-    def _refit(self, version: int, counts: dict[str, int]) -> Step:
+    def _refit(self, version: int, counts: Counter[str]) -> Step:
         """Move one version; from the second on the refit is warm, and what it registers and allocates is counted."""
         everyone = [self._engine, *self._trainers]
         if version > 1:
@@ -127,8 +128,7 @@ class _Loop:
         if version > 1:
             for answer in ask(everyone, CALL_SECONDS, "stop_counting"):
                 for count in answer["counts"]:
-                    for name, number in count.items():
-                        counts[name] += number
+                    counts.update(count)
         return Step.of(version, seconds, engine, trainers)
 
     def _check(self, result: Result) -> Result:

@@ -77,8 +77,9 @@ class Result(msgspec.Struct, frozen=True):
     warm_registrations: int
     """NIXL registrations of all processes together during every refit but the first."""
     warm_allocations: int
-    """Tensors allocated meanwhile, by torch's memory profiler."""
-    warm_allocated_bytes: int
+    """Tensors that weft allocated meanwhile, by torch's memory profiler."""
+    warm_engine_allocations: int
+    """Tensors that vLLM allocated meanwhile, in its own processing of loaded weights."""
     flipped: str | None
     tokens_equal: bool = False
     tokens_compared: int = 0
@@ -118,9 +119,9 @@ class Result(msgspec.Struct, frozen=True):
             refit_seconds=[step.refit_seconds for step in steps],
             phase_seconds=[step.phase_seconds for step in steps],
             digests=[step.digest for step in steps],
-            warm_registrations=counts["registrations"],
-            warm_allocations=counts["allocations"],
-            warm_allocated_bytes=counts["allocated_bytes"],
+            warm_registrations=counts.get("warm_registrations", 0),
+            warm_allocations=counts.get("warm_allocations", 0),
+            warm_engine_allocations=counts.get("warm_engine_allocations", 0),
             flipped=flipped,
         )
 
@@ -186,7 +187,8 @@ class Progress:
             "log-probs": f"differ by at most {result.max_logprob_difference:.1e}, bound {result.logprob_bound:.0e}",
             "bytes": f"{result.compared_bytes:,} compared, {result.mismatched_bytes:,} differ",
             "reward": f"{result.reward_last:.3f}, never refitted {result.reward_frozen:.3f}",
-            "warm": f"{result.warm_registrations} registrations, {result.warm_allocations} allocations",
+            "warm": f"{result.warm_registrations} registrations, {result.warm_allocations} allocations "
+            f"(the engine's own processing: {result.warm_engine_allocations})",
             "time": f"{result.seconds:.1f} s",
         }
         for name, words in lines.items():

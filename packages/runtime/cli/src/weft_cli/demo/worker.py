@@ -21,6 +21,7 @@ class DemoWorker:
     def demo_observe(self) -> None:
         """Wrap what is to be counted; before the transport starts."""
         self._demo_observer = Observer()
+        self._demo_observer.tell_apart(self.model_runner.model)
 
     def demo_start_counting(self) -> None:
         """Count registrations and allocations from here."""
