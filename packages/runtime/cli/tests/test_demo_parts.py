@@ -20,7 +20,7 @@ from weft_cli.demo.sessions import end_session, members_of
 from weft_cli.demo.slices import compare, expected_parameters
 
 _HELPER = """
-import os, subprocess, sys, time
+import mmap, os, subprocess, sys, time
 from multiprocessing import shared_memory
 from weft_cli.demo.channel import serve
 
@@ -38,12 +38,19 @@ def share():
     keep.append(block)
     return {"name": block.name}
 
+def leave():
+    path = f"/dev/shm/weft-test-{os.getpid()}"
+    with open(path, "wb+") as file:
+        file.truncate(4096)
+        keep.append(mmap.mmap(file.fileno(), 4096))
+    return {"name": os.path.basename(path)}
+
 def fork():
     return {"process": subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid}
 
 keep = []
 print("helper is up", flush=True)
-serve({"echo": echo, "fail": fail, "sleep": sleep, "share": share, "fork": fork})
+serve({"echo": echo, "fail": fail, "sleep": sleep, "share": share, "leave": leave, "fork": fork})
 """
 
 
@@ -101,6 +108,13 @@ def test_a_silent_child_is_named_when_the_deadline_passes(tmp_path: Path, helper
         with pytest.raises(ChildError, match=r"cook is late: sleep: not within 0\.2 s"):
             answers([child], 0.2, "sleep")
     assert gone(child.process.pid)
+
+
+def test_shared_memory_of_a_child_that_ends_in_peace_is_removed(tmp_path: Path, helper: dict[str, str]) -> None:
+    with Family(tmp_path) as family:
+        shared = ask([family.start("cook", "demo_helper", helper)], 60, "leave")[0]["name"]
+        assert Path("/dev/shm", shared).exists()
+    assert not Path("/dev/shm", shared).exists()
 
 
 def leave_a_frozen_child(directory: Path, environment: dict[str, str]) -> None:

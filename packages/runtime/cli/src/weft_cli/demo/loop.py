@@ -43,6 +43,7 @@ def run(settings: Settings, progress: Progress, *, flip_byte: bool) -> Result:
                 for rank in range(settings.trainer_ranks)
             ]
             _start(settings, progress, engine, trainers, store.url)
+            family.note_shared_memory()
             result = _Loop(settings, progress, engine, trainers).run(flip_byte=flip_byte)
             progress.doing("ending the engine and the trainer")
             ask(trainers, CALL_SECONDS, "close")

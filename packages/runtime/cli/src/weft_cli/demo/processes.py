@@ -17,7 +17,7 @@ from typing import Any, Self
 from weft.deadline import Deadline
 from weft.errors import DeadlineError
 from weft_cli.demo.channel import Channel, Reply, child_environment
-from weft_cli.demo.sessions import end_session, members_of
+from weft_cli.demo.sessions import end_session, members_of, shared_memory_of
 
 _TAIL_LINES = 25
 _STOP_SECONDS = 15.0
@@ -45,6 +45,7 @@ class Child:
                 env={**os.environ, **environment, **child_environment(theirs)},
             )
         self._channel = Channel(mine)
+        self._shared: set[str] = set()
 
     def send(self, do: str, **arguments: Any) -> None:
         """Give a command; its answer is fetched with `answers`."""
@@ -75,6 +76,13 @@ class Child:
             "\n".join([f"{self.name} {what}; the last lines of its log:", *(f"  | {line}" for line in lines)])
         )
 
+    def note_shared_memory(self) -> None:
+        """Remember what its session shares now, since a process that has ended can no longer be asked.
+
+        vLLM's workers on CPU leave some behind even when they end in peace.
+        """
+        self._shared |= shared_memory_of(self.process.pid)
+
     def request_stop(self) -> None:
         """Ask it to end by itself; silence is fine, `end` follows."""
         try:
@@ -86,7 +94,7 @@ class Child:
         """Wait until `deadline` for it to end by itself, then end its whole session. Idempotent."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(deadline.remaining())
-        end_session(self.process.pid, _PATIENCE_SECONDS)
+        end_session(self.process.pid, _PATIENCE_SECONDS, self._shared)
         self._channel.socket.close()
         self.process.wait(_PATIENCE_SECONDS)
 
@@ -129,6 +137,11 @@ class Family:
         self._children.append(child)
         return child
 
+    def note_shared_memory(self) -> None:
+        """Remember what every child's session shares, to remove it at the end. Call it once children are up."""
+        for child in self._children:
+            child.note_shared_memory()
+
     def __enter__(self) -> Self:
         return self
 
@@ -142,6 +155,7 @@ class Family:
         # After a failure children may be in the middle of anything and would not read a request to stop.
         deadline = Deadline.after(_STOP_SECONDS if kind is None else 0.0)
         try:
+            self.note_shared_memory()
             for child in self._children:
                 child.request_stop()
             for child in self._children:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _SHARED = "/dev/shm/"
@@ -22,13 +22,13 @@ def shared_memory_of(session: int) -> set[str]:
     return {path for process in members_of(session) for path in _shared_of(process)}
 
 
-def end_session(session: int, patience_seconds: float) -> None:
-    """Terminate every process of a session, kill what remains after `patience_seconds`, and unlink its shared memory.
+def end_session(session: int, patience_seconds: float, known: Iterable[str] = ()) -> None:
+    """Terminate every process of a session, kill what is left after `patience_seconds`, and unlink its shared memory.
 
-    A process that is killed cannot unlink what it shares, and nor can the tracker that is killed with it. Only what the
-    session itself had mapped, and this user owns, is removed.
+    A process that is killed cannot unlink what it shares, and nor can the tracker that is killed with it. Only what this
+    user owns and the session had mapped is removed: now, or earlier as `known` says.
     """
-    shared = shared_memory_of(session)
+    shared = {*known, *shared_memory_of(session)}
     for number, seconds in ((signal.SIGTERM, patience_seconds), (signal.SIGKILL, patience_seconds)):
         _signal_all(session, number)
         until = time.monotonic() + seconds
