@@ -71,7 +71,7 @@ class LocalPrepared:
     """Buckets with an active post."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LocalWork:
     """One posted bucket: copied by the first `advance` that finds its event reached."""
 

@@ -7,9 +7,4 @@ from weft.testing.transports import TransportSuite
 
 class TestNixl(TransportSuite):
     factory = "weft_nixl:factory"
-    options: ClassVar = {"probe_seconds": 0.2}
-
-
-class TestNixlInSmallChunks(TransportSuite):
-    factory = "weft_nixl:factory"
-    options: ClassVar = {"probe_seconds": 0.2, "chunk_segments": 7, "depth": 2}
+    options: ClassVar = {"probe_seconds": 0.2, "chunk_segments": 500, "depth": 4}

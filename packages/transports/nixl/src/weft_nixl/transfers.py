@@ -22,7 +22,7 @@ MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
 """NIXL's name for the memory of a device type."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Chunk:
     """One transfer of a bucket; its handle is made once and posted again for every version."""
 
@@ -54,7 +54,7 @@ def release(handle: Any) -> None:
             _LOG.warning("releasing a NIXL handle: %s", error)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PreparedBucket:
     """One send."""
 
@@ -63,7 +63,7 @@ class PreparedBucket:
     active: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class NixlPrepared:
     """A program with its descriptor lists and handles; `peers` are the agents that they were made for."""
 
@@ -152,7 +152,7 @@ def _lists(agent: Any, identity: str, peer: str, local: str, remote: str, rows: 
         raise
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class NixlWork:
     """One posted bucket."""
 
@@ -182,7 +182,7 @@ class NixlWork:
                 self.lane.give_up(self, None)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lane:
     """Everything posted to one peer: at most `depth` transfers in flight, the rest in order of posting."""
 

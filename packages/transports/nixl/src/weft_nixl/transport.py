@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -49,7 +50,7 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
     """NIXL's: how to connect, and every region registered so far."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class NixlRegistration:
     """Registered memory."""
 
@@ -58,7 +59,7 @@ class NixlRegistration:
     """NIXL's, or None after deregistration."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Peer:
     address: Address
     lane: Lane
@@ -117,6 +118,7 @@ class NixlTransport:
         )
         self._thread = threading.Thread(target=self._run, name=f"weft-nixl {member.name}", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that is inside NIXL when the interpreter goes aborts the process
 
     @_locked
     def register(self, region: Region, deadline: Deadline) -> NixlRegistration:
@@ -248,6 +250,7 @@ class NixlTransport:
 
     def close(self) -> None:
         """Handles, registrations, remote agents, the agent itself: in this order (trap 31)."""
+        atexit.unregister(self.close)
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,0 +1,130 @@
+"""Options, environment and NIXL's own errors, without a network."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from weft.deadline import Deadline
+from weft.errors import ConfigError, PeerLostError, TransportError
+from weft.member import Member, Region
+from weft_nixl import NixlOptions, factory
+from weft_nixl.library import FOREIGN, candidates, find, translate, translated
+from weft_nixl.options import backend_parameters, check_environment, check_registrable
+
+
+def test_parameters_are_what_nixl_reads() -> None:
+    options = NixlOptions(
+        device_list=("mlx5_0:1", "mlx5_1:1"), num_threads=2, engine_config={"MAX_RMA_RAILS": 4, "TLS": "rc"}
+    )
+    assert backend_parameters(options, ("eth0",)) == {
+        "UCX": {
+            "ucx_error_handling_mode": "peer",
+            "device_list": "mlx5_0:1, mlx5_1:1",
+            "num_threads": "2",
+            "engine_config": "MAX_RMA_RAILS=4,TLS=rc",
+        }
+    }
+    assert backend_parameters(NixlOptions(), ("eth0",))["UCX"]["device_list"] == "eth0"
+    assert backend_parameters(NixlOptions(backends=("POSIX",)), ()) == {"POSIX": {}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"depht": 3}, {"depth": 0}, {"depth": "many"}, {"ucx_error_handling_mode": "maybe"}, {"probe_seconds": 0}],
+)
+def test_wrong_options_are_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options)) if "depht" not in options else r"no option depht.*depth"):
+        factory(options)
+
+
+@pytest.mark.trap(32)
+def test_a_preset_variable_that_contradicts_an_option_is_refused() -> None:
+    options = NixlOptions(device_list=("mlx5_0:1",), engine_config={"MAX_RMA_RAILS": 4})
+    environment = {"UCX_NET_DEVICES": "mlx5_9:1", "UCX_MAX_RMA_RAILS": "2", "HOME": "/root"}
+    with pytest.raises(ConfigError, match=r"UCX_MAX_RMA_RAILS=2.*4.*UCX_NET_DEVICES=mlx5_9:1.*mlx5_0:1"):
+        check_environment(options, (), environment)
+    with pytest.raises(ConfigError, match="UCX_NET_DEVICES"):
+        check_environment(NixlOptions(), ("mlx5_0:1",), environment)
+
+
+@pytest.mark.trap(32)
+def test_preset_variables_that_contradict_nothing_are_reported() -> None:
+    environment = {"UCX_NET_DEVICES": "mlx5_0:1", "UCX_TLS": "tcp"}
+    found = check_environment(NixlOptions(device_list=("mlx5_0:1",)), (), environment)
+    assert found == ["UCX_NET_DEVICES=mlx5_0:1", "UCX_TLS=tcp"]
+
+
+@pytest.mark.trap(30)
+def test_expandable_segments_are_refused_for_cuda_memory_only() -> None:
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}
+    with pytest.raises(ConfigError, match="expandable segments"):
+        check_registrable("cuda", environment)
+    check_registrable("cpu", environment)
+    check_registrable("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"})
+
+
+def test_every_error_of_nixl_becomes_one_of_weft() -> None:
+    assert len(FOREIGN) >= 11
+    for kind in FOREIGN:
+        expected = rf"doing it \(peer b\).*{kind.__name__}|lost b: doing it"
+        with pytest.raises(TransportError, match=expected) as caught, translated("doing it", "b"):
+            raise kind("NIXL_ERR")
+        lost = kind.__name__ == "nixlRemoteDisconnectError"
+        assert isinstance(caught.value, PeerLostError) == lost
+    with pytest.raises(ZeroDivisionError), translated("doing it"):
+        raise ZeroDivisionError
+
+
+def test_an_error_of_a_later_nixl_is_still_a_transport_error() -> None:
+    error = translate(RuntimeError("new"), "doing it", "")
+    assert type(error) is TransportError
+    assert "RuntimeError: new" in str(error)
+
+
+def test_a_missing_nixl_says_what_to_install() -> None:
+    with pytest.raises(ImportError, match=r"weft-nixl\[cu12\].*no_such_wheel"):
+        find(["no_such_wheel"])
+    assert candidates("13.0")[1] == "nixl_cu13"
+    assert candidates(None)[1] == "nixl_cu12"
+
+
+def test_importing_without_nixl_says_what_to_install() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('nixl', 'nixl_cu12', 'nixl_cu13'):\n"
+        "    sys.modules[name] = None\n"
+        "import weft_nixl\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "pip install 'weft-nixl[cu12]'" in result.stderr.splitlines()[-1]
+
+
+def test_a_backend_that_nixl_does_not_have_is_named() -> None:
+    transport = factory({"backends": ["CARRIER_PIGEON"]})
+    with pytest.raises(TransportError, match=r"CARRIER_PIGEON.*UCX"):
+        transport.open(Member("a", None, None, None, 0, "here", "here", "cpu"))
+
+
+@pytest.mark.trap(29, 31)
+def test_one_registration_per_region_and_everything_is_gone_before_the_agent() -> None:
+    transport = factory({})
+    transport.open(Member("a", None, None, None, 0, "here", "here", "cpu"))
+    agent, calls = transport._agent, []
+    for name in ("register_memory", "deregister_memory"):
+        original = getattr(agent, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            calls.append(name)
+            assert transport._agent is agent
+            return original(*arguments)
+
+        setattr(agent, name, counted)
+    for nbytes in (100, 1 << 20):
+        transport.register(Region(f"r{nbytes}", torch.zeros(nbytes, dtype=torch.uint8)), Deadline.after(5))
+    transport.address()
+    transport.close()
+    assert calls == ["register_memory"] * 2 + ["deregister_memory"] * 2
