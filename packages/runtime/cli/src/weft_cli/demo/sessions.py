@@ -23,9 +23,9 @@ def shared_memory_of(session: int) -> set[str]:
 
 
 def end_session(session: int, patience_seconds: float, known: Iterable[str] = ()) -> None:
-    """Terminate every process of a session, kill what is left after `patience_seconds`, and unlink its shared memory.
+    """Terminate every process of a session, after `patience_seconds` kill them, and unlink their shared memory.
 
-    A process that is killed cannot unlink what it shares, and nor can the tracker that is killed with it. Only what this
+    A process that is killed cannot unlink what it shares, and nor can the tracker killed with it. Only what this
     user owns and the session had mapped is removed: now, or earlier as `known` says.
     """
     shared = {*known, *shared_memory_of(session)}
