@@ -64,10 +64,15 @@ def reference_tokens(model: Any, asked: list[list[int]]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def top_two_gap(model: Any, tokens: list[int]) -> float:
-    """How far the best and second-best logit after `tokens` are apart."""
-    best = model(torch.tensor([tokens])).logits[0, -1].float().topk(2).values
-    return float(best[0] - best[1])
+def gaps(model: Any, asked: list[list[int]], got: list[list[int]], want: list[list[int]]) -> list[float]:
+    """How far the reference's two best logits are apart at the first difference, per prompt whose answer differs."""
+    found = []
+    for prompt, answer, reference in zip(asked, got, want, strict=True):
+        if answer != reference:
+            first = next(n for n, (a, b) in enumerate(zip(answer, reference, strict=True)) if a != b)
+            best = model(torch.tensor([prompt + reference[:first]])).logits[0, -1].float().topk(2).values
+            found.append(float(best[0] - best[1]))
+    return found
 
 
 def expected_parameters(

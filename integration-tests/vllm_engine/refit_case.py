@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import weft_vllm
-from models import NEW_TOKENS, prompts, reference_tokens, save_checkpoint
+from models import NEW_TOKENS, gaps, prompts, reference_tokens, save_checkpoint
 from sources import SourceProcesses
-from target_case import compare, pointers
+from target_case import compare, pointers, remove, shared_memory
 from vllm import LLM, SamplingParams
+
+import weft_vllm
 from weft.store_server import serve_store
 
 LONG_PROMPT = 70
@@ -31,7 +32,9 @@ class Case:
         self.dtype = getattr(torch, case["dtype"])
         saved = torch.bfloat16 if case["cast"] else self.dtype
         options = {"family": case["family"], "tied": case["tied"], "kv_heads": case["kv_heads"], "dtype": saved}
-        self.models = {name: save_checkpoint(directory / name, seed=seed, **options) for seed, name in enumerate("ABC", 1)}
+        self.models = {
+            name: save_checkpoint(directory / name, seed=seed, **options) for seed, name in enumerate("ABC", 1)
+        }
         casts = (("bfloat16", "float32"),) if case["cast"] else ()
         self.policy = {"casts": [list(cast) for cast in casts]}
         self.init = {
@@ -58,8 +61,9 @@ class Case:
         answers = self.llm.generate([{"prompt_token_ids": p} for p in self.asked], sampling, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
-    def reference(self, name: str) -> list[list[int]]:
-        return reference_tokens(self.models[name].to(self.dtype), self.asked)
+    def gaps(self, name: str) -> list[float]:
+        model = self.models[name].to(self.dtype)
+        return gaps(model, self.asked, self.tokens(), reference_tokens(model, self.asked))
 
     def failure(self, call: Any) -> str:
         try:
@@ -73,18 +77,20 @@ class Case:
         report = self.control.refit(version)
         config = self.models[name].config.to_dict()
         return {
-            "equal": self.tokens() == self.reference(name),
+            "gaps": self.gaps(name),
             "sent": self.sources.answers(), "digest": report.digest, "version": report.version, "nbytes": report.nbytes,
-            "weight_version": self.llm.get_weight_version(), "seconds": dict(report.seconds), "pause": report.pause_seconds,
+            "weight_version": self.llm.get_weight_version(),
+            "seconds": dict(report.seconds), "pause": report.pause_seconds,
             "registrations": [worker["refit"]["registrations"] for worker in report.workers],
             "memory": self.llm.collective_rpc(compare, args=(str(self.directory / name), config)),
         }  # fmt: skip
 
     def run(self) -> dict[str, Any]:
-        result: dict[str, Any] = {"first_equal": self.tokens() == self.reference("A")}
+        result: dict[str, Any] = {"config": self.models["A"].config.to_dict()}
+        result["first_gaps"] = self.gaps("A")
         before = self.llm.collective_rpc(pointers)
         result["not_connected"] = self.failure(lambda: self.control.refit())
-        result["serves_after_that"] = self.tokens() == self.reference("A")
+        result["serves_after_that"] = self.gaps("A")
         self.sources.send("open")
         self.llm.init_weight_transfer_engine({"init_info": self.init})
         result["opened"] = self.sources.answers()
@@ -99,9 +105,9 @@ class Case:
 
         invalidate, self.control.invalidate_caches = self.control.invalidate_caches, lambda version: None  # type: ignore[method-assign]
         self.tokens()
-        result["stale_cache"] = self.refit(6, "A")["equal"]
+        result["stale_cache"] = self.refit(6, "A")["gaps"]
         self.control.invalidate_caches = invalidate  # type: ignore[method-assign]
-        result["fresh_cache"] = self.refit(7, "A")["equal"]
+        result["fresh_cache"] = self.refit(7, "A")["gaps"]
         result["pointers_stable"] = self.llm.collective_rpc(pointers) == before
         result["reports"] = self.llm.collective_rpc("weft_report")
         return result
@@ -111,8 +117,10 @@ def main() -> None:
     server = serve_store(host="127.0.0.1", port=0)
     case = Case(json.loads(sys.argv[1]), Path(sys.argv[2]), server.url)
     with case.sources:
-        print("RESULT " + json.dumps(case.run()), flush=True)
+        print("RESULT " + json.dumps(case.run(), default=str), flush=True)
+    shared = case.llm.collective_rpc(shared_memory)
     case.llm.llm_engine.engine_core.shutdown()
+    remove(shared)
     server.close()
 
 

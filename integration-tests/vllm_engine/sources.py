@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
 from weft.contracts import Event, Group, Lease, Stream
 from weft.deadline import Deadlines
 from weft.layout import Layout, LayoutBuilder
@@ -26,7 +27,7 @@ class _Held:
 
 
 class CheckpointSource:
-    """Holds every `count`-th tensor of a checkpoint, from the `number`-th on; `load` brings other values to the same memory."""
+    """Holds every `count`-th tensor of a checkpoint, from the `number`-th on; `load` replaces the values."""
 
     def __init__(self, path: str, number: int, count: int) -> None:
         state = load_file(path)

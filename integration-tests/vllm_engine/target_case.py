@@ -6,15 +6,17 @@ Run as `python target_case.py '{"family": "qwen3", "tied": true, …}' DIRECTORY
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from models import NEW_TOKENS, expected_parameters, prompts, reference_tokens, save_checkpoint, top_two_gap
+from models import NEW_TOKENS, expected_parameters, gaps, prompts, reference_tokens, save_checkpoint
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
+
 from weft.contracts import Group
 from weft_vllm import adapter
 from weft_vllm.target import VllmTarget
@@ -55,7 +57,7 @@ def refit(worker: Any, path: str, version: int) -> None:
 
 
 def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Compare every parameter with a slice made by hand; packed weights are read back by multiplying with the identity."""
+    """Compare every parameter with a slice made by hand; packed weights are read back by an identity."""
     model, parallel = worker.get_model(), worker.parallel_config
     rank, ranks = worker.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
     expected = expected_parameters(
@@ -82,6 +84,18 @@ def pointers(worker: Any) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
+def shared_memory(worker: Any) -> list[str]:
+    """What a killed worker would leave in shared memory."""
+    return [str(path) for path in Path("/dev/shm").glob(f"*{os.environ['VLLM_DIST_IDENT']}*")]
+
+
+def remove(shared: list[list[str]]) -> None:
+    """vLLM ends its CPU workers by force and leaves their shared memory behind."""
+    for paths in shared:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+
+
 def main() -> None:
     case, directory = json.loads(sys.argv[1]), Path(sys.argv[2])
     options = {"family": case["family"], "tied": case["tied"], "kv_heads": case["kv_heads"], "dtype": torch.bfloat16}
@@ -101,30 +115,28 @@ def main() -> None:
     config = models[0].config.to_dict()
     result: dict[str, Any] = {"ranks": llm.collective_rpc(build), "versions": []}
     analytic = adapter.layouts(config, {"tp": case["tp"]}, case["dtype"])
-    result["analytic_equal"] = [r.pop("encoded") == a.encoded.hex() for r, a in zip(result["ranks"], analytic, strict=True)]
+    result["analytic_equal"] = [
+        r.pop("encoded") == a.encoded.hex() for r, a in zip(result["ranks"], analytic, strict=True)
+    ]
     before = llm.collective_rpc(pointers)
     previous = tokens()
-    result["first_equal"] = previous == reference_tokens(models[0].to(getattr(torch, case["dtype"])), asked)
+    first = models[0].to(getattr(torch, case["dtype"]))
+    result["first_gaps"] = gaps(first, asked, previous, reference_tokens(first, asked))
     for version, name, number in ((1, "B", 1), (2, "C", 2), (3, "C", 2), (4, "A", 0)):
         llm.collective_rpc(refit, args=(str(directory / name), version))
         assert llm.reset_prefix_cache()
         model = models[number].to(getattr(torch, case["dtype"]))
         got, want = tokens(), reference_tokens(model, asked)
-        gaps = [
-            top_two_gap(
-                model, asked[n] + want[n][: next(i for i, (a, b) in enumerate(zip(g, want[n], strict=True)) if a != b)]
-            )
-            for n, g in enumerate(got)
-            if g != want[n]
-        ]
         result["versions"].append(
-            {"changed": got != previous, "equal": got == want, "gaps": gaps,
+            {"changed": got != previous, "gaps": gaps(model, asked, got, want),
              "memory": llm.collective_rpc(compare, args=(str(directory / name), config))}
         )  # fmt: skip
         previous = got
     result["pointers_stable"] = llm.collective_rpc(pointers) == before
     print("RESULT " + json.dumps(result), flush=True)
+    shared = llm.collective_rpc(shared_memory)
     llm.llm_engine.engine_core.shutdown()
+    remove(shared)
 
 
 if __name__ == "__main__":

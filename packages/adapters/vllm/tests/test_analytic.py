@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from weft.errors import ConfigError, NotSupportedError
 from weft.layout import Layout
 from weft_vllm import adapter
@@ -84,7 +85,10 @@ def test_families_differ_in_biases_norms_and_ties() -> None:
 
     llama = names("llama")
     assert names("qwen2") - llama >= {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}
-    assert {name for name in names("qwen3") - llama if "layers" not in name} == {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    assert {name for name in names("qwen3") - llama if "layers" not in name} == {
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+    }
     assert llama - names("llama", tied=True) == {"lm_head.weight"}
     assert "mlp.down_proj.bias" in names("llama", mlp_bias=True)
 
@@ -97,7 +101,7 @@ def test_ranks_of_replicas_follow_one_another_and_share_layouts() -> None:
 
 
 def test_what_does_not_divide_or_is_not_known_is_named() -> None:
-    with pytest.raises(ConfigError, match="heads 8 over tp 3.*KV heads 2 against tp 3"):
+    with pytest.raises(ConfigError, match=r"heads 8 over tp 3.*KV heads 2 against tp 3"):
         adapter.layouts(config("qwen3"), {"tp": 3}, "bfloat16")
     with pytest.raises(ConfigError, match="pp: vllm has tp, dp"):
         adapter.world_size({"tp": 2, "pp": 2})

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="names of a checkpoint come from transformers, which the engine brings")
 from safetensors.torch import save_file
 from transformers import Qwen3Config
+
 from weft.errors import ConfigError
 from weft.layout import LogicalTensor
 from weft_vllm.checkpoint import logical_tensors

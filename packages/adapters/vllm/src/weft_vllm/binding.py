@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from weft.box import Affine
 from weft.errors import LayoutError, NotSupportedError
 from weft.layout import Kind, Layout, LayoutBuilder, LogicalTensor
-
 from weft_vllm import compat
 from weft_vllm.overlay import Placed, overlay
 from weft_vllm.recorder import Read, SlotRecord, dense_numel, record
@@ -171,8 +171,8 @@ def _land_by_loader(slot: Slot, slots: Sequence[Slot], records: Mapping[str, Slo
     packed = [other.name for other in fed if other.kind is not Kind.LIVE]
     if packed:
         raise NotSupportedError(
-            f"{slot.name}: loading does more than copy ({reason}), and the engine repacks {', '.join(packed)} afterwards; "
-            "both at once are not supported"
+            f"{slot.name}: loading does more than copy ({reason}), and the engine repacks "
+            f"{', '.join(packed)} afterwards; both at once are not supported"
         )
     beyond = {name for other in fed for name in records[other.name].inputs} - inputs
     if beyond:
@@ -187,7 +187,8 @@ def _describe(builder: LayoutBuilder, slot: Slot, entry: SlotRecord, shapes: Map
     numel = dense_numel(slot.loaded.shape, slot.loaded.stride())
     if numel is None:
         return [
-            f"{slot.name}: its memory has holes or repeats (shape {tuple(slot.loaded.shape)}, strides {slot.loaded.stride()})"
+            f"{slot.name}: its memory has holes or repeats: shape {tuple(slot.loaded.shape)}, "
+            f"strides {slot.loaded.stride()}"
         ]
     if numel == 0:
         return [f"{slot.name}: has no elements, although the model holds it"]

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+
 from weft.errors import ConfigError
 from weft.layout import LogicalTensor
 
 _DTYPES: Mapping[str, str] = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "BF16": "bfloat16", "F16": "float16", "I16": "int16", "F32": "float32", "I32": "int32", "F64": "float64", "I64": "int64",
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
 """Names of the safetensors header (`safetensors/docs/source/metadata_parsing`) and weft's."""
 _LONGEST_HEADER_BYTES = 100_000_000

