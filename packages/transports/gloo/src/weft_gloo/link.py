@@ -1,28 +1,28 @@
 """A connection to one peer: a process group of two, a thread that sends and a thread that receives.
 
-gloo's work objects cannot be asked whether they are finished, only waited for; hence the threads. Their waits have no deadline
-of their own: callers have theirs and never wait here, and `close` ends every wait.
+gloo's work objects cannot be asked whether they are finished, only waited for; hence the threads. Their waits have no
+deadline of their own: callers have theirs and never wait here, and `close` ends every wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
-from torch.distributed import ProcessGroupGloo
-from torch.distributed import Work as GlooWork
 
 from weft.endpoint import Envelope, decode
 from weft.errors import PeerLostError, RecordError, TransportError, WeftError
 from weft_gloo.messages import Message
 
 HEAD_BYTES = 512
-"""Every message starts with one of this size: four bytes of length, then what fits of the envelope. The rest follows."""
+"""Every parcel starts with a message of this size: four bytes of length, then what fits of the envelope."""
 _LENGTH_BYTES = 4
 _TAG = 0
 _WAKE_TAG = 1
@@ -42,17 +42,29 @@ class Parcel:
     error: TransportError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Where a bucket's payload goes."""
+
+    payload: Sequence[Message]
+    wanted: bool = True
+    """False for what nobody waits for any more: it is taken in and dropped."""
+
+
+_SIGNAL = Expected(())
+
+
 class Link:
     """One life of a connection. `meet` makes the process group; it runs in the link's own thread."""
 
     def __init__(
         self,
         peer: str,
-        meet: Callable[[Callable[[], bool]], ProcessGroupGloo],
+        meet: Callable[[Callable[[], bool]], Any],
         remote_rank: int,
         staging_bytes: int,
         depth: int,
-        expected: Callable[[Envelope, Callable[[], bool]], Sequence[Message] | None],
+        expected: Callable[[Envelope, Callable[[], bool]], Expected | None],
         deliver: Callable[[Envelope], None],
         lost: Callable[[PeerLostError], None],
     ) -> None:
@@ -62,7 +74,7 @@ class Link:
         self._meet, self._remote_rank, self._depth = meet, remote_rank, depth
         self._expected, self._deliver, self._lost = expected, deliver, lost
         self._staging_bytes = staging_bytes
-        self._group: ProcessGroupGloo | None = None
+        self._group: Any | None = None
         self._closing = False
         self._lock = threading.Lock()
         self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
@@ -70,6 +82,12 @@ class Link:
         self._receiver = threading.Thread(target=self._receive, name=f"weft-gloo from {peer}", daemon=True)
         self._sender = threading.Thread(target=self._send, name=f"weft-gloo to {peer}", daemon=True)
         self._receiver.start()
+
+    def ready(self) -> bool:
+        """Whether both sides have come. Raises what prevented it."""
+        if self.error is not None:
+            raise self.error
+        return self.up
 
     def submit(self, parcel: Parcel) -> None:
         """Send it after everything submitted before. A broken link marks it failed at once."""
@@ -99,10 +117,9 @@ class Link:
         group = self._group
         if group is not None:
             # A wait that times out closes gloo's sockets, which ends every other wait: the only way to interrupt one.
-            try:
-                group.recv([torch.empty(1, dtype=torch.uint8)], self._remote_rank, _WAKE_TAG).wait(timedelta(milliseconds=1))
-            except RuntimeError:
-                pass
+            never = torch.empty(1, dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):
+                group.recv([never], self._remote_rank, _WAKE_TAG).wait(timedelta(milliseconds=1))
         self._parcels.put(None)
         for thread in (self._receiver, self._sender):
             if thread.is_alive():
@@ -133,11 +150,12 @@ class Link:
             head = torch.empty(HEAD_BYTES, dtype=torch.uint8)
             while not self._closing:
                 envelope = self._receive_envelope(head)
-                payload = () if envelope.bucket is None else self._expected(envelope, self._closed)
-                if payload is None:
+                expected = _SIGNAL if envelope.bucket is None else self._expected(envelope, self._closed)
+                if expected is None:
                     break
-                self._receive_payload(payload, staging)
-                self._deliver(envelope)
+                self._receive_payload(expected.payload, staging)
+                if expected.wanted:
+                    self._deliver(envelope)
         except (RuntimeError, WeftError) as error:
             self._fail(str(error).partition("\n")[0])
             self._parcels.put(None)
@@ -156,7 +174,7 @@ class Link:
         return decode(body, self.peer)
 
     def _receive_payload(self, payload: Sequence[Message], staging: list[torch.Tensor]) -> None:
-        flight: deque[tuple[GlooWork, Message, torch.Tensor]] = deque()
+        flight: deque[tuple[Any, Message, torch.Tensor]] = deque()
         for index, message in enumerate(payload):
             if len(flight) == self._depth:
                 self._arrived(*flight.popleft())
@@ -165,7 +183,7 @@ class Link:
         for entry in flight:
             self._arrived(*entry)
 
-    def _arrived(self, work: GlooWork, message: Message, buffer: torch.Tensor) -> None:
+    def _arrived(self, work: Any, message: Message, buffer: torch.Tensor) -> None:
         work.wait(_UNTIL_CLOSED)
         if message.packed:
             message.scatter(buffer)
@@ -178,7 +196,7 @@ class Link:
                     if parcel.done:
                         continue
                     parcel.started = True
-                flight: deque[GlooWork] = deque()
+                flight: deque[Any] = deque()
                 for tensor in self._tensors(parcel, staging, flight):
                     flight.append(self._sent(tensor))
                 while flight:
@@ -190,7 +208,7 @@ class Link:
             self._fail(str(error).partition("\n")[0])
 
     def _tensors(
-        self, parcel: Parcel, staging: list[torch.Tensor], flight: deque[GlooWork]
+        self, parcel: Parcel, staging: list[torch.Tensor], flight: deque[Any]
     ) -> Iterator[torch.Tensor]:
         """What to send, one after another; waits for the oldest send when `depth` are in flight."""
         wire = len(parcel.envelope).to_bytes(_LENGTH_BYTES, "little") + parcel.envelope
@@ -205,13 +223,13 @@ class Link:
     def _buffers(self) -> list[torch.Tensor]:
         return [torch.empty(self._staging_bytes, dtype=torch.uint8) for _ in range(self._depth)]
 
-    def _recv(self, tensor: torch.Tensor) -> GlooWork:
+    def _recv(self, tensor: torch.Tensor) -> Any:
         return self._alive().recv([tensor], self._remote_rank, _TAG)
 
-    def _sent(self, tensor: torch.Tensor) -> GlooWork:
+    def _sent(self, tensor: torch.Tensor) -> Any:
         return self._alive().send([tensor], self._remote_rank, _TAG)
 
-    def _alive(self) -> ProcessGroupGloo:
+    def _alive(self) -> Any:
         group = self._group
         if group is None:
             raise RuntimeError("closed")

@@ -1,4 +1,4 @@
-"""How a bucket becomes messages: long segments by themselves, short ones packed. The same at both ends, from lengths alone."""
+"""How a bucket becomes messages: long segments alone, short ones packed. The same at both ends, from lengths alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Message:
     """One message of a bucket's payload."""
 
     pieces: tuple[torch.Tensor, ...]
-    """Views of registered memory, uint8. One piece goes from or to its memory directly; several are packed one after another."""
+    """Views of registered memory, uint8. One goes from or to its memory directly; several are packed in order."""
     nbytes: int
 
     @property
@@ -38,6 +38,11 @@ class Message:
         for piece in self.pieces:
             piece.copy_(staging[at : at + piece.numel()])
             at += piece.numel()
+
+
+def dropped(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Messages of the same sizes into memory of their own."""
+    return tuple(Message((torch.empty(message.nbytes, dtype=torch.uint8),), message.nbytes) for message in messages)
 
 
 def messages_of(

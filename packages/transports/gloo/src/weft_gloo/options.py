@@ -65,6 +65,6 @@ def check_reachable(own_host: str, own: str, peer_host: str, peer: str) -> None:
     for whose, address in (("this member's", own), ("the peer's", peer)):
         if own_host != peer_host and ipaddress.ip_address(address).is_loopback:
             raise ConfigError(
-                f"transport 'gloo' between hosts {own_host!r} and {peer_host!r}: {whose} address is {address}, which only "
-                "its own host reaches; give that member the option host or interface"
+                f"transport 'gloo' between hosts {own_host!r} and {peer_host!r}: {whose} address is {address}, which "
+                "only its own host reaches; give that member the option host or interface"
             )

@@ -6,19 +6,29 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
+import torch.distributed as dist
 
 from weft.deadline import Deadline
 from weft.errors import DeadlineError
+
+# torch's own annotations leave these out.
+_dist: Any = dist
+PrefixStore, ProcessGroupGloo, TCPStore = _dist.PrefixStore, _dist.ProcessGroupGloo, _dist.TCPStore
 
 _LOOK_SECONDS = 0.005
 _AGREE_SECONDS = 0.5
 
 
-def serve(host: str) -> TCPStore:
+def serve(host: str) -> Any:
     """A store on a free port, hosted by this process for as long as the object lives."""
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def listen(host: str) -> Any:
+    """A gloo device, which all process groups of this member share."""
+    return ProcessGroupGloo.create_device(hostname=host)
 
 
 def meet(
@@ -27,10 +37,10 @@ def meet(
     rank: int,
     pair: str,
     peer: str,
-    device: ProcessGroupGloo.Device,
+    device: Any,
     deadline: Deadline,
     stopped: Callable[[], bool],
-) -> ProcessGroupGloo:
+) -> Any:
     """The 2-rank group of `pair`, whose store is at `host:port`. Blocks until the peer comes too.
 
     Raises `DeadlineError` that names the peer, `RuntimeError` (torch's) when the store or the peer cannot be reached.
@@ -44,8 +54,8 @@ def meet(
     return ProcessGroupGloo(PrefixStore(f"{pair}/{attempt}", store), rank, 2, options)
 
 
-def _agree(store: Store, rank: int, peer: str, deadline: Deadline, stopped: Callable[[], bool]) -> str:
-    """A name for this attempt that only two present members can arrive at: what earlier attempts left in the store is ignored."""
+def _agree(store: Any, rank: int, peer: str, deadline: Deadline, stopped: Callable[[], bool]) -> str:
+    """A name for this attempt that only two present members arrive at, whatever earlier attempts left in the store."""
     mine = uuid.uuid4().hex
     if rank == 0:
         store.set("offer", mine)
@@ -62,10 +72,10 @@ def _agree(store: Store, rank: int, peer: str, deadline: Deadline, stopped: Call
             _pause(peer, deadline, stopped)
 
 
-def _read(store: Store, key: str, peer: str, deadline: Deadline, stopped: Callable[[], bool]) -> str:
+def _read(store: Any, key: str, peer: str, deadline: Deadline, stopped: Callable[[], bool]) -> str:
     while not store.check([key]):
         _pause(peer, deadline, stopped)
-    return store.get(key).decode()
+    return str(store.get(key), "ascii")
 
 
 def _pause(peer: str, deadline: Deadline, stopped: Callable[[], bool]) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from torch.distributed import ProcessGroupGloo, TCPStore
 
 from weft.contracts import Bucket, Capabilities, Event, Prepared, Stream, TransferProgram, Work
 from weft.contracts import Message as Arrival
@@ -19,10 +18,10 @@ from weft.deadline import Deadline
 from weft.endpoint import Envelope, Inbox, RegionBook, check_program, encode
 from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
 from weft.member import Member, Region, Tag
-from weft_gloo.link import Link, Parcel
-from weft_gloo.messages import Message, messages_of
+from weft_gloo.link import Expected, Link, Parcel
+from weft_gloo.messages import Message, dropped, messages_of
 from weft_gloo.options import GlooOptions, check_reachable, choose_host
-from weft_gloo.rendezvous import meet, serve
+from weft_gloo.rendezvous import listen, meet, serve
 
 CAPABILITIES = Capabilities(
     one_sided=False,
@@ -33,6 +32,7 @@ CAPABILITIES = Capabilities(
 )
 
 _LOOK_SECONDS = 0.002
+_RELEASED_KEPT = 4
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
@@ -104,14 +104,14 @@ class GlooTransport:
         self._member: Member | None = None
         self._closed = False
         self._address: Address | None = None
-        self._store: TCPStore | None = None
-        self._device: ProcessGroupGloo.Device | None = None
+        self._store: Any = None
+        self._device: Any = None
         self._regions = RegionBook("gloo", CAPABILITIES)
         self._links: dict[str, tuple[Address, Link]] = {}
         self._waiting: list[GlooWork] = []
         self._inbox = Inbox()
         self._programs: dict[bytes, GlooPrepared] = {}
-        self._released: set[bytes] = set()
+        self._released: dict[bytes, GlooPrepared] = {}
         self._programs_changed = threading.Condition()
 
     def open(self, member: Member) -> None:
@@ -120,7 +120,7 @@ class GlooTransport:
             raise TransportError(f"transport 'gloo' of {member.name} is {'closed' if self._closed else 'open already'}")
         host = choose_host(self._options, member.nics)
         try:
-            self._device = ProcessGroupGloo.create_device(hostname=host)
+            self._device = listen(host)
             self._store = serve(host)
         except RuntimeError as error:
             raise TransportError(f"transport 'gloo' of {member.name} cannot listen on {host}: {error}") from error
@@ -148,8 +148,8 @@ class GlooTransport:
     def connect(self, peer: Member, address: bytes, deadline: Deadline) -> None:
         """Start meeting the peer, which must do the same; `prepare` waits for it, until then posts and signals queue.
 
-        So members may connect to each other in any order. Raises `ConfigError` for a loopback address of another host and for
-        different packing; a peer that does not come before the deadline is lost.
+        So members may connect to each other in any order. Raises `ConfigError` for a loopback address of another host
+        and for different packing; a peer that does not come before the deadline is lost.
         """
         member, own = self._require_open()
         try:
@@ -159,7 +159,7 @@ class GlooTransport:
         check_reachable(member.host, own.host, peer.host, new.host)
         if new.packing != own.packing:
             raise ConfigError(
-                f"pack_below_bytes and pack_bytes are {own.packing} here and {new.packing} at {peer.name}: make them equal"
+                f"pack_below_bytes and pack_bytes are {own.packing} here, {new.packing} at {peer.name}: make them equal"
             )
         known = self._links.get(peer.name)
         if known is not None and known[0] == new and known[1].error is None:
@@ -201,22 +201,17 @@ class GlooTransport:
         """Divide buckets into messages, and wait until every peer of the program is connected."""
         self._require_open()
         check_program(program, self._regions, CAPABILITIES)
-        prepared = GlooPrepared(program, self._messages(program, program.sends), self._messages(program, program.receives), {})
+        sends, receives = self._messages(program, program.sends), self._messages(program, program.receives)
+        prepared = GlooPrepared(program, sends, receives, {})
         links = [self._link(peer) for peer in sorted({b.peer for b in (*program.sends, *program.receives)})]
-        late = [link for link in links if not link.up]
-        while late:
-            for link in late:
-                if link.error is not None:
-                    raise link.error
-            deadline.wait(
-                lambda: any(link.up or link.error is not None for link in late),
-                "connecting",
-                lambda: [link.peer for link in late],
-            )
-            late = [link for link in late if not link.up]
+        deadline.wait(
+            lambda: all(link.ready() for link in links),
+            "connecting",
+            lambda: [link.peer for link in links if not link.up],
+        )
         with self._programs_changed:
             self._programs[program.key] = prepared
-            self._released.discard(program.key)
+            self._released.pop(program.key, None)
             self._programs_changed.notify_all()
         return prepared
 
@@ -254,14 +249,16 @@ class GlooTransport:
         """Nothing to do: the bytes were written by this process."""
 
     def release(self, prepared: Prepared) -> None:
-        """Forget a program; what still arrives for it ends the connection to its sender."""
+        """Forget a program; what still arrives for it is dropped, for the last few programs."""
         if isinstance(prepared, GlooPrepared):
             for work in prepared.active.values():
                 work.cancel()
             with self._programs_changed:
                 if self._programs.get(prepared.program.key) is prepared:
                     del self._programs[prepared.program.key]
-                    self._released.add(prepared.program.key)
+                    self._released[prepared.program.key] = prepared
+                    if len(self._released) > _RELEASED_KEPT:
+                        del self._released[next(iter(self._released))]
                     self._programs_changed.notify_all()
 
     def close(self) -> None:
@@ -280,23 +277,24 @@ class GlooTransport:
         sizes = self._options.pack_below_bytes, self._options.pack_bytes
         return {bucket.index: (bucket, messages_of(bucket, program.regions, *sizes)) for bucket in buckets}
 
-    def _expected(self, peer: str, envelope: Envelope, stopped: Callable[[], bool]) -> Sequence[Message] | None:
+    def _expected(self, peer: str, envelope: Envelope, stopped: Callable[[], bool]) -> Expected | None:
         """Where a bucket's payload goes. Waits, in the link's thread, for a program that is not prepared yet.
 
-        None when the link closes meanwhile. Raises `TransportError` for a program that was released and an unknown bucket.
+        None when the link closes meanwhile. Raises `TransportError` for a bucket that its program does not have.
         """
+        key = envelope.program
         with self._programs_changed:
-            while envelope.program not in self._programs:
+            while key not in self._programs and key not in self._released:
                 if stopped():
                     return None
-                if envelope.program in self._released:
-                    raise TransportError(f"bucket {envelope.bucket} belongs to a program that was released")
                 self._programs_changed.wait(_LOOK_SECONDS)
-            prepared = self._programs[envelope.program]
+            prepared, wanted = self._programs.get(key), True
+            if prepared is None:
+                prepared, wanted = self._released[key], False
         bucket, messages = prepared.receives.get(envelope.bucket or 0, (None, ()))
         if bucket is None or bucket.peer != peer:
             raise TransportError(f"bucket {envelope.bucket} is not expected from {peer}")
-        return messages
+        return Expected(messages if wanted else dropped(messages), wanted)
 
     def _link(self, peer: str) -> Link:
         if peer not in self._links:
