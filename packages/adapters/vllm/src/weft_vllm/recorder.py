@@ -119,6 +119,7 @@ class _Recorder(TorchDispatchMode):
         self._first = {name: int(tensor.storage_offset()) for name, tensor in slots.items()}
         self._origins: dict[int, _Origin] = {}
         self._tainted: dict[int, set[str]] = {}
+        self._why: dict[int, str] = {}
         self._changed: set[str] = set()
         self._keep: list[torch.Tensor] = []  # storages are known by identity, so none may be freed
 
@@ -154,7 +155,8 @@ class _Recorder(TorchDispatchMode):
             self._taint(target, self._inputs(source) | self._inputs(target), f"copied over by {self._inputs(source)}")
             return target
         if origin is None or origin.tensor in self._changed:
-            self._derive(slot, self._inputs(source), "a computed value is copied into it")
+            why = self._why.get(_storage(source), "a value that is not the checkpoint's is made")
+            self._derive(slot, self._inputs(source), f"{why} before it is copied")
             return target
         record = self.records[slot]
         record.inputs.add(origin.tensor)
@@ -212,6 +214,7 @@ class _Recorder(TorchDispatchMode):
             self._changed.add(origin.tensor)
         else:
             self._tainted.setdefault(key, set()).update(inputs)
+            self._why.setdefault(key, why)
 
     def _derive(self, slot: str, inputs: set[str], why: str) -> None:
         self.records[slot].inputs.update(inputs)
