@@ -1,0 +1,22 @@
+"""weft adapter for torch modules of plain tensors or DTensors, and for safetensors checkpoints.
+
+`ModuleSource` and `ModuleTarget` take a live module under FSDP2, HSDP, tensor parallelism or none; `CheckpointSource`
+takes the files of a checkpoint; `adapter` makes layouts from a Hugging Face config.
+"""
+
+from weft_dtensor.adapter import DTensorAdapter
+from weft_dtensor.checkpoint import CheckpointSource
+from weft_dtensor.live import ModuleSource, ModuleTarget
+from weft_dtensor.naming import expert_rules, identity_names
+
+__all__ = [
+    "CheckpointSource",
+    "DTensorAdapter",
+    "ModuleSource",
+    "ModuleTarget",
+    "adapter",
+    "expert_rules",
+    "identity_names",
+]
+
+adapter = DTensorAdapter()
