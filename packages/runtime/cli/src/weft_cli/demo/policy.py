@@ -27,7 +27,6 @@ def padded_vocabulary(vocabulary: int, tensor_parallel: int) -> int:
 def build_model(settings: Settings) -> GPTModel:
     """This rank's part of the policy, untrained. Collective: `parallel_state` is set up already."""
     sizes = settings.model
-    dtype = getattr(torch, settings.dtype)
     config = TransformerConfig(
         num_layers=sizes.layers,
         hidden_size=sizes.hidden,
@@ -36,9 +35,7 @@ def build_model(settings: Settings) -> GPTModel:
         num_query_groups=sizes.key_value_heads,
         kv_channels=sizes.head_dim,
         tensor_model_parallel_size=settings.trainer_ranks,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
+        params_dtype=getattr(torch, settings.dtype),
         normalization="RMSNorm",
         layernorm_epsilon=sizes.norm_epsilon,
         qk_layernorm=True,
@@ -133,37 +130,25 @@ def token_log_probabilities(model: GPTModel, sequences: torch.Tensor) -> torch.T
 
 
 class Trainer:
-    """Policy gradient with Adam. With bfloat16 parameters the optimizer works on float32 masters, which are then
-    rounded into the model.
-    """
+    """Policy gradient with Adam, on the float32 parameters themselves."""
 
     def __init__(self, model: GPTModel, settings: Settings) -> None:
         self._model = model
         self._prompt_tokens = settings.prompt_tokens
-        self._masters = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
-        self._optimizer = torch.optim.Adam(self._masters.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
+        self._optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
 
     def step(self, sequences: torch.Tensor, advantages: torch.Tensor) -> float:
-        """One step on prompts with completions, (batch, prompt + new) int64, and advantages, (batch, new) float32;
-        returns the loss.
+        """One step on prompts with completions, (batch, prompt + new) int64, and advantages, (batch, new) float32.
 
-        Collective over the tensor-parallel group.
+        Returns the loss. Collective over the tensor-parallel group.
         """
-        self._model.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         taken = token_log_probabilities(self._model, sequences)[:, self._prompt_tokens - 1 :]
         loss = -(advantages * taken).mean()
         loss.backward()
         for name, parameter in self._model.named_parameters():
-            gradient = parameter.grad
-            if gradient is None:
-                raise RuntimeError(f"{name} took no part in the loss")
             if "q_layernorm" in name or "k_layernorm" in name:
-                # Every rank applies these to its own heads only (distributed/finalize_model_grads.py sums them
-                # likewise).
-                dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
-            self._masters[name].grad = gradient.float()
+                # Every rank applies these to its own heads only (distributed/finalize_model_grads.py sums them too).
+                dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
         self._optimizer.step()
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(self._masters[name])
         return float(loss.detach())
