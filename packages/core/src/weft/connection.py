@@ -92,8 +92,8 @@ def join(
 
     Raises what the steps raise; the other members are told the reason, so that none of them waits for its deadline.
     """
-    sides = [(side.layout(), side.memory()) if side is not None else None for side in (source, target)]
     try:
+        sides = [(side.layout(), side.memory()) if side is not None else None for side in (source, target)]
         return _join(rendezvous, transport, identity, sides[0], sides[1], policy, deadline)
     except Exception as error:
         rendezvous.fail(identity.name, f"{type(error).__name__}: {error}")

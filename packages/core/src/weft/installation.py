@@ -72,6 +72,8 @@ class Installation:
             self._loop.until(
                 lambda: leader.ended, leader.step, limit, f"commit of version {self.version}", session.waiting_for
             )
+            if not leader.committed:
+                raise RefitAbortedError(self.version, leader.reasons)
         return Report(
             version=self.version, digest=session.digest, bytes=session.receiver.nbytes,
             seconds=self._account.seconds(session.clock.seconds), buckets=self._buckets, segments=self._segments,

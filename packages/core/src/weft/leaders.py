@@ -78,8 +78,13 @@ class SourceLeader:
         for _, notice in wire.take(version, "replica-outcome"):
             self._end(notice)
         for replica, limit in self._limit.items():
-            if replica not in self._ended and limit.expired():
+            if replica in self._ended:
+                continue
+            if limit.expired():
                 self._abort(replica, self._late(replica, limit))
+            needed = {self._leaders[replica], *(set(self._sources) - self._offered)}
+            for error in self._wire.lost(needed):
+                self._abort(replica, str(error))
 
     def _late(self, replica: str, limit: Deadline) -> str:
         missing = sorted(set(self._sources) - self._offered)
@@ -89,11 +94,13 @@ class SourceLeader:
         return f"replica {replica} (leader {self._leaders[replica]}): {stage} within {limit.seconds:.1f} s"
 
     def _offer(self) -> None:
+        """Tell every replica that has not been given up meanwhile."""
         self._store.set(f"{self._prefix}/offer/{self._version}", seal("offer", OfferRecord(self._version)))
         self._store.delete(f"{self._prefix}/offer/{self._version - KEPT_VERSIONS}")
         for replica, leader in self._leaders.items():
-            self._limit[replica] = Deadline.after(self._deadlines.begin)
-            self._wire.tell(leader, self._version, Notice("offer", replica))
+            if replica not in self._ended:
+                self._limit[replica] = Deadline.after(self._deadlines.begin)
+                self._wire.tell(leader, self._version, Notice("offer", replica))
 
     def _abort(self, replica: str, text: str) -> None:
         if replica not in self._ended:
@@ -129,49 +136,74 @@ class ReplicaLeader:
         self._replica, self._members, self._source_leader = replica, members, source_leader
         self._reached: dict[str, set[str]] = {stage: set() for stage in ("begun", "verified", "prepared", "committed")}
         self._digest = Digest()
-        self._reasons: list[str] = []
+        self.reasons: list[str] = []
+        """Why the replica does not install the version."""
         self.ended = False
         """Whether the replica has committed or aborted."""
+        self.committed = False
+        """Whether every member has committed."""
+        self._decided = False
 
     def step(self) -> None:
         """Handle what has been reported."""
         for peer, notice in self._wire.take(self._version, "failed", "withdraw", *self._reached):
-            if notice.kind in ("failed", "withdraw"):
-                self._reasons.append(notice.text if notice.kind == "withdraw" else f"{peer}: {notice.text}")
+            if notice.kind == "withdraw":
+                self._withdraw(notice.text)
+                continue
+            if notice.kind == "failed":
+                self.reasons.append(f"{peer}: {notice.text}")
                 continue
             self._reached[notice.kind].add(peer)
             if notice.kind == "verified" and len(notice.numbers) == 2:
                 self._digest += Digest((notice.numbers[0], notice.numbers[1]))
             if len(self._reached[notice.kind]) == len(self._members):
                 self._all_reached(notice.kind)
-        if self._reasons and not self.ended:
-            self._end(False, "; ".join(self._reasons))
-            self._tell_members(Notice("abort", self._replica, "\n".join(self._reasons)))
+        if not self.ended:
+            self._look_for_lost()
+        if self.reasons and not self.ended:
+            self._end(False, "; ".join(self.reasons))
 
     def missing(self, stage: str) -> list[str]:
         """Members that have not reported a stage."""
         return sorted(set(self._members) - self._reached[stage])
 
+    def _withdraw(self, text: str) -> None:
+        """The sources give up; too late once members have been told to commit, since some may have."""
+        missing = self.missing("begun")
+        if not self._decided:
+            self.reasons.append(f"{text}; not begun: {', '.join(missing)}" if missing else text)
+
+    def _look_for_lost(self) -> None:
+        """Members are needed to the end, the sources' leader until every byte is here."""
+        needed = set(self.missing("committed"))
+        if self.missing("verified"):
+            needed.add(self._source_leader)
+        self.reasons += [str(error) for error in self._wire.lost(needed)]
+
     def _all_reached(self, stage: str) -> None:
-        if self.ended or self._reasons:
+        if self.ended or self.reasons:
             return
         if stage == "begun":
             self._wire.tell(self._source_leader, self._version, Notice("replica-begun", self._replica))
         elif stage == "verified":
             self._tell_members(Notice("prepare", self._replica))
         elif stage == "prepared":
+            self._decided = True
             self._tell_members(Notice("commit", self._replica, numbers=self._digest.lanes))
         else:
             self._end(True, "")
 
     def _end(self, committed: bool, text: str) -> None:
-        self.ended = True
-        record = OutcomeRecord(self._version, self._replica, committed, text)
-        self._store.set(f"{self._prefix}/outcome/{self._version}/{self._replica}", seal("outcome", record))
-        self._store.delete(f"{self._prefix}/outcome/{self._version - KEPT_VERSIONS}/{self._replica}")
+        self.ended, self.committed = True, committed
         numbers = (1, *self._digest.lanes) if committed else (0,)
         outcome = Notice("replica-outcome", self._replica, text, numbers)
         self._wire.tell(self._source_leader, self._version, outcome)
+        if not committed:
+            self._tell_members(Notice("abort", self._replica, "\n".join(self.reasons)))
+        # The store last: it is for people to look at, and nobody waits for it.
+        record = OutcomeRecord(self._version, self._replica, committed, text)
+        self._store.set(f"{self._prefix}/outcome/{self._version}/{self._replica}", seal("outcome", record))
+        self._store.delete(f"{self._prefix}/outcome/{self._version - KEPT_VERSIONS}/{self._replica}")
 
     def _tell_members(self, notice: Notice) -> None:
         for member in self._members:

@@ -117,7 +117,7 @@ def _pair_buckets(
     keys: list[tuple[Int64s, ...]] = []
     for kind, limit in ((0, policy.bucket_bytes), (1, slot_bytes)):
         part = rows.select(np.flatnonzero(direct if kind == 0 else ~direct))
-        part = _divide(part, limit // width[part.tensor])
+        part = _divide(part, _most_elements(part, limit // width[part.tensor], policy.max_segments, kind == 0))
         pieces.append(part)
         keys.append((part.group, np.full(len(part), kind, np.int64), 1 - part.counted, np.arange(len(part))))
     both = Copies(*(np.concatenate([getattr(p, f) for p in pieces]) for f in Copies.__slots__))
@@ -142,6 +142,11 @@ def _pair_buckets(
         )  # fmt: skip
         staged += packed
     return buckets
+
+
+def _most_elements(part: Copies, elements: Int64s, max_segments: int, direct: bool) -> Int64s:
+    """Bounds of one copy: bytes and, where it goes straight, runs as well."""
+    return np.minimum(elements, max_segments * run_elements(part)) if direct else elements
 
 
 def _scratch_groups(layout: Layout) -> dict[int, int]:
@@ -170,6 +175,8 @@ def _bounds(keys: Int64s, nbytes: Int64s, segments: Int64s, plan: Plan, slot_byt
 
 def run_elements(rows: Copies) -> Int64s:
     """Elements per run that is contiguous in both buffers, per copy."""
+    if not rows.sizes.shape[1]:
+        return np.ones(len(rows), dtype=np.int64)  # scalars only
     dense = (rows.source_strides[:, -1] == 1) & (rows.target_strides[:, -1] == 1)
     return np.where(dense, rows.sizes[:, -1], 1)
 
@@ -221,8 +228,8 @@ def segments(copies: Copies, itemsize: Int64s, source: Binding, target: Binding,
     """
     run = run_elements(copies)
     outer_sizes = copies.sizes.copy()
-    dense = run == copies.sizes[:, -1]
-    outer_sizes[dense, -1] = 1
+    if outer_sizes.shape[1]:
+        outer_sizes[run == outer_sizes[:, -1], -1] = 1
     counts = copies.numel // run
     owner, number = ragged_ranges(np.zeros(len(copies), np.int64), counts)
     from_offset, to_offset = copies.source_offset[owner], copies.target_offset[owner]

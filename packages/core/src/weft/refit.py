@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +12,7 @@ import msgspec
 from weft.connection import Connection, Identity, host_identity, join
 from weft.contracts import ReplicaControl, Source, Store, Target, Transport
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError
+from weft.errors import ConfigError, RefitAbortedError
 from weft.installation import Installation
 from weft.leaders import ReplicaLeader, SourceLeader
 from weft.loop import Account, Loop
@@ -115,6 +116,7 @@ class Refit:
         self._rendezvous: Rendezvous | None = None
         self._joined: tuple[Connection, Loop] | None = None
         self._offer: Offer | None = None
+        self._installation: Installation | None = None
         self._last_version = -1
 
     def __enter__(self) -> Refit:
@@ -184,19 +186,20 @@ class Refit:
         )
 
     def close(self) -> None:
-        """Withdraw what is still offered, leave the job and let go of everything. Idempotent."""
-        if self._offer is not None:
-            self._offer.withdraw("the source has closed")
-            self._offer = None
-        if self._rendezvous is not None and self._joined is not None:
-            self._rendezvous.leave()
-        self._rendezvous = self._joined = None
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        """Give up what has not ended, leave the job and let go of everything, whatever of it fails. Idempotent."""
+        with ExitStack() as stack:
+            if self._store is not None:
+                stack.callback(self._store.close)
+            if self._transport is not None:
+                stack.callback(self._transport.close)
+            if self._rendezvous is not None and self._joined is not None:
+                stack.callback(self._rendezvous.leave)
+            if self._offer is not None:
+                stack.callback(self._offer.withdraw, f"{self.name} has closed")
+            if self._installation is not None:
+                stack.callback(self._installation.abort, ConfigError(f"{self.name} has closed before its commit"))
+            self._offer = self._installation = self._rendezvous = None
+            self._joined = self._transport = self._store = None
 
     def offer(self, version: int) -> Offer:
         """Offer this source's weights as `version`; returns at once. Versions grow; all sources offer the same ones.
@@ -213,14 +216,19 @@ class Refit:
         loop.wire.finish(version - 1)
         account = self._account()
         roles, wire, clock = connection.roles, loop.wire, Clock()
-        lease = self._source.hold(version)
         leader = None
         if roles.source_leader == self.name:
             leader = SourceLeader(
                 wire, self._counted, self._prefix, roles.sources, roles.replica_leaders, self._deadlines, version
             )
         senders = {replica: self._sender(names, version, clock) for replica, names in roles.replicas.items()}
-        session = SourceSession(wire, version, lease, senders, roles.source_leader, leader, clock)
+        own_replica = self._identity.replica if connection.local else None
+        session = SourceSession(wire, version, senders, roles.source_leader, leader, clock, own_replica)
+        try:
+            session.offer(self._source.hold(version))
+        except BaseException as error:
+            session.give_up(f"{type(error).__name__}: {error}")
+            raise
         self._offer = Offer(loop, session, self._deadlines, account, len(connection.sends), connection.segments)
         self._last_version = version
         return self._offer
@@ -242,7 +250,12 @@ class Refit:
         leader_name, members = roles.replica_leaders[replica], roles.replicas[replica]
         leads = leader_name == self.name
         account = self._account()
-        found = self._await(version, *(("offer", roles.source_leader) if leads else ("begin", leader_name)))
+        try:
+            found = self._await(version, *(("offer", roles.source_leader) if leads else ("begin", leader_name)))
+        except RefitAbortedError as error:
+            for member in members if leads else ():
+                wire.tell(member, error.version, Notice("abort", replica, "\n".join(error.reasons)))
+            raise
         wire.finish(found - 1)
         leader = None
         if leads:
@@ -265,6 +278,7 @@ class Refit:
         installation = Installation(
             loop, session, self._deadlines, account, len(connection.receives), connection.segments
         )
+        self._installation = installation
         self._last_version = max(found, self._last_version)
         try:
             session.begin()
@@ -279,6 +293,9 @@ class Refit:
 
         def step() -> None:
             nonlocal found
+            if version is not None:
+                for _, notice in wire.take(version, "withdraw", "abort"):
+                    raise RefitAbortedError(version, notice.text.splitlines())
             wire.check(lambda: [sender])
             newest = wire.newest(kind)
             if newest is None:

@@ -79,12 +79,14 @@ class Sender:
         """Receivers that have not taken everything yet."""
         return sorted(peer for peer in self._queues if self._queues[peer] or self._active[peer])
 
+    def take_credit(self, peer: str, returned: int, landed: int) -> None:
+        """A receiver has given back so many staging slots, and landed so many scratch groups, since the beginning."""
+        if peer in self._credit:
+            before = self._credit[peer]
+            self._credit[peer] = (max(before[0], returned), max(before[1], landed))
+
     def step(self) -> None:
         """Do what can be done now."""
-        for peer, notice in self._wire.take(self._version, "credit"):
-            if peer in self._credit:
-                before = self._credit[peer]
-                self._credit[peer] = (max(before[0], notice.numbers[0]), max(before[1], notice.numbers[1]))
         for peer, works in self._active.items():
             self._active[peer] = [(step, work) for step, work in works if not work.poll()]
         for peer, queue in self._queues.items():
@@ -149,6 +151,7 @@ class Receiver:
         self._next = 0
         self._landed_scratch = 0
         self._returned = {step.bucket.peer: 0 for step in steps}
+        self._ahead: dict[str, set[int]] = {peer: set() for peer in self._returned}
         self.digest = Digest()
         """Of the counted elements verified so far."""
         self.nbytes = 0
@@ -195,8 +198,16 @@ class Receiver:
         self.nbytes += bucket.nbytes
         self._left[bucket.group] -= 1
         if bucket.slot is not None:
-            self._returned[bucket.peer] += 1
-            self._give_credit(bucket.peer)
+            self._return_slot(bucket.peer, bucket.staged)
+
+    def _return_slot(self, peer: str, staged: int) -> None:
+        """Give a slot back. Buckets may arrive out of turn: a slot counts once those before it have been taken, too."""
+        ahead = self._ahead[peer]
+        ahead.add(staged)
+        while self._returned[peer] in ahead:
+            ahead.remove(self._returned[peer])
+            self._returned[peer] += 1
+        self._give_credit(peer)
 
     def _land(self, group: int) -> None:
         with self._clock.phase("land"):

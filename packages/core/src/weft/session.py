@@ -21,26 +21,37 @@ class SourceSession:
     """A source's part: send what the replicas ask for, keep the lease until nothing reads it any more."""
 
     def __init__(
-        self, wire: Wire, version: int, lease: Lease, senders: Mapping[str, Callable[[], Sender]], leader_name: str,
-        leader: SourceLeader | None, clock: Clock,
+        self, wire: Wire, version: int, senders: Mapping[str, Callable[[], Sender]], leader_name: str,
+        leader: SourceLeader | None, clock: Clock, own_replica: str | None,
     ) -> None:  # fmt: skip
+        """`own_replica` is the replica of this very member, where it copies from these weights by itself."""
         self.version, self.clock, self.leader = version, clock, leader
         self.outcomes: dict[str, str | None] = {}
         """Per replica: None when it committed, else why it did not."""
         self.digest = ""
-        self.nbytes = 0
         self.events: list[tuple[float, str]] = []
         """(seconds of `time.monotonic`, what happened), in order."""
-        self._wire, self._lease, self._leader_name = wire, lease, leader_name
-        self._make = dict(senders)
+        self._wire, self._leader_name = wire, leader_name
+        self._lease: Lease | None = None
+        self._make, self._own_replica = dict(senders), own_replica
         self._sending: dict[str, Sender] = {}
         self._sent: set[str] = set()
+
+    def offer(self, lease: Lease) -> None:
+        """Say that this source holds its weights; the lease is released when nothing reads them any more."""
+        self._lease = lease
         self._tell("source-offered")
 
     @property
     def released(self) -> bool:
         """Whether no replica needs this source's bytes any more."""
-        return all(replica in self._sent or replica in self.outcomes for replica in self._make)
+        sent = self._sent - {self._own_replica}
+        return all(replica in sent or replica in self.outcomes for replica in self._make)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes posted so far."""
+        return sum(sender.nbytes for sender in self._sending.values())
 
     @property
     def done(self) -> bool:
@@ -71,11 +82,16 @@ class SourceSession:
             self._event(f"outcome {notice.replica}")
             if sender := self._sending.get(notice.replica):
                 sender.cancel()
+        for peer, notice in self._wire.take(self.version, "credit"):
+            for sender in self._sending.values():
+                sender.take_credit(peer, *notice.numbers)
         for replica, sender in self._sending.items():
             if replica not in self._sent and replica not in self.outcomes:
                 self._advance(replica, sender)
-        if self.released:
+        if self.released and self._lease is not None:
             self._lease.release()
+        if not self.done:
+            self._wire.check(lambda: [self._leader_name])
 
     def _advance(self, replica: str, sender: Sender) -> None:
         try:
@@ -88,7 +104,6 @@ class SourceSession:
         if sender.done:
             self._sent.add(replica)
             self._event(f"sent {replica}")
-            self.nbytes += sender.nbytes
 
     def give_up(self, reason: str) -> None:
         """Withdraw from every replica without an outcome, and release the lease."""
@@ -98,7 +113,10 @@ class SourceSession:
             if replica not in self.outcomes:
                 self._tell("source-failed", replica, reason)
                 self.outcomes[replica] = reason
-        self._lease.release()
+        if self._lease is not None:
+            self._lease.release()
+        if self.leader is not None:
+            self.leader.step()
 
     def _tell(self, kind: str, replica: str = "", text: str = "") -> None:
         self._wire.tell(self._leader_name, self.version, Notice(kind, replica, text))
@@ -128,11 +146,9 @@ class TargetSession:
 
     def waiting_for(self) -> list[str]:
         """Whom this member is waiting for."""
-        if self.state == "begun":
-            return self.receiver.waiting_for()
-        if self.leader is not None:
-            return self.leader.missing(self.state)
-        return [self._leader_name]
+        if self.leader is not None and (missing := self.leader.missing(self.state)):
+            return missing
+        return self.receiver.waiting_for() if self.state == "begun" else [self._leader_name]
 
     def step(self) -> None:
         """Do what can be done now. Raises `RefitAbortedError` when the replica gives the version up."""
@@ -140,6 +156,7 @@ class TargetSession:
             self.leader.step()
         for _, notice in self._wire.take(self.version, "abort"):
             raise RefitAbortedError(self.version, notice.text.splitlines())
+        self._wire.check(lambda: [self._leader_name])
         if self.state == "begun":
             self.receiver.step()
             if self.receiver.done:

@@ -11,6 +11,9 @@ from weft.contracts import Message, Transport
 from weft.errors import PeerLostError, RecordError
 from weft.member import Member, Tag
 
+_TEXT_CHARACTERS = 15_000
+"""Longer reasons are cut, so that a notice fits a signal."""
+
 
 class Notice(msgspec.Struct, frozen=True, array_like=True):
     """The content of a control signal. New fields go to the end, with defaults."""
@@ -43,11 +46,19 @@ class Wire:
         return Tag(version, self.me.name, self.me.incarnation, self.me.memory_epoch)
 
     def tell(self, peer: str, version: int, notice: Notice) -> None:
-        """Send a notice; to oneself too, so that a leader counts itself like everybody else."""
+        """Send a notice; to oneself too, so that a leader counts itself like everybody else.
+
+        A peer that is gone is noted: those who need it find it in `check` and `lost`, and the others are told still.
+        """
+        if len(notice.text) > _TEXT_CHARACTERS:
+            notice = msgspec.structs.replace(notice, text=notice.text[:_TEXT_CHARACTERS] + "…")
         if peer == self.me.name:
             self._notices[version].append((peer, notice))
-        else:
+            return
+        try:
             self.transport.signal(peer, self.tag(version), msgspec.msgpack.encode(notice))
+        except PeerLostError as error:
+            self._lost[error.peer] = error
 
     def pump(self) -> bool:
         """Take in what has arrived; says whether there was anything."""
@@ -91,10 +102,12 @@ class Wire:
 
     def check(self, peers: Callable[[], Iterable[str]]) -> None:
         """Raise `PeerLostError` when one of these peers is known to be gone."""
-        if self._lost:
-            for peer in peers():
-                if peer in self._lost:
-                    raise self._lost[peer]
+        if self._lost and (lost := self.lost(peers())):
+            raise lost[0]
+
+    def lost(self, peers: Iterable[str]) -> list[PeerLostError]:
+        """The losses known among these peers, by name."""
+        return [self._lost[peer] for peer in sorted(set(peers) & set(self._lost))]
 
     def newest(self, kind: str) -> int | None:
         """The newest version for which a notice of this kind is waiting."""
