@@ -1,0 +1,28 @@
+"""What several tests of core share: a store, and the transport `faulty` installed as a third party's would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from weft.store_server import serve_store
+
+
+@pytest.fixture(scope="session")
+def store_url() -> Iterator[str]:
+    """The embedded store."""
+    server = serve_store()
+    yield server.url
+    server.close()
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installs `weft.testing.faults` under the name `faulty`."""
+    metadata = tmp_path / "weft_faulty-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: weft-faulty\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[weft.transports]\nfaulty = weft.testing.faults:factory\n")
+    monkeypatch.syspath_prepend(tmp_path)
