@@ -56,7 +56,7 @@ def name(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.trap(1, 5, 11, 13, 14, 29, 46, 47, 48, 53, 54, 55, 56, 57, 58)
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(450)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_refits_serve_the_new_weights_whole_or_refuse(case: dict[str, Any], tmp_path: Path) -> None:
     result = run_case("refit_case.py", {**case, "sources": 2, "transport": "nixl"}, tmp_path)

@@ -19,7 +19,7 @@ TIE = 0.06
 
 
 @pytest.mark.trap(1, 4, 5, 13, 14, 28, 53, 54, 55, 56)
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(450)
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda c: f"{c['family']}-tp{c['tp']}-kv{c['kv_heads']}-{c['cpu_linear'] or 'default'}"
 )

@@ -17,7 +17,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _CASES = _ROOT / "integration-tests" / "vllm_engine"
 
 
-def run_case(script: str, case: dict[str, Any], directory: Path, seconds: float = 280.0) -> dict[str, Any]:
+def run_case(script: str, case: dict[str, Any], directory: Path, seconds: float = 420.0) -> dict[str, Any]:
     """Run `vllm_engine/<script>` for `case`; returns what it printed as RESULT. Raises `AssertionError` with its last
     lines.
     """

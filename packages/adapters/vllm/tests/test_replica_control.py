@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import weft_vllm
 from weft.deadline import Deadline
-from weft.errors import DeadlineError, RefitAbortedError
+from weft.errors import ConfigError, DeadlineError, RefitAbortedError
 
 
 class FakeCore:
+    def __init__(self, backend: str | None = "weft") -> None:
+        transfer = None if backend is None else SimpleNamespace(backend=backend)
+        self.vllm_config = SimpleNamespace(weight_transfer_config=transfer)
+
     def add_request(self, request: str) -> str:
         return f"accepted {request}"
 
@@ -141,6 +146,22 @@ def test_requests_to_a_paused_engine_are_an_error_instead_of_waiting_for_ever() 
     with pytest.raises(weft_vllm.RefusedError, match="paused"):
         llm.generate("hello")
     control.resume(1)
+    assert llm.generate("hello") == "accepted hello"
+
+
+def test_an_engine_with_another_backend_has_no_control() -> None:
+    for backend in ("nccl", None):
+        llm = FakeLLM()
+        llm.llm_engine = FakeCore(backend)
+        with pytest.raises(ConfigError, match=str(backend)):
+            weft_vllm.control(llm)
+
+
+def test_a_pause_that_fails_leaves_the_engine_open() -> None:
+    llm = FakeLLM()
+    llm.fail = "sleep 0 abort"
+    with pytest.raises(RuntimeError, match="sleep"):
+        weft_vllm.control(llm).refit()
     assert llm.generate("hello") == "accepted hello"
 
 

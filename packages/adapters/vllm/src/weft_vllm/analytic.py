@@ -87,6 +87,8 @@ class _Model:
         faults = [f"{what} {size} over tp {tp}" for what, size in (("heads", heads), ("MLP width", inner)) if size % tp]
         if max(kv_heads, tp) % min(kv_heads, tp):
             faults.append(f"KV heads {kv_heads} against tp {tp}")
+        if _padded(config["vocab_size"]) % tp:
+            faults.append(f"padded vocabulary {_padded(config['vocab_size'])} over tp {tp}")
         if faults:
             raise ConfigError(f"{family} does not divide: " + "; ".join(faults))
         return cls(
@@ -164,7 +166,7 @@ class _Rank:
     def _vocabulary(self, builder: LayoutBuilder, name: str, group: str) -> None:
         """Rows of the padded vocabulary; what the last ranks have beyond its end is filled with 0."""
         model = self.model
-        here = -(-model.vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE // self.tp
+        here = _padded(model.vocabulary) // self.tp
         first = min(self.rank * here, model.vocabulary)
         rows = min(here, model.vocabulary - first)
         shape = (model.vocabulary, model.hidden)
@@ -195,6 +197,11 @@ class _Rank:
             builder.view(name, logical, buffer, memory)
         if filled < size:
             builder.fill(buffer, filled, (size - filled,), (1,))
+
+
+def _padded(vocabulary: int) -> int:
+    """Rows of the whole embedding, padding included."""
+    return -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
 adapter = VllmAdapter()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.deadline import Deadline, Deadlines
-from weft.errors import DeadlineError, RefitAbortedError, WeftError
+from weft.errors import ConfigError, DeadlineError, RefitAbortedError, WeftError
 
 _log = logging.getLogger("weft_vllm")
 
@@ -68,7 +68,11 @@ class VllmControl:
         """
         self._mode = mode
         self._closed = "it is paused for a refit; refit() or resume() opens it again"
-        self._llm.sleep(level=0, mode=mode)
+        try:
+            self._llm.sleep(level=0, mode=mode)
+        except Exception:
+            self._closed = None
+            raise
         if deadline is not None and deadline.expired():
             self.resume(-1)
             raise DeadlineError("pausing the engine", deadline.seconds, ["the scheduler"])
@@ -132,7 +136,17 @@ class VllmControl:
 
 
 def control(llm: Any) -> VllmControl:
-    """The replica control of a `vllm.LLM` made with `weight_transfer_config={"backend": "weft"}`; one per engine."""
+    """The replica control of a `vllm.LLM` made with `weight_transfer_config={"backend": "weft"}`; one per engine.
+
+    Raises `ConfigError` for an engine with another backend.
+    """
+    transfer = llm.llm_engine.vllm_config.weight_transfer_config
+    backend = None if transfer is None else transfer.backend
+    if backend != "weft":
+        raise ConfigError(
+            f"this engine's weight-transfer backend is {backend!r}: make it with "
+            'LLM(..., weight_transfer_config={"backend": "weft"})'
+        )
     return VllmControl(llm)
 
 
