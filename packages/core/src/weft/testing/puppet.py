@@ -212,6 +212,12 @@ class Actor:
         taken, self.messages = self.messages[:count], self.messages[count:]
         return [(m.peer, msgspec.structs.astuple(m.tag), m.bucket, m.note) for m in taken]
 
+    def collect_and_read(self, key: bytes, bucket: int, version: int, region: int, seconds: float) -> bytes:
+        """Poll until a message has arrived, fence, and give a region's bytes as they are at that moment."""
+        self.collect(1, seconds)
+        self.fence(key, bucket, version)
+        return self.contents(region)
+
     def lost(self, count: int, seconds: float) -> list[str]:
         """Poll until that many peers were reported lost or the time is over; who they were."""
         names: list[str] = []

@@ -77,6 +77,21 @@ class TransportSuite:
             move(crew, "a", "b", [0, 1], version)
             check(crew, "a", "b", [rows], 1, 1)
 
+    @pytest.mark.trap(34, 44)
+    def test_a_bucket_is_announced_only_when_all_its_bytes_are_in_place(self, crew: Crew) -> None:
+        rows, size = scattered(20_000, 300, 3)
+        open_members(crew, {"a": [size], "b": [size]})
+        prepare_buckets(crew, {("a", "b"): [rows, rows[:0]]})
+        for version in range(3):
+            crew["a"].call("fill", version)
+            crew["b"].call("poison")
+            crew["b"].begin("collect_and_read", KEY, 0, version, 0, SECONDS)
+            crew["a"].call("post", KEY, 0, version, b"", False)
+            crew["a"].call("posted", 0, "b", SECONDS)
+            seen = crew["b"].end()
+            check(crew, "a", "b", [rows], 1, 1)
+            assert seen == crew["b"].call("contents", 0)
+
     @pytest.mark.trap(35)
     def test_notes_and_tags_are_delivered_exactly_as_sent(self, crew: Crew) -> None:
         open_members(crew, {"a": [100], "b": [100]}, incarnation=5)
