@@ -172,16 +172,10 @@ def test_large_copies_are_cut_into_bounded_buckets(direct_run_bytes: int, transp
 
 @pytest.mark.trap(20, 36)
 @pytest.mark.parametrize("max_segments", [1, 7, 100])
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a copy of many runs is cut by bytes only, so its bucket has too many segments",
-)
 def test_no_bucket_has_more_segments_than_the_policy_allows(max_segments: int) -> None:
     check_large(True, Policy(direct_run_bytes=1, max_segments=max_segments, **TIGHT))
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="copies of scalars alone have no axis to run along")
 def test_scalars_alone_are_moved() -> None:
     builder = LayoutBuilder()
     builder.tensor("scale", (), "float32")

@@ -1,4 +1,4 @@
-"""The limit: bare NIXL writes of as many bytes as a refit moves, between the same processes, without weft in between."""
+"""The limit: bare NIXL writes of as many bytes as a refit moves, between the same processes, without weft."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class MemberResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def row(case: Case, sources: list[MemberResult], targets: list[MemberResult]) -> Mapping[str, Any]:
-    """The figures of a case. A cycle lasts as long as its slowest member; the best chunk size stands for the raw limit."""
+    """The figures of a case. A cycle lasts as long as its slowest member; the best chunk size is the raw limit."""
     everybody = [*sources, *targets]
     cycles = [max(times) for times in zip(*(m.total_seconds for m in everybody), strict=True)]
     warm = sorted(cycles[1:])
