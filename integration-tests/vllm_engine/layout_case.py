@@ -1,7 +1,8 @@
-"""Layouts recorded from vLLM's own models for several ranks and TP sizes in one process, without an engine. Prints JSON.
+"""Layouts recorded from vLLM's own models for several ranks and TP sizes in one process, without an engine. Prints
+JSON.
 
-Run as `python layout_case.py '{"tp": 1, …}' DIRECTORY`; `test_vllm_layouts.py` does. A rank's model needs only to be told its
-rank to build its parameters, so one process stands in for all of them.
+Run as `python layout_case.py '{"tp": 1, …}' DIRECTORY`; `test_vllm_layouts.py` does. A rank's model needs only to be
+told its rank to build its parameters, so one process stands in for all of them.
 """
 
 from __future__ import annotations
