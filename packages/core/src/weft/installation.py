@@ -55,7 +55,7 @@ class Installation:
                 session.waiting_for,
             )
         except BaseException as error:
-            raise self._aborted(error) from error
+            raise self.failed(error) from error
 
     def commit(self) -> Report:
         """Install the version: local, after `update`. The replica's leader waits for all members and records the
@@ -85,7 +85,8 @@ class Installation:
         """Give the version up on every member of the replica. Idempotent; a committed version stays."""
         self._session.abort(error)
 
-    def _aborted(self, error: BaseException) -> BaseException:
+    def failed(self, error: BaseException) -> BaseException:
+        """Abort; returns what to raise: a `RefitAbortedError`, unless it is no error but an interruption."""
         self._session.abort(error)
         if isinstance(error, RefitAbortedError) or not isinstance(error, Exception):
             return error

@@ -22,6 +22,8 @@ from weft.wire import Notice, Wire
 
 KEPT_VERSIONS = 8
 """Records of so many versions stay in the store for people to look at."""
+_ANSWER_SECONDS = 2.0
+"""A late replica's leader may take so long to say which of its members are late."""
 
 
 class OfferRecord(msgspec.Struct, array_like=True):
@@ -53,6 +55,7 @@ class SourceLeader:
         self._offered: set[str] = set()
         self._limit = {replica: Deadline.after(deadlines.begin) for replica in leaders}
         self._begun: set[str] = set()
+        self._late: dict[str, str] = {}
         self._ended: set[str] = set()
 
     @property
@@ -81,12 +84,21 @@ class SourceLeader:
             if replica in self._ended:
                 continue
             if limit.expired():
-                self._abort(replica, self._late(replica, limit))
+                self._expire(replica, limit)
             needed = {self._leaders[replica], *(set(self._sources) - self._offered)}
             for error in self._wire.lost(needed):
                 self._abort(replica, str(error))
 
-    def _late(self, replica: str, limit: Deadline) -> str:
+    def _expire(self, replica: str, limit: Deadline) -> None:
+        """Withdraw, and go by the answer of the replica's leader, who knows more; without one, abort."""
+        if replica in self._late:
+            self._end(Notice("outcome", replica, self._late[replica], (0,)))
+            return
+        self._late[replica] = self._lateness(replica, limit)
+        self._limit[replica] = Deadline.after(min(_ANSWER_SECONDS, self._deadlines.begin / 2))
+        self._wire.tell(self._leaders[replica], self._version, Notice("withdraw", replica, self._late[replica]))
+
+    def _lateness(self, replica: str, limit: Deadline) -> str:
         missing = sorted(set(self._sources) - self._offered)
         if missing:
             return f"not offered by {', '.join(missing)} within {limit.seconds:.1f} s"

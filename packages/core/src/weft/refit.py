@@ -283,8 +283,7 @@ class Refit:
         try:
             session.begin()
         except BaseException as error:
-            installation.abort(error)
-            raise
+            raise installation.failed(error) from error
         return installation
 
     def _await(self, version: int | None, kind: str, sender: str) -> int:
