@@ -1,4 +1,4 @@
-"""Layouts recorded from vLLM's own models equal those made from a config alone, for every family, tie, KV heads and TP."""
+"""Layouts recorded from vLLM's own models equal those made from a config alone, for every family, tie and TP."""
 
 from __future__ import annotations
 
