@@ -126,6 +126,24 @@ def test_every_version_arrives_whole_in_poisoned_memory(
         assert sent == sum(r.bytes for n, rs in results.items() if n.startswith("rollout") for r in [rs[version - 1]])
 
 
+@pytest.mark.trap(19)
+def test_all_members_know_what_they_prepared_by_the_same_key(store_url: str) -> None:
+    def key_of(refit: Refit) -> Any:
+        return refit._connection[0].prepared.program.key
+
+    tiny = Tiny()
+    parts = [
+        Part(source.name, key_of, source=source)
+        for source in (MemorySource(f"trainer/{rank}", tiny.source(rank, 2)) for rank in range(2))
+    ]
+    for rank in range(2):
+        target = MemoryTarget(f"rollout0/{rank}", tiny.target(rank, 2))
+        parts.append(Part(target.name, key_of, target=target, replica="rollout0", replica_size=2))
+    keys = job(store_url, 2).run(parts)
+    assert len(keys) == 4
+    assert len(set(keys.values())) == 1
+
+
 @pytest.mark.trap(29, 75)
 def test_warm_refits_register_and_allocate_nothing_and_hardly_use_the_store(store_url: str) -> None:
     results, _ = refit_tiny(job(store_url, 3, 2, policy=PACKED), Tiny(), 3, 2, replicas=2, versions=4)

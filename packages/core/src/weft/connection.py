@@ -132,7 +132,7 @@ def _join(
     by_name = {member.name: member for member in members}
     for peer in sorted(peers):
         transport.connect(by_name[peer], endpoints[peer].address, deadline)
-    transfers = transfer_program(made, program, endpoint, endpoints)
+    transfers = transfer_program(made, program, endpoint, endpoints, members)
     prepared = transport.prepare(transfers, deadline)
     local = local_moves(made, program, source, target) if source and target else {}
     return Connection(

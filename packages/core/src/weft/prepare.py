@@ -18,7 +18,7 @@ from weft.digest import Bytes, Runs, tensor_seed
 from weft.errors import LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
-from weft.member import Region, RemoteRegion, regions_of
+from weft.member import Member, Region, RemoteRegion, regions_of
 from weft.plan import Copies, Plan
 from weft.rendezvous import EndpointRecord
 from weft.views import Memory, byte_view, source_view, target_view, torch_dtype
@@ -118,9 +118,16 @@ def endpoint_record(
 
 
 def transfer_program(
-    plan: Plan, program: MemberProgram, endpoint: Endpoint, peers: Mapping[str, EndpointRecord]
+    plan: Plan,
+    program: MemberProgram,
+    endpoint: Endpoint,
+    peers: Mapping[str, EndpointRecord],
+    members: Sequence[Member],
 ) -> TransferProgram:
-    """Lower a member's buckets to segments, now that every address is known."""
+    """Lower a member's buckets to segments, now that every address is known.
+
+    `members` are all of the job, so that both ends of a bucket come to the same key.
+    """
     width = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in plan.tensors], dtype=np.int64)
 
     def lowered(bucket: LoweredBucket, sending: bool) -> Bucket:
@@ -141,8 +148,8 @@ def transfer_program(
     sends = tuple(lowered(bucket, True) for bucket in program.sends)
     receives = tuple(lowered(bucket, False) for bucket in program.receives)
     key = hashlib.sha256(plan.fingerprint.encode())
-    for name in sorted(peers):
-        key.update(f"{name}/{peers[name].incarnation}/{peers[name].memory_epoch}".encode())
+    for member in sorted(members, key=lambda member: member.name):
+        key.update(f"{member.name}/{member.incarnation}/{member.memory_epoch}".encode())
     remote = {name: tuple(record.regions) for name, record in peers.items()}
     return TransferProgram(key.digest(), sends, receives, endpoint.regions, remote)
 
