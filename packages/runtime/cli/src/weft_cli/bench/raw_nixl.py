@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import time
 from typing import Any
 
@@ -27,7 +28,8 @@ def wait_for(store: Store, key: str, deadline: Deadline) -> bytes:
 
 
 def _agent(name: str) -> Any:
-    api = importlib.import_module("nixl_cu12._api")
+    wheel = next(name for name in ("nixl_cu12", "nixl_cu13") if importlib.util.find_spec(name))
+    api = importlib.import_module(f"{wheel}._api")
     return api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
 
 
