@@ -45,7 +45,17 @@ QWEN2 = Architecture("qwen2", tied=False)
 LLAMA = Architecture("llama", tied=False)
 SMALL: dict[str, Any] = {"bucket_bytes": 64 << 10, "staging_bytes": 256 << 10}
 """Far less than the 2 MB of these models: many buckets, and staging slots that are used again."""
+DEADLINES = dict.fromkeys(("rendezvous", "offer", "begin", "move", "vote", "commit"), 90.0)
+"""Seconds, for every stage of a refit."""
 TO_BFLOAT16: dict[str, Any] = {"casts": [["float32", "bfloat16"]]}
+
+
+def job_of(name: str, store: str, transport: str, policy: dict[str, Any]) -> dict[str, Any]:
+    """What all members of a job say when they join."""
+    return {
+        "store": store, "job": name, "transport": transport, "sources": TRAINERS, "policy": policy,
+        "deadlines": DEADLINES,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +69,7 @@ class Row:
     dtype: str = "bfloat16"
     target_dtype: str = "bfloat16"
     float32_norms: bool = False
-    """Whether the trainer's model is bare: under bfloat16 Megatron-Core keeps norms in float32 then, and they are cast."""
+    """Whether the trainer's model is bare: under bfloat16 its norms are in float32 then, and they are cast."""
 
     def __str__(self) -> str:
         return f"{self.source} to {self.target} over {self.transport}"
@@ -68,6 +78,10 @@ class Row:
     def policy(self) -> dict[str, Any]:
         """Casts are declared where they are needed, and nowhere else."""
         return SMALL | (TO_BFLOAT16 if self.float32_norms or self.dtype != self.target_dtype else {})
+
+    def job(self, store: str) -> dict[str, Any]:
+        """What all members say when they join."""
+        return job_of(str(self), store, self.transport, self.policy)
 
 
 ENGINE_MODELS = {"vllm tp1": QWEN3_TIED, "vllm tp2": QWEN2}
@@ -88,6 +102,7 @@ MEGATRON_ROWS = [
     Row("tp2 dp2", "megatron tp1 dp2", "nixl", LLAMA, "float32", "bfloat16"),
 ]
 ROWS = ENGINE_ROWS + MEGATRON_ROWS
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +177,7 @@ def build_source(row: Row, ranks: list[Child], directory: Path, checkpoint: Chec
 
 
 def check_reports(version: int, reports: list[dict[str, Any]], digests: set[str]) -> None:
-    """Every member speaks of the same version and the same new weights; a warm refit registers and allocates nothing."""
+    """All members speak of the same version and the same new weights; a warm refit registers and allocates nothing."""
     assert {report["version"] for report in reports} == {version}
     (digest,) = {report["digest"] for report in reports}
     assert digest not in digests | {""}
@@ -209,7 +224,7 @@ def test_a_live_engine_generates_the_reference_tokens_after_each_of_two_refits(
     with replaced_on_failure(trainers, engine):
         ranks, driver = trainers.children(), engine.children()
         build_source(row, ranks, tmp_path, versions[0][1])
-        job = {"store": store, "job": str(row), "transport": row.transport, "sources": TRAINERS, "policy": row.policy}
+        job = row.job(store)
         tell(driver, "open", replica="vllm", replicas=1, **job)
         tell(ranks, "open", roles=["source"], targets=ENGINES[row.target], **job)
         hear(driver + ranks, "open")
@@ -241,7 +256,7 @@ def test_a_megatron_target_holds_every_byte_after_each_of_two_refits(
         ranks, targets = trainers.children(), mirrors.children()[:count]
         build_source(row, ranks, tmp_path, versions[0][1])
         build(targets, "target", tp, 1, tmp_path, versions[0][1], row.target_dtype, wrap=row.target_dtype == "bfloat16")
-        job = {"store": store, "job": str(row), "transport": row.transport, "sources": TRAINERS, "policy": row.policy}
+        job = row.job(store)
         tell(ranks, "open", roles=["source"], targets=count, **job)
         tell(targets, "open", roles=["target"], targets=count, **job)
         hear(ranks + targets, "open")
@@ -266,10 +281,8 @@ def test_a_model_is_refitted_from_another_in_the_same_processes(trainers: Crew, 
         ranks = trainers.children()
         build(ranks, "source", 2, 2, tmp_path, versions[0][1], "float32", wrap=False)
         build(ranks, "target", 4, 1, tmp_path, versions[0][1], "float32", wrap=False)
-        order(
-            ranks, "open", roles=["source", "target"], store=store, job="collocated", transport="nixl",
-            sources=TRAINERS, targets=TRAINERS, policy=SMALL,
-        )  # fmt: skip
+        job = job_of("collocated", store, "nixl", SMALL)
+        order(ranks, "open", roles=["source", "target"], targets=TRAINERS, **job)
         for version, checkpoint in versions:
             order(ranks, "fill", role="source", checkpoint=checkpoint.path)
             order(ranks, "poison", role="target")

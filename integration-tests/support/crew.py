@@ -10,10 +10,10 @@ from typing import Any
 
 from weft_cli.demo.processes import Child, Family, answers, ask
 
-START_SECONDS = 240.0
-"""Until a child has imported its framework and answered its first command."""
-CALL_SECONDS = 150.0
-"""For any other command: longer than every deadline inside a child."""
+CALL_SECONDS = 240.0
+"""For any command: longer than every deadline inside a child, and than importing its framework, which is part of the
+first.
+"""
 
 
 class Crew:
@@ -46,7 +46,7 @@ class Crew:
                 family.start(f"{self._name}/{number}", self._module, self._environment) for number in range(self._size)
             ]
             if self._start is not None:
-                ask(self._children, START_SECONDS, "start", **self._start)
+                ask(self._children, CALL_SECONDS, "start", **self._start)
         return self._children
 
     def end(self) -> None:

@@ -24,8 +24,6 @@ import weft_megatron
 from weft_cli.demo.channel import Handler, Reply, serve
 
 POISON_BYTE = 0xA5
-SECONDS = 60.0
-"""For every stage of a refit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,15 @@ class Rank:
             parameter.data.view(torch.uint8).fill_(POISON_BYTE)
 
     def open(
-        self, roles: list[str], store: str, job: str, transport: str, sources: int, targets: int, policy: dict[str, Any]
+        self,
+        roles: list[str],
+        store: str,
+        job: str,
+        transport: str,
+        sources: int,
+        targets: int,
+        policy: dict[str, Any],
+        deadlines: dict[str, float],
     ) -> None:
         """Take part in a job, with the models of these roles. Collective over the job."""
         source, target = self._parts.get("source"), self._parts.get("target")
@@ -123,7 +129,7 @@ class Rank:
             replica="megatron" if "target" in roles else None,
             replica_size=targets,
             expect=weft.Expect(sources=sources, replicas=1),
-            deadlines=weft.Deadlines(*[SECONDS] * 6),
+            deadlines=weft.Deadlines(**deadlines),
             policy=msgspec.convert(policy, weft.Policy),
         )
         self._refit.open()
