@@ -111,6 +111,7 @@ def _fusion(tensor: LocalTensor, count: int) -> tuple[int, int]:
     """How a tensor divides into `count` equal logical ones: leading axes that only number them, and parts of the next.
 
     `gate_up_proj[E, 2·I, H]` holding 2·E tensors gives (1, 2): they are `[I, H]`, gate and up of each expert in turn.
+    An axis that is exactly as long as what is left to number counts as a stack, `down_proj[E, H, I]` of E as `[H, I]`.
     """
     left = count
     for axis, size in enumerate(tensor.shape):

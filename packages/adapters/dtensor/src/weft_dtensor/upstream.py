@@ -87,22 +87,32 @@ def settle_shards(module: nn.Module) -> None:
     """Finish pending all-gathers of FSDP and put the sharded parameters back.
 
     Local, but where an all-gather is pending it waits for it, so call it on every rank. Raises `LayoutError` that
-    names every FSDP module that cannot leave its unsharded state, which is so inside its forward or backward pass.
+    names every FSDP module that is inside its forward or backward pass, or does not leave its unsharded state.
     """
-    faults = []
-    for name, each in module.named_modules():
-        if isinstance(each, FSDPModule):
-            groups = _groups(each)
-            if any(group._all_gather_result is not None for group in groups):
-                each.unshard()  # already under way: this waits for it
-            each.reshard()
-            where = plain_name(name) or "the root module"
-            faults += [
-                f"FSDP parameters of {where} are {group._sharded_state.name.lower()}, expected sharded: call this "
-                "between steps, not inside forward or backward"
-                for group in groups
-                if not group.is_sharded
-            ]
+    sharded = [
+        (plain_name(name) or "the root module", each, _groups(each))
+        for name, each in module.named_modules()
+        if isinstance(each, FSDPModule)
+    ]
+    busy = [
+        f"FSDP parameters of {name} are in use ({group._training_state.name.lower()}): call this between steps, not "
+        "inside forward or backward"
+        for name, _, groups in sharded
+        for group in groups
+        if group._training_state.name != "IDLE"
+    ]
+    if busy:
+        raise LayoutError(busy)
+    for _, each, groups in sharded:
+        if any(group._all_gather_result is not None for group in groups):
+            each.unshard()  # already under way: this waits for it
+        each.reshard()
+    faults = [
+        f"FSDP parameters of {name} are {group._sharded_state.name.lower()} after reshard(), expected sharded"
+        for name, _, groups in sharded
+        for group in groups
+        if not group.is_sharded
+    ]
     if faults:
         raise LayoutError(faults)
 
