@@ -95,14 +95,12 @@ def test_only_the_replica_that_helps_sends_and_the_others_stay_in_step(answers: 
     assert not any(found["wrong"] for found in (*one, *two))
     assert one[0]["layout"] == one[2]["layout"] != one[1]["layout"] == one[3]["layout"]
     whole = sum(memory.nbytes for memory in ModuleTarget(Net(0)).memory().values())
+    # What a rank's own target needs of it does not travel; the rest comes from the other shard on the same host.
+    missing = [whole - found["held"] for found in one]
+    assert min(missing) > 0
     for version in range(3):
-        sent = [found["sent"][version] for found in one]
-        assert sent[2:] == [0, 0]  # on another host than the target
-        assert min(sent[:2]) > 0
-        assert sum(sent) == whole
-        sent = [found["sent"][version] for found in two]
-        assert min(sent) > 0
-        assert sum(sent) == 2 * whole
+        assert [found["sent"][version] for found in one] == [0, missing[0], 0, 0]
+        assert [found["sent"][version] for found in two] == [0, missing[0], missing[3], 0]
 
 
 @pytest.mark.trap(66)

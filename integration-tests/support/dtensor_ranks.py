@@ -207,7 +207,7 @@ def shares(rank: int, hosts: str, targets: list[int], job: Job) -> dict[str, Any
             expected = whole(trained)
             if target is not None:
                 wrong += [f"version {version}: {name}" for name in _equal(whole(served), expected)]
-    return {"sent": sent, "wrong": wrong, "layout": source.layout().address}
+    return {"sent": sent, "wrong": wrong, "layout": source.layout().address, "held": source.layout().nbytes}
 
 
 def states(rank: int) -> dict[str, Any]:

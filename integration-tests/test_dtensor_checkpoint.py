@@ -1,0 +1,162 @@
+"""Safetensors checkpoints and Transformers models through weft-dtensor: files to live modules, and analytic layouts."""
+
+from __future__ import annotations
+
+import re
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+
+import weft
+from weft import Member, Refit, plan, serve_store
+from weft.testing.job import Job, Part
+from weft.testing.members import poison
+from weft_dtensor import CheckpointSource, ModuleSource, ModuleTarget, adapter
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "dense tied": Qwen3Config(**COMMON, tie_word_embeddings=True),
+    "dense": Qwen3Config(**COMMON, tie_word_embeddings=False),
+    "moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2),
+}
+README = Path(__file__).parents[1] / "packages" / "adapters" / "dtensor" / "README.md"
+JOBS = count()
+
+
+class Over(Job):
+    """A job of threads over any transport."""
+
+    transport = ""
+
+    def refit(self, part: Part) -> Refit:
+        options = {"hub": self.hub} if self.transport == "local" else {}
+        return Refit(
+            source=part.source, target=part.target, transport=self.transport, transport_options=options,
+            store=self.store, job=self.name, name=part.name, replica=part.replica, expect=self.expect,
+            deadlines=self.deadlines,
+        )  # fmt: skip
+
+
+def model(kind: str, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+
+
+def outputs(found: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return found(torch.arange(12).view(2, 6)).logits
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """A checkpoint in several files, as Transformers writes it."""
+    model(request.param, 1).save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    return request.param, tmp_path
+
+
+@pytest.mark.trap(13, 71)
+@pytest.mark.parametrize("transport", ["local", "gloo", "nixl"])
+def test_a_module_filled_from_files_computes_what_transformers_does(saved: tuple[str, Path], transport: str) -> None:
+    kind, path = saved
+    served = model(kind, 2)
+    target = ModuleTarget(served)
+    poison([memory.view(torch.uint8) for memory in target.memory().values()])
+    server = serve_store()
+    job = Over(server.url, weft.Expect(sources=2, replicas=1), name=f"checkpoint{next(JOBS)}")
+    job.transport = transport
+
+    def send(refit: Refit) -> int:
+        offer = refit.offer(1)
+        offer.released()
+        return offer.committed().bytes
+
+    parts = [Part(f"file/{rank}", send, source=CheckpointSource(path, rank, 2)) for rank in range(2)]
+    parts.append(Part("served", lambda refit: refit.receive(1).bytes, target=target, replica="served"))
+    try:
+        results = job.run(parts)
+    finally:
+        server.close()
+    errors = [error for error in results.values() if isinstance(error, Exception)]
+    assert not errors, errors
+    assert results["file/0"] > 0
+    assert results["file/1"] > 0
+    assert results["file/0"] + results["file/1"] == results["served"] == target.layout().nbytes
+    assert torch.equal(outputs(served), outputs(AutoModelForCausalLM.from_pretrained(path)))
+    assert torch.equal(outputs(served), outputs(model(kind, 1)))
+
+
+@pytest.mark.trap(71)
+def test_a_modules_names_and_boxes_are_those_on_disk(saved: tuple[str, Path]) -> None:
+    kind, path = saved
+    source = ModuleSource(model(kind, 1))
+    stored = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert {t.name: t.shape for t in source.layout().tensors} == {n: tuple(t.shape) for n, t in stored.items()}
+    for piece in source.layout():
+        found = source.memory()[piece.buffer]
+        view = found.as_strided(piece.box.sizes, piece.strides, found.storage_offset() + piece.offset)
+        assert torch.equal(view.reshape(-1), stored[piece.tensor].reshape(-1)), piece
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.trap(71)
+def test_families_with_fused_experts_are_named_as_on_disk(family: str, tmp_path: Path) -> None:
+    sizes = {name: size for name, size in COMMON.items() if name != "head_dim"} | {"num_key_value_heads": 2}
+    experts = {"num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = AutoConfig.for_model(family, **sizes, **experts, moe_intermediate_size=8, eos_token_id=None)
+    made = AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path)
+    held, stored = ModuleSource(made).layout(), CheckpointSource(tmp_path).layout()
+    assert {t.name: t.shape for t in held.tensors} == {t.name: t.shape for t in stored.tensors}
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_layouts_from_a_config_are_those_of_the_live_module(kind: str) -> None:
+    (layout,) = adapter.layouts(CONFIGS[kind].to_dict(), {}, "float32")
+    assert layout.address == ModuleTarget(model(kind, 1)).layout().address
+
+
+@pytest.mark.trap(8, 16, 71)
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_uneven_shards_from_a_config_cover_a_whole_module(kind: str) -> None:
+    ranks = adapter.layouts(CONFIGS[kind].to_dict(), {"fsdp": 3, "replicate": 2}, "float32")
+    assert len(ranks) == adapter.world_size({"fsdp": 3, "replicate": 2}) == 6
+    assert [ranks[rank].address for rank in range(3)] == [ranks[rank].address for rank in range(3, 6)]
+    target = adapter.layouts(CONFIGS[kind].to_dict(), {}, "float32")[0]
+    layouts = {layout.address: layout for layout in (*ranks, target)}
+    sources = [
+        Member(f"s/{rank}", layout.address, None, None, 0, "here", "here", "cpu") for rank, layout in enumerate(ranks)
+    ]
+    whole = plan(sources, [Member("t", None, target.address, "r", 1, "here", "here", "cpu")], layouts)
+    assert whole.statistics.bytes == target.nbytes
+    assert min(whole.statistics.egress_bytes.values()) > 0
+
+
+def test_a_config_that_transformers_refuses_is_an_error_of_the_config() -> None:
+    with pytest.raises(weft.ConfigError, match="makes no causal language model"):
+        adapter.layouts({"model_type": "nobody"}, {}, "float32")
+
+
+def test_the_readmes_examples_run(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    model("moe", 1).save_pretrained(tmp_path)
+    found: dict[str, Any] = {"path": tmp_path, "model": model("moe", 2), "hf_config": CONFIGS["moe"].to_dict()}
+    for block in blocks:
+        exec(block, found)
+    assert torch.equal(outputs(found["model"]), outputs(model("moe", 1)))
+    assert len(found["layouts"]) == 8
