@@ -59,7 +59,7 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     fingerprint: str
     """Of the plan it has made; equal on every member."""
     slots: dict[str, tuple[int, int]] = {}
-    """Per member that sends it packed buckets: region and byte offset of the first staging slot that is that sender's."""
+    """Per member that sends it packed buckets: region and byte offset of that sender's first staging slot."""
     outgoing_slots: dict[str, tuple[int, int]] = {}
     """Per member that it sends packed buckets to: the same at this end."""
 

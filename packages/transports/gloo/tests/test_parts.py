@@ -65,9 +65,7 @@ def test_both_ends_divide_a_bucket_alike_within_bounds() -> None:
     for out, into in zip(sent, received, strict=True):
         into.scatter(out.gather(staging))
     for _, offset, _, remote_offset, nbytes in rows.tolist():
-        assert torch.equal(
-            there.memory[remote_offset : remote_offset + nbytes], here.memory[offset : offset + nbytes]
-        )
+        assert torch.equal(there.memory[remote_offset : remote_offset + nbytes], here.memory[offset : offset + nbytes])
 
 
 @pytest.mark.trap(42)

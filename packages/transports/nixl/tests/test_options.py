@@ -93,10 +93,7 @@ def test_a_missing_nixl_says_what_to_install() -> None:
 
 def test_importing_without_nixl_says_what_to_install() -> None:
     program = (
-        "import sys\n"
-        "for name in ('nixl', 'nixl_cu12', 'nixl_cu13'):\n"
-        "    sys.modules[name] = None\n"
-        "import weft_nixl\n"
+        "import sys\nfor name in ('nixl', 'nixl_cu12', 'nixl_cu13'):\n    sys.modules[name] = None\nimport weft_nixl\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1

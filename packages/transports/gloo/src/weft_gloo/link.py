@@ -207,9 +207,7 @@ class Link:
         except RuntimeError as error:
             self._fail(str(error).partition("\n")[0])
 
-    def _tensors(
-        self, parcel: Parcel, staging: list[torch.Tensor], flight: deque[Any]
-    ) -> Iterator[torch.Tensor]:
+    def _tensors(self, parcel: Parcel, staging: list[torch.Tensor], flight: deque[Any]) -> Iterator[torch.Tensor]:
         """What to send, one after another; waits for the oldest send when `depth` are in flight."""
         wire = len(parcel.envelope).to_bytes(_LENGTH_BYTES, "little") + parcel.envelope
         yield torch.frombuffer(bytearray(wire[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0")), dtype=torch.uint8)

@@ -49,9 +49,7 @@ _MEANING: Mapping[str, str] = {
 }
 """By class name, so that a release of NIXL without one of them still imports."""
 
-FOREIGN: tuple[type[Exception], ...] = tuple(
-    getattr(_bindings, name) for name in _MEANING if hasattr(_bindings, name)
-)
+FOREIGN: tuple[type[Exception], ...] = tuple(getattr(_bindings, name) for name in _MEANING if hasattr(_bindings, name))
 """What NIXL raises."""
 
 
