@@ -146,6 +146,26 @@ def test_uneven_shards_from_a_config_cover_a_whole_module(kind: str) -> None:
     assert min(whole.statistics.egress_bytes.values()) > 0
 
 
+@pytest.mark.trap(10, 71)
+def test_a_mixture_of_eighteen_thousand_tensors_plans_to_full_coverage() -> None:
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+    }  # fmt: skip
+    ranks = adapter.layouts(config, {"fsdp": 4}, "bfloat16")
+    (target,) = adapter.layouts(config, {}, "bfloat16")
+    assert len(target.tensors) == 18_867
+    sources = [
+        Member(f"s/{rank}", held.address, None, None, 0, "here", "here", "cpu") for rank, held in enumerate(ranks)
+    ]
+    wanted = Member("t", None, target.address, "r", 1, "here", "here", "cpu")
+    whole = plan(sources, [wanted], {layout.address: layout for layout in (*ranks, target)})
+    assert whole.statistics.bytes == target.nbytes
+    assert whole.statistics.tensors == 18_867
+    assert whole.statistics.egress_max_over_mean < 1.01
+
+
 def test_a_config_that_transformers_refuses_is_an_error_of_the_config() -> None:
     with pytest.raises(weft.ConfigError, match="makes no causal language model"):
         adapter.layouts({"model_type": "nobody"}, {}, "float32")

@@ -12,6 +12,7 @@ from torch import nn
 
 from weft.errors import ConfigError, NotSupportedError, PluginError
 from weft.layout import Layout
+from weft.names import NameMap
 from weft_dtensor.naming import default_names
 from weft_dtensor.pieces import LocalTensor, layout_of, row_major_strides
 from weft_dtensor.shards import Split, held_ranges
@@ -59,7 +60,8 @@ class DTensorAdapter:
         """
         world, size = self.world_size(parallel), parallel.get("fsdp", 1)
         model = _meta_model(config)
-        shards = [_layout(model, config, dtype, index, size) for index in range(size)]
+        names = default_names({name: tuple(tensor.shape) for name, tensor in named_tensors(model)}, config)
+        shards = [_layout(model, names, dtype, index, size) for index in range(size)]
         return [shards[rank % size] for rank in range(world)]
 
 
@@ -81,14 +83,12 @@ def _meta_model(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _layout(model: nn.Module, config: Mapping[str, Any], dtype: str, index: int, size: int) -> Layout:
+def _layout(model: nn.Module, names: NameMap, dtype: str, index: int, size: int) -> Layout:
     parameters = {id(parameter) for parameter in model.parameters()}
     first: dict[int, str] = {}
     held: list[LocalTensor] = []
     ties: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in named_tensors(model):
-        shapes[name] = tuple(tensor.shape)
         if first.setdefault(id(tensor), name) != name:
             ties[name] = first[id(tensor)]
             continue
@@ -96,6 +96,6 @@ def _layout(model: nn.Module, config: Mapping[str, Any], dtype: str, index: int,
         ranges = held_ranges(tensor.shape, splits)
         own = dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
         local = tuple(sum(stop - start for start, stop in each) for each in ranges)
-        held.append(LocalTensor(name, shapes[name], own, ranges, row_major_strides(local)))
+        held.append(LocalTensor(name, tuple(tensor.shape), own, ranges, row_major_strides(local)))
     skipped = [(name, "non-persistent buffer: recomputed, in no checkpoint") for name in transient_names(model)]
-    return layout_of(held, default_names(shapes, config), ties, skipped)
+    return layout_of(held, names, ties, skipped)
