@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import count
 from random import Random
@@ -128,7 +129,10 @@ def test_every_version_arrives_whole_in_poisoned_memory(
 
 @pytest.mark.trap(19)
 def test_all_members_know_what_they_prepared_by_the_same_key(store_url: str) -> None:
+    everybody = threading.Barrier(4)
+
     def key_of(refit: Refit) -> Any:
+        everybody.wait(30)  # nobody leaves before all have come
         return refit._connection[0].prepared.program.key
 
     tiny = Tiny()
