@@ -1,0 +1,177 @@
+"""Members of a refit job in processes of their own, which tests can kill and freeze."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from weft.deadline import Deadlines
+from weft.errors import WeftError
+from weft.layout import LayoutBuilder
+from weft.policy import Policy
+from weft.refit import Refit
+from weft.roster import Expect
+from weft.testing.members import MemorySource, MemoryTarget
+from weft.testing.tiny import Tiny, mismatches
+
+TINY = Tiny()
+LARGE = Tiny(layers=24, hidden=512, inner=1024)
+"""Enough bytes that something can happen while they move."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one process is and does. Everything that crosses to it is plain data."""
+
+    name: str
+    store: str
+    job: str
+    transport: str
+    sources: int = 2
+    targets: int = 2
+    limits: float = 6.0
+    """Seconds of every deadline but the rendezvous."""
+    rendezvous: float = 20.0
+    large: bool = False
+    fault: str = ""
+    """What is wrong with its layout: `extra`, `missing`, `shape` or `dtype`."""
+    freeze: str = ""
+    """Before this ("join", "hold", "begin", "land") it says so and waits, the first time."""
+    freeze_seconds: float = 600.0
+
+
+def act(role: Role, pipe: Connection) -> None:
+    """One process: joins, refits versions 1 and 2, and sends ("report", …) or ("error", type, text) for each."""
+    torch.set_num_threads(1)
+    tiny = LARGE if role.large else TINY
+
+    done: set[str] = set()
+
+    def before(what: str, argument: object) -> None:
+        if what == role.freeze and what not in done:
+            pipe.send(("frozen", what))
+            time.sleep(role.freeze_seconds)
+        done.add(what)
+
+    rank = int(role.name[-1])
+    source = target = None
+    if role.name.startswith("trainer"):
+        source = MemorySource(
+            role.name, _faulty(tiny, role) if role.fault else tiny.source(rank, role.sources), before=before
+        )
+    else:
+        target = MemoryTarget(role.name, tiny.target(rank, role.targets), before=before)
+    limits = role.limits
+    deadlines = Deadlines(
+        rendezvous=role.rendezvous, offer=limits, begin=limits, move=limits, vote=limits, commit=limits
+    )
+    refit = Refit(
+        source=source, target=target, transport=role.transport, store=role.store, job=role.job, name=role.name,
+        replica=None if source else "rollout0", replica_size=role.targets, expect=Expect(role.sources, 1),
+        deadlines=deadlines, policy=Policy(bucket_bytes=1 << 18, staging_bytes=1 << 22),
+    )  # fmt: skip
+    try:
+        before("join", None)
+        refit.open()
+        pipe.send(("joined",))
+        for version in (1, 2):
+            if source is not None:
+                source.load(tiny.tensors(version))
+            if target is not None:
+                target.poison()
+            pipe.send(("started", version))
+            report = refit.run(version)
+            wrong = (
+                mismatches(target.contents(), tiny.expected(rank, role.targets, tiny.tensors(version)))
+                if target
+                else []
+            )
+            pipe.send(("report", version, report.digest, wrong))
+    except WeftError as error:
+        safe = target is None or "begin" not in done or bool(target.refused)
+        pipe.send(("error", type(error).__name__, str(error), safe, -1 if target is None else target.version))
+    refit.close()
+    pipe.send(("closed",))
+
+
+def _faulty(tiny: Tiny, role: Role) -> Any:
+    """A source's layout that does not fit its targets'."""
+    builder, whole = LayoutBuilder(), tiny.source(int(role.name[-1]), 1)
+    for tensor in whole.tensors:
+        if role.fault == "missing" and tensor.name == "1.norm":
+            continue
+        wrong = tensor.name == "1.norm"
+        shape = (tiny.hidden + 1,) if wrong and role.fault == "shape" else tensor.shape
+        dtype = "float32" if wrong and role.fault == "dtype" else tensor.dtype
+        builder.tensor(tensor.name, shape, dtype)
+        builder.buffer(tensor.name, dtype, torch.Size(shape).numel(), group="g")
+        builder.shard(tensor.name, tensor.name)
+    if role.fault == "extra":
+        builder.tensor("stranger", (4,), "float32")
+        builder.buffer("stranger", "float32", 4, group="g")
+        builder.shard("stranger", "stranger")
+    return builder.build()
+
+
+class Cast:
+    """The processes of one job. A context manager that leaves none behind."""
+
+    def __init__(self, roles: list[Role]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: dict[str, Connection] = {}
+        self._processes: dict[str, Any] = {}
+        self.said: dict[str, list[tuple[Any, ...]]] = {role.name: [] for role in roles}
+        for role in roles:
+            near, far = context.Pipe(duplex=False)
+            self._processes[role.name] = context.Process(target=act, args=(role, far), daemon=True)
+            self._processes[role.name].start()
+            far.close()
+            self._pipes[role.name] = near
+
+    def __enter__(self) -> Cast:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, process in self._processes.items():
+            process.kill()
+            process.join(10)
+            self._pipes[name].close()
+
+    def until(self, name: str, what: str, seconds: float = 60.0) -> None:
+        """Wait for a process to say something."""
+        limit = time.monotonic() + seconds
+        while not any(said[0] == what for said in self.said[name]):
+            assert self._pipes[name].poll(max(0.0, limit - time.monotonic())), f"{name} never said {what}: {self.said}"
+            self.said[name].append(self._pipes[name].recv())
+
+    def kill(self, name: str) -> None:
+        """SIGKILL."""
+        self._processes[name].kill()
+        self._processes[name].join(10)
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP."""
+        os.kill(self._processes[name].pid, signal.SIGSTOP)
+
+    def ends(self, *names: str, seconds: float = 60.0) -> dict[str, list[tuple[Any, ...]]]:
+        """What these said until they closed; each process must have ended by itself with exit code 0."""
+        limit = time.monotonic() + seconds
+        for name in names:
+            self.until(name, "closed", max(0.1, limit - time.monotonic()))
+            self._processes[name].join(40)
+            assert self._processes[name].exitcode == 0, f"{name} did not end: {self._processes[name].exitcode}"
+        return {name: self.said[name] for name in names}
+
+    def errors(self, *names: str, seconds: float = 60.0) -> dict[str, tuple[Any, ...]]:
+        """The error of each, as ("error", type, text, whether its target is untouched or refuses, its version)."""
+        said = self.ends(*names, seconds=seconds)
+        errors = {name: [entry for entry in entries if entry[0] == "error"] for name, entries in said.items()}
+        assert all(len(found) == 1 for found in errors.values()), said
+        return {name: found[0] for name, found in errors.items()}

@@ -1,0 +1,131 @@
+"""Members in real processes over real transports: whatever is wrong, everybody who is left says what, in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+from support.members import Cast, Role
+
+from weft.store_server import serve_store
+
+NAMES = ("trainer/0", "trainer/1", "rollout0/0", "rollout0/1")
+TRANSPORTS = pytest.mark.parametrize("transport", ["gloo", "nixl"])
+JOBS = count()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    server = serve_store()
+    yield server.url
+    server.close()
+
+
+def cast(store: str, transport: str, names: tuple[str, ...] = NAMES, **more: Any) -> list[Role]:
+    """Roles of a job; `more` may hold a dict per name, for what is special about it."""
+    special = {name: more.pop(name, {}) for name in NAMES}
+    job = f"faults{next(JOBS)}"
+    return [Role(name, store, job, transport, **{**more, **special[name]}) for name in names]
+
+
+@TRANSPORTS
+def test_two_versions_arrive(store: str, transport: str) -> None:
+    with Cast(cast(store, transport)) as crew:
+        said = crew.ends(*NAMES)
+    for name in NAMES:
+        reports = [entry for entry in said[name] if entry[0] == "report"]
+        assert [(version, wrong) for _, version, _, wrong in reports] == [(1, []), (2, [])], said[name]
+    assert len({entry[2] for entries in said.values() for entry in entries if entry[:2] == ("report", 2)}) == 1
+
+
+@pytest.mark.trap(19)
+def test_missing_and_surplus_members_are_counted(store: str) -> None:
+    with Cast(cast(store, "nixl", NAMES[:3], rendezvous=4.0)) as crew:
+        for error in crew.errors(*NAMES[:3]).values():
+            assert error[1] == "RendezvousError"
+            assert "replica rollout0 has 1 of 2 members (rollout0/0)" in error[2]
+    with Cast(cast(store, "nixl", **{name: {"sources": 1} for name in NAMES})) as crew:
+        for error in crew.errors(*NAMES).values():
+            assert "expected 1, found 2 (trainer/0, trainer/1)" in error[2] or "too many members" in error[2]
+
+
+@pytest.mark.trap(11, 12)
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("missing", ("1.norm",)),
+        ("extra", ("stranger",)),
+        ("shape", ("1.norm", "[33]", "[32]")),
+        ("dtype", ("1.norm", "float32", "bfloat16")),
+    ],
+)
+def test_models_that_do_not_match_are_refused_by_everybody(store: str, fault: str, words: tuple[str, ...]) -> None:
+    names = ("trainer/0", "rollout0/0")
+    with Cast(cast(store, "nixl", names, sources=1, targets=1, **{"trainer/0": {"fault": fault}})) as crew:
+        for error in crew.errors(*names).values():
+            assert error[1] in ("PlanError", "RendezvousError")
+            assert all(word in error[2] for word in words), error
+
+
+def test_a_transport_that_is_not_installed(store: str) -> None:
+    with Cast(cast(store, "nope", NAMES[:1])) as crew:
+        (error,) = crew.errors("trainer/0").values()
+    assert error[1] == "PluginError"
+    assert "'nope'" in error[2]
+
+
+@pytest.mark.trap(40)
+def test_a_store_that_nobody_serves() -> None:
+    with Cast(cast("tcp://127.0.0.1:9", "nixl", NAMES[:1], rendezvous=3.0)) as crew:
+        (error,) = crew.errors("trainer/0").values()
+    assert error[1] == "StoreError"
+    assert "tcp://127.0.0.1:9" in error[2]
+
+
+@pytest.mark.trap(19, 40)
+@TRANSPORTS
+def test_a_member_that_dies_before_it_connects(store: str, transport: str) -> None:
+    with Cast(cast(store, transport, rendezvous=6.0, **{"rollout0/1": {"freeze": "join"}})) as crew:
+        crew.until("rollout0/1", "frozen")
+        crew.kill("rollout0/1")
+        for error in crew.errors(*NAMES[:3]).values():
+            assert "replica rollout0 has 1 of 2 members (rollout0/0)" in error[2]
+
+
+def survivors_name(crew: Cast, culprit: str) -> None:
+    begin = time.monotonic()
+    errors = crew.errors(*(name for name in NAMES if name != culprit))
+    assert time.monotonic() - begin < 50
+    for name, (_, kind, text, safe, version) in errors.items():
+        assert kind in ("RefitAbortedError", "PeerLostError", "DeadlineError"), (name, kind, text)
+        assert culprit in text, f"{name}: {text}"
+        assert version == -1
+        assert safe, f"{name} would go on serving a mixture: {text}"
+
+
+@pytest.mark.trap(10, 40, 47, 48)
+@TRANSPORTS
+@pytest.mark.parametrize("culprit", ["trainer/1", "rollout0/1"])
+def test_a_member_that_dies_between_joining_and_its_first_byte(store: str, transport: str, culprit: str) -> None:
+    freeze = {"freeze": "hold" if culprit.startswith("trainer") else "begin"}
+    with Cast(cast(store, transport, **{culprit: freeze})) as crew:
+        crew.until(culprit, "frozen")
+        crew.kill(culprit)
+        survivors_name(crew, culprit)
+
+
+@pytest.mark.trap(34, 40, 41, 48)
+@TRANSPORTS
+@pytest.mark.parametrize("way", ["kill", "freeze"])
+@pytest.mark.parametrize("culprit", ["trainer/1", "rollout0/1"])
+def test_a_member_that_dies_or_hangs_while_bytes_move(store: str, transport: str, way: str, culprit: str) -> None:
+    # A target that lands its first of 24 layers gives back no more slots, so its senders still have bytes to move.
+    role = {"freeze": "land", "freeze_seconds": 2.0 if culprit == "trainer/1" else 600.0}
+    roles = cast(store, transport, large=True, **{"rollout0/1": role})
+    with Cast(roles) as crew:
+        crew.until("rollout0/1", "frozen")
+        getattr(crew, way)(culprit)
+        survivors_name(crew, culprit)
