@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import msgspec
 
 from weft.contracts import Prepared, Source, Target, Transport
 from weft.deadline import Deadline
+from weft.errors import NotSupportedError
 from weft.layout import Layout
 from weft.lower import MemberProgram, lower
 from weft.member import Member
@@ -94,10 +95,22 @@ def join(
     """
     try:
         sides = [(side.layout(), side.memory()) if side is not None else None for side in (source, target)]
+        _check_devices(sides, policy)
         return _join(rendezvous, transport, identity, sides[0], sides[1], policy, deadline)
     except Exception as error:
         rendezvous.fail(identity.name, f"{type(error).__name__}: {error}")
         raise
+
+
+def _check_devices(sides: Sequence[tuple[Layout, Memory] | None], policy: Policy) -> None:
+    """Digests are computed by the processor so far. Raises `NotSupportedError` for memory that it cannot read."""
+    others = {
+        str(tensor.device) for side in sides if side for tensor in side[1].values() if tensor.device.type != "cpu"
+    }
+    if policy.digests and others:
+        raise NotSupportedError(
+            f"digests of memory on {', '.join(sorted(others))} are not built yet: use Policy(digests=False)"
+        )
 
 
 def _join(
