@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from itertools import count
 from random import Random
@@ -14,13 +15,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weft.contracts import Bucket
 from weft.digest import Digest, digest_array
 from weft.errors import ConfigError, PlanError
+from weft.member import Tag
 from weft.naive import Bits
 from weft.policy import Policy
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
+from weft.testing.faults import Script
 from weft.testing.job import Job, Part
 from weft.testing.members import MemorySource, MemoryTarget
 from weft.testing.models import random_case
@@ -240,23 +244,38 @@ def test_one_member_may_be_source_and_target(store_url: str, policy: Policy) -> 
         assert {reports[version].digest for reports in results.values()} == {whole_digest(arrived)}
 
 
+class Slow(Script):
+    """Posts late."""
+
+    def posting(self, bucket: Bucket, tag: Tag) -> None:
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("faulty")
 def test_a_collocated_source_holds_its_weights_until_its_own_copies_are_made(store_url: str) -> None:
     tiny = Tiny()
-    source, weights = MemorySource("both", tiny.source(0, 1)), tiny.tensors(0)
+    weights = tiny.tensors(0)
 
-    def before(what: str, argument: object) -> None:
-        if what == "land":
-            assert source.leases[-1].held, f"{argument} is copied from weights that may change"
+    def part(rank: int) -> Part:
+        source = MemorySource(f"both/{rank}", tiny.source(rank, 2))
 
-    target = MemoryTarget("both", tiny.target(0, 1), before=before)
+        def before(what: str, argument: object) -> None:
+            if what == "land":
+                assert source.leases[-1].held, f"{argument} is copied from weights that may change"
 
-    def act(refit: Refit) -> None:
-        source.load(weights)
-        refit.run(1)
-        assert not source.leases[-1].held
-        assert not mismatches(target.contents(), tiny.expected(0, 1, weights))
+        layout = tiny.target(rank, 2) if rank else tiny.target(0, 1)  # the first takes the whole model
+        target = MemoryTarget(f"both/{rank}", layout, before=before)
 
-    assert not raised(job(store_url, 1).run([Part("both", act, source=source, target=target, replica="both")]))
+        def act(refit: Refit) -> None:
+            source.load(weights)
+            refit.run(1)
+            assert not source.leases[-1].held
+            assert not mismatches(target.contents(), tiny.expected(rank, 1 + rank, weights))
+
+        script = Slow() if rank else Script()
+        return Part(source.name, act, source=source, target=target, replica="both", replica_size=2, script=script)
+
+    assert not raised(job(store_url, 2).run([part(0), part(1)]))
 
 
 def test_versions_grow(store_url: str) -> None:

@@ -36,9 +36,11 @@ class Crew:
         self, url: str, *, versions: int = 2, replicas: int = 1, before: dict[str, Hook] | None = None,
         scripts: dict[str, Script] | None = None, deadlines: Deadlines = BRISK, policy: Policy | None = None,
         scratch_slots: int = 0, replicas_wanted: str = "all",
+        linger_seconds: float = 0.0,
     ) -> None:  # fmt: skip
         self.log = Log()
         self._versions, self._wanted = versions, replicas_wanted
+        self._linger_seconds = linger_seconds
         self._before, self._scripts = before or {}, scripts or {}
         self.sources = [
             MemorySource(f"trainer/{r}", TINY.source(r, 2), log=self.log, before=self._before.get(f"trainer/{r}"))
@@ -71,14 +73,20 @@ class Crew:
             offer.released()
             return offer.committed(self._wanted)
 
-        return lambda refit: [attempt(refit_to, refit, version) for version in range(1, self._versions + 1)]
+        return lambda refit: self._attempts(refit_to, refit)
 
     def _serve(self, target: MemoryTarget) -> Callable[[Refit], list[Any]]:
         def refit_to(refit: Refit, version: int) -> Any:
             target.poison()
             return refit.receive(version)
 
-        return lambda refit: [attempt(refit_to, refit, version) for version in range(1, self._versions + 1)]
+        return lambda refit: self._attempts(refit_to, refit)
+
+    def _attempts(self, refit_to: Callable[[Refit, int], Any], refit: Refit) -> list[Any]:
+        """All versions. Survivors that close at once would look lost, too: they may linger."""
+        results = [attempt(refit_to, refit, version) for version in range(1, self._versions + 1)]
+        time.sleep(self._linger_seconds)
+        return results
 
     def holds(self, name: str, version: int) -> bool:
         """Whether a target holds exactly the weights of a version, and says so."""
@@ -341,7 +349,7 @@ def test_a_member_that_ends_while_bytes_move_is_named_at_once(store_url: str, cu
 
     targets = {culprit: die} if culprit.startswith("rollout") else {}
     scripts: dict[str, Script] = {} if targets else {culprit: Dying()}
-    crew = Crew(store_url, versions=1, before=targets, scripts=scripts)
+    crew = Crew(store_url, versions=1, before=targets, scripts=scripts, linger_seconds=1.0)
     results = crew.run()
     for name, result in results.items():
         if name != culprit:
