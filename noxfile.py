@@ -207,4 +207,5 @@ def gpu(session: nox.Session, cuda: int, capability: int) -> None:
         session, f"gpu{cuda}", f"gpu{cuda}", [each for each in discover() if each.short in GPU_PACKAGES]
     )
     folders = [str(each.path / "tests") for each in discover() if each.short in GPU_PACKAGES]
+    folders.append(str(ROOT / "integration-tests" / "test_gpu.py"))
     session.run(str(python), "-m", "pytest", "-m", "gpu", *folders, *session.posargs, external=True)

@@ -15,6 +15,7 @@ from weft.errors import TransportError
 from weft.layout import Kind, Layout
 from weft.lower import SLOTS
 from weft.prepare import Move, Step
+from weft.streams import settle, written
 from weft.views import Memory, apply_fills
 from weft.wire import Notice, Wire
 
@@ -90,7 +91,7 @@ class Sender:
         for peer, works in self._active.items():
             self._active[peer] = [(step, work) for step, work in works if not work.poll()]
         for peer, queue in self._queues.items():
-            if queue and len(self._active[peer]) < POSTED_PER_PEER and self._may_go(peer, queue[0]):
+            while queue and len(self._active[peer]) < POSTED_PER_PEER and self._may_go(peer, queue[0]):
                 self._post(queue.popleft())
         self._wire.check(self.waiting_for)
 
@@ -114,7 +115,8 @@ class Sender:
                 note = digest_of(step.runs).hex().encode()
         self.nbytes += bucket.nbytes
         tag = self._wire.tag(self._version)
-        work = self._wire.transport.post(self._prepared, bucket.index, tag, note, None)
+        after = written(slot for slot, _ in step.moves)
+        work = self._wire.transport.post(self._prepared, bucket.index, tag, note, after)
         self._active[bucket.peer].append((step, work))
 
     def cancel(self) -> None:
@@ -175,6 +177,8 @@ class Receiver:
         while self._next < len(self._groups) and not self._left[self._next]:
             self._land(self._next)
             self._next += 1
+            if self.done:
+                settle({memory.device for memory in self._memory.values()})
         self._wire.check(self.waiting_for)
 
     def _take(self, step: Step, note: bytes) -> None:
@@ -195,6 +199,7 @@ class Receiver:
         with self._clock.phase("land"):
             for destination, source in step.moves:
                 destination.copy_(source)
+            settle({slot.device for _, slot in step.moves[:1]})  # before the slot is given back
         self.nbytes += bucket.nbytes
         self._left[bucket.group] -= 1
         if bucket.slot is not None:
