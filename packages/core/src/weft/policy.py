@@ -25,6 +25,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """`in_place`: into live weights while the replica is paused."""
     encodings: tuple[str, ...] = ()
     """Encodings other than `casts`."""
+    drive: str = "lock_step"
+    """`lock_step`: sources push a version and wait until it is installed."""
     relay: bool = False
     """Whether targets may pass boxes on to other targets."""
     digests: bool = True
@@ -58,6 +60,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             raise NotSupportedError('landing "shadow" is not built yet: use landing "in_place" and pause the replica')
         if self.landing != "in_place":
             raise ConfigError(f'landing {self.landing!r} is neither "in_place" nor "shadow"')
+        if self.drive == "published":
+            raise NotSupportedError('drive "published" is not built yet: use drive "lock_step"')
+        if self.drive != "lock_step":
+            raise ConfigError(f'drive {self.drive!r} is neither "lock_step" nor "published"')
         if self.encodings:
             raise NotSupportedError(f"encodings {', '.join(self.encodings)} are not built yet: only declared casts are")
         if self.relay:

@@ -1,0 +1,52 @@
+"""What a policy may say, and what is refused by name until it is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import weft
+from weft.layout import LayoutBuilder
+from weft.testing.members import MemorySource
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"landing": "shadow"}, 'landing "shadow" is not built yet: use landing "in_place"'),
+        ({"drive": "published"}, 'drive "published" is not built yet: use drive "lock_step"'),
+        ({"encodings": ("fp8_block",)}, "encodings fp8_block are not built yet"),
+        ({"relay": True}, "relays between targets are not built yet"),
+    ],
+)
+def test_what_is_not_built_refuses_by_name(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(weft.NotSupportedError, match=words):
+        weft.Policy(**fields).check()
+
+
+def test_a_job_secret_is_refused_by_name() -> None:
+    builder = LayoutBuilder()
+    builder.tensor("w", (4,), "bfloat16")
+    builder.buffer("w", "bfloat16", 4, group="g")
+    builder.shard("w", "w")
+    source = MemorySource("trainer/0", builder.build())
+    with pytest.raises(weft.NotSupportedError, match="job secret"):
+        weft.Refit(
+            source=source, transport="local", store="tcp://127.0.0.1:1", job="j", name="trainer/0",
+            expect=weft.Expect(1, 1), secret=b"s",
+        )  # fmt: skip
+
+
+def test_every_contradiction_is_named_at_once() -> None:
+    policy = weft.Policy(casts=(("float32", "bf16"),), bucket_bytes=1, staging_bytes=0)
+    with pytest.raises(weft.ConfigError) as error:
+        policy.check()
+    for words in ("cast float32 to bf16", "bucket_bytes is 1", "staging_bytes is 0"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"landing": "beside"}, {"drive": "by itself"}])
+def test_a_misspelt_choice_is_an_error(fields: dict[str, Any]) -> None:
+    with pytest.raises(weft.ConfigError, match="is neither"):
+        weft.Policy(**fields).check()
