@@ -47,7 +47,10 @@ def test_missing_and_surplus_members_are_counted(store: str) -> None:
         for error in crew.errors(*NAMES[:3]).values():
             assert error[1] == "RendezvousError"
             assert "replica rollout0 has 1 of 2 members (rollout0/0)" in error[2]
-    with Cast(cast(store, "nixl", **{name: {"sources": 1} for name in NAMES})) as crew:
+    # One comes late, so that the surplus shows before the others are complete: afterwards only the surplus is refused.
+    surplus: dict[str, dict[str, Any]] = {name: {"sources": 1} for name in NAMES}
+    surplus["rollout0/1"] |= {"freeze": "join", "freeze_seconds": 12.0}
+    with Cast(cast(store, "nixl", rendezvous=40.0, **surplus)) as crew:
         for error in crew.errors(*NAMES).values():
             assert "expected 1, found 2 (trainer/0, trainer/1)" in error[2] or "too many members" in error[2]
 
