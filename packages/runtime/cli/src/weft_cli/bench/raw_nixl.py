@@ -15,6 +15,11 @@ from weft.errors import DeadlineError
 
 CHUNK_BYTES = (64 << 10, 1 << 20, 4 << 20, 16 << 20)
 REPEATS = 3
+BATCH_BYTES = 16 << 20
+"""Bytes per NIXL handle: one handle over everything is slower."""
+DEPTH = 2
+PAUSE_SECONDS = 100e-6
+"""Between polls: whoever spins takes the processor from those who copy."""
 
 
 def wait_for(store: Store, key: str, deadline: Deadline) -> bytes:
@@ -30,7 +35,8 @@ def wait_for(store: Store, key: str, deadline: Deadline) -> bytes:
 def _agent(name: str) -> Any:
     wheel = next(name for name in ("nixl_cu12", "nixl_cu13") if importlib.util.find_spec(name))
     api = importlib.import_module(f"{wheel}._api")
-    return api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
+    # NIXL's own progress thread spins on a core that the copies need.
+    return api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
 
 
 def _meet(store: Store, key: str, members: int, deadline: Deadline) -> None:
@@ -55,24 +61,41 @@ def send(store: Store, pair: int, members: int, memory: torch.Tensor, deadline: 
             agent.prep_xfer_dlist(side, [(base + s, n, 0) for s, n in zip(starts, sizes, strict=True)], "DRAM")
             for side, base in (("NIXL_INIT_AGENT", memory.data_ptr()), (peer, address))
         ]
-        rows = list(range(len(sizes)))
-        handle = agent.make_prepped_xfer("WRITE", lists[0], rows, lists[1], rows, b"")
+        per_batch = max(1, BATCH_BYTES // chunk)
+        handles = []
+        for first in range(0, len(sizes), per_batch):
+            rows = list(range(first, min(first + per_batch, len(sizes))))
+            handles.append(agent.make_prepped_xfer("WRITE", lists[0], rows, lists[1], rows, b""))
         for repeat in range(REPEATS + 1):
             _meet(store, f"raw/meet/{chunk}/{repeat}", members, deadline)
             begin = time.perf_counter()
-            state = agent.transfer(handle, f"{chunk}/{repeat}".encode())
-            while state != "DONE":
-                if deadline.expired():
-                    raise DeadlineError("a bare NIXL write", deadline.seconds, [peer])
-                state = agent.check_xfer_state(handle)
+            _write(agent, handles, f"{chunk}/{repeat}".encode(), deadline)
             _await_notice(agent, f"{chunk}/{repeat}".encode(), deadline)
             if repeat:  # the first one warms up
                 seconds.setdefault(chunk, []).append(time.perf_counter() - begin)
-        handle.release()
+        for handle in handles:
+            handle.release()
         for prepared in lists:
             prepared.release()
     agent.deregister_memory(registered)
     return seconds
+
+
+def _write(agent: Any, handles: list[Any], notice: bytes, deadline: Deadline) -> None:
+    """Keep `DEPTH` batches in flight; the last one goes alone and carries the notification."""
+    flight: list[Any] = []
+    for number, handle in enumerate(handles):
+        last = number == len(handles) - 1
+        while len(flight) >= (1 if last else DEPTH):
+            flight = [posted for posted in flight if agent.check_xfer_state(posted) != "DONE"]
+            time.sleep(0 if len(flight) < DEPTH else PAUSE_SECONDS)
+            if deadline.expired():
+                raise DeadlineError("a bare NIXL write", deadline.seconds, [])
+        agent.transfer(handle, notice if last else b"")
+        flight.append(handle)
+    while agent.check_xfer_state(handles[-1]) != "DONE":
+        if deadline.expired():
+            raise DeadlineError("a bare NIXL write", deadline.seconds, [])
 
 
 def receive(store: Store, pair: int, members: int, memory: torch.Tensor, deadline: Deadline) -> None:
@@ -94,5 +117,6 @@ def receive(store: Store, pair: int, members: int, memory: torch.Tensor, deadlin
 
 def _await_notice(agent: Any, expected: bytes, deadline: Deadline) -> None:
     while not any(expected in notices for notices in agent.get_new_notifs().values()):
+        time.sleep(PAUSE_SECONDS)
         if deadline.expired():
             raise DeadlineError(f"notification {expected!r}", deadline.seconds, [])
