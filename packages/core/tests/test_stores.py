@@ -127,6 +127,19 @@ def test_a_listener_that_never_answers_is_an_error_that_names_it() -> None:
             open_store(f"tcp://127.0.0.1:{port}", Deadline.after(0.5))
 
 
+def stop(pid: int, deadline: Deadline) -> None:
+    """SIGSTOP, and wait until every thread has stopped: the signal alone returns before."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        states = [
+            (task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+        return set(states) <= {"T"}
+
+    deadline.wait(stopped, f"process {pid} to stop", lambda: [str(pid)])
+
+
 @pytest.mark.trap(40)
 def test_a_frozen_server_ends_in_an_error_and_not_in_a_wait(deadline: Deadline) -> None:
     script = (
@@ -141,7 +154,7 @@ def test_a_frozen_server_ends_in_an_error_and_not_in_a_wait(deadline: Deadline) 
             url = process.stdout.readline().strip()
             store = TcpStore("127.0.0.1", int(url.rpartition(":")[2]), deadline, operation_seconds=0.5)
             store.set("a", b"1")
-            os.kill(process.pid, signal.SIGSTOP)
+            stop(process.pid, deadline)
             with pytest.raises(StoreError, match=f"{url}: get 'a': no answer within 0.5 s"):
                 store.get("a")
             with pytest.raises(StoreError, match="open the store again"):
