@@ -231,14 +231,3 @@ class Receiver:
     def _give_credit(self, peer: str) -> None:
         numbers = (self._returned[peer], self._landed_scratch)
         self._wire.tell(peer, self._version, Notice("credit", numbers=numbers))
-
-
-class Landed:
-    """The event of work that is already finished (CPU)."""
-
-    def query(self) -> bool:
-        """Always true."""
-        return True
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""

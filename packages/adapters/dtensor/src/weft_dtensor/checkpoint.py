@@ -13,8 +13,9 @@ import torch
 from weft.contracts import Event, Group, Lease, Stream
 from weft.errors import ConfigError, LayoutError
 from weft.layout import ITEM_BYTES, Layout, LayoutBuilder
+from weft.streams import Finished
 from weft_dtensor.headers import StoredTensor, read_checkpoint
-from weft_dtensor.live import Finished, HeldVersion
+from weft_dtensor.live import HeldVersion
 from weft_dtensor.pieces import group_of
 
 _HEAD = "lm_head.weight"

@@ -12,19 +12,8 @@ from weft.contracts import Event, Group, Lease, Stream
 from weft.errors import LayoutError
 from weft.layout import Layout
 from weft.names import NameMap
+from weft.streams import Finished
 from weft_dtensor.inspection import inspect_module
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An event that has been reached."""
-
-    def query(self) -> bool:
-        """True."""
-        return True
-
-    def synchronize(self) -> None:
-        """Return at once."""
 
 
 @dataclass(slots=True)

@@ -11,20 +11,9 @@ import torch
 from weft.contracts import Event, Group, Lease, Stream
 from weft.errors import LayoutError
 from weft.layout import Layout
+from weft.streams import Finished
 from weft_megatron.inspection import HasToDict, Inspection, inspect_model
 from weft_megatron.upstream import finish_parameter_gathers, global_rank
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An event that has been reached."""
-
-    def query(self) -> bool:
-        """True."""
-        return True
-
-    def synchronize(self) -> None:
-        """Return at once."""
 
 
 @dataclass(slots=True)

@@ -10,22 +10,13 @@ import torch
 from weft.contracts import Event, Group, Stream
 from weft.errors import LayoutError, NotSupportedError
 from weft.layout import ITEM_BYTES, Kind, Layout
+from weft.streams import Finished
 from weft_vllm.binding import RecordedLayout, record_layout
 from weft_vllm.checkpoint import logical_tensors
 from weft_vllm.compat import VllmConfig
 from weft_vllm.landing import Landing
 
 _ALIGNMENT_BYTES = 64
-
-
-class _Finished:
-    """The event of work that is already done."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return None
 
 
 class VllmTarget:
@@ -80,7 +71,7 @@ class VllmTarget:
             raise LayoutError([f"group {group.name}: landed twice, or before a version was begun"])
         self._landing.land(group.index)
         self._landed.add(group.index)
-        return _Finished()
+        return Finished()
 
     def prepare_commit(self, version: int) -> None:
         """Check that everything landed and nothing moved. Raises `LayoutError` with all faults (traps 53 and 55)."""

@@ -13,7 +13,7 @@ import torch
 
 from weft.contracts import Group, Stream
 from weft.layout import ITEM_BYTES, Kind, Layout
-from weft.replay import Landed
+from weft.streams import Finished
 from weft.views import Memory, torch_dtype
 
 POISON = 0xFF
@@ -137,7 +137,7 @@ class MemorySource(_Member):
         self.leases.append(MemoryLease(version))
         return self.leases[-1]
 
-    def produce(self, group: Group, out: Mapping[str, torch.Tensor], stream: Stream) -> Landed:
+    def produce(self, group: Group, out: Mapping[str, torch.Tensor], stream: Stream) -> Finished:
         """Never needed: memory has no produced buffers."""
         raise AssertionError(f"{self.name}: nothing is produced, but group {group.name} was asked for")
 
@@ -167,13 +167,13 @@ class MemoryTarget(_Member):
         self._enter("begin", version)
         return 0
 
-    def land(self, group: Group, stream: Stream) -> Landed:
+    def land(self, group: Group, stream: Stream) -> Finished:
         """Keep what arrived in scratch, as an engine's post-processing would, and spoil the scratch."""
         self._enter("land", group.name)
         for name in self._scratch.intersection(group.buffers):
             self._kept.setdefault(name, torch.empty_like(self._memory[name])).copy_(self._memory[name])
             poison([self._memory[name]])
-        return Landed()
+        return Finished()
 
     def prepare_commit(self, version: int) -> None:
         """Nothing to prepare."""
