@@ -10,19 +10,17 @@ from pathlib import Path
 
 import torch
 
-from weft.contracts import Event, Group, Lease, Stream
 from weft.errors import ConfigError, LayoutError
 from weft.layout import ITEM_BYTES, Layout, LayoutBuilder
-from weft.streams import Finished
+from weft.live import LiveSource
 from weft_dtensor.headers import StoredTensor, read_checkpoint
-from weft_dtensor.live import HeldVersion
 from weft_dtensor.pieces import group_of
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 
 
-class CheckpointSource:
+class CheckpointSource(LiveSource):
     """One of `world` ranks that serve a Hugging Face safetensors checkpoint (`weft.contracts.Source`) from its files.
 
     `path` is a directory with `model.safetensors` or `model.safetensors.index.json`, or one file. Each rank holds whole
@@ -32,7 +30,7 @@ class CheckpointSource:
 
     Files are mapped, not read: memory is private pages that the system reads on first use. `copied_bytes` counts what
     had to be copied because a tensor does not lie at a multiple of its element size. Raises `ConfigError` with every
-    fault of the files, by file and tensor.
+    fault of the files, by file and tensor; `hold` raises `LayoutError` that names every file that has changed since.
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int = 0, world: int = 1) -> None:
@@ -44,22 +42,12 @@ class CheckpointSource:
         self.copied_bytes = 0
         kept, ties = _untied(self._path, stored)
         own = _share(kept, rank, world)
-        self._memory = self._map(own)
-        self._layout = _layout(own, ties)
+        super().__init__(_layout(own, ties), self._map(own), self._check_files)
 
     def __repr__(self) -> str:
         return f"CheckpointSource({str(self._path)!r}, {self._layout!r}, {self.copied_bytes} bytes copied)"
 
-    def layout(self) -> Layout:
-        """What this rank holds: one live buffer per tensor."""
-        return self._layout
-
-    def memory(self) -> Mapping[str, torch.Tensor]:
-        """Dense one-dimensional views of the mapped files, by buffer name: one mapping per file. Do not write."""
-        return self._memory
-
-    def hold(self, version: int) -> Lease:
-        """Promise the files' bytes. Raises `LayoutError` that names every file that has changed or is gone."""
+    def _check_files(self) -> None:
         faults = [
             f"{file}: changed since it was mapped; make the source again"
             for file, stamp in self._stamps.items()
@@ -67,13 +55,6 @@ class CheckpointSource:
         ]
         if faults:
             raise LayoutError(faults)
-        return HeldVersion(version)
-
-    def produce(self, group: Group, out: Mapping[str, torch.Tensor], stream: Stream) -> Event:
-        """Nothing: all buffers are live. Raises `LayoutError` when asked for any."""
-        if out:
-            raise LayoutError([f"{name}: live, not produced" for name in out])
-        return Finished()
 
     def _map(self, own: Sequence[StoredTensor]) -> dict[str, torch.Tensor]:
         """Map, of each file, the pages that hold this rank's tensors."""
