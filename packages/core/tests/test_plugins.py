@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from weft.contracts import TRANSPORT_API, TransportFactory
 from weft.errors import PluginError
 from weft.plugins import discover, load
 
@@ -37,7 +39,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
             del sys.modules[name]
 
 
-GOOD = "def factory():\n    return 'a transport'\n"
+GOOD = "def factory():\n    return 'a transport'\n\nfactory.transport_api = 1\n"
 
 
 def test_an_installed_plugin_is_listed_and_loaded(install: Install) -> None:
@@ -70,6 +72,30 @@ def test_a_plugin_that_does_not_import_is_listed_with_its_reason_and_harms_nobod
     with pytest.raises(PluginError, match=r"transport 'broken' of weft-broken 1\.2\.3 does not import") as caught:
         load("weft.transports", "broken")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("factory.transport_api = 2", r"written for transport API 2, this weft-core has 1: .* --upgrade weft-core$"),
+        ("factory.transport_api = 0", r"written for transport API 0, this weft-core has 1: .* --upgrade acme-net$"),
+        ("", r"does not say which transport API .* has 1: make plugin_acme_net:factory a weft\.endpoint\.Factory"),
+    ],
+)
+def test_a_transport_for_another_api_is_refused_with_both_numbers(install: Install, said: str, reason: str) -> None:
+    install("acme-net", "acme", f"def factory(options): ...\n{said}\n")
+    with pytest.raises(PluginError, match=rf"transport 'acme' of acme-net 1\.2\.3 .*{reason}"):
+        load("weft.transports", "acme")
+    (info,) = [info for info in discover("weft.transports") if info.name == "acme"]
+    assert info.state == "broken"
+    assert re.search(reason, info.reason)
+
+
+@pytest.mark.parametrize("name", ["local", "gloo", "nixl"])
+def test_every_shipped_transport_was_written_for_this_api(name: str) -> None:
+    if name in {info.name for info in discover("weft.transports")}:
+        factory: TransportFactory = load("weft.transports", name)
+        assert factory.transport_api == TRANSPORT_API
 
 
 def test_loading_one_plugin_imports_no_other(install: Install) -> None:

@@ -20,7 +20,8 @@ from weft.layout import Layout
 from weft.member import Member, Region, RemoteRegion, Tag
 
 TRANSPORT_API = 1
-"""Grows when `Transport` changes so that plug-ins must change too; core checks it when it loads one."""
+"""Grows when `Transport` changes so that plug-ins must change too; `weft.plugins.load` compares it with the factory's.
+"""
 
 SEGMENT = np.dtype(
     [
@@ -205,7 +206,10 @@ class TransferProgram:
 class Registration(Protocol):
     """Memory that a transport may touch."""
 
-    region: Region
+    @property
+    def region(self) -> Region:
+        """What was registered."""
+        ...
 
 
 class Prepared(Protocol):
@@ -213,7 +217,10 @@ class Prepared(Protocol):
     transport.
     """
 
-    program: TransferProgram
+    @property
+    def program(self) -> TransferProgram:
+        """What was prepared."""
+        ...
 
 
 class Work(Protocol):
@@ -249,7 +256,10 @@ class Transport(Protocol):
     were sent.
     """
 
-    capabilities: Capabilities
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do; the same before and after `open`."""
+        ...
 
     def open(self, member: Member) -> None:
         """Bring up this endpoint. Once, first."""
@@ -309,7 +319,12 @@ class Transport(Protocol):
 
 
 class TransportFactory(Protocol):
-    """What an entry point of group `weft.transports` yields."""
+    """What an entry point of group `weft.transports` yields. `weft.endpoint.Factory` makes one of a function."""
+
+    @property
+    def transport_api(self) -> int:
+        """The `TRANSPORT_API` that the plug-in was written for: a number in its own code, not read from core."""
+        ...
 
     def __call__(self, options: Mapping[str, Any]) -> Transport:
         """A transport that is not open yet. Raises `ConfigError` for options it does not know."""

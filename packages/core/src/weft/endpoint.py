@@ -7,13 +7,14 @@ conformance suite (`weft.testing.transports`) asks about.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
-from weft.contracts import SEGMENT, Bucket, Capabilities, Message, TransferProgram
+from weft.contracts import SEGMENT, Bucket, Capabilities, Message, TransferProgram, Transport
 from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
 from weft.member import Region, Tag
 
@@ -26,6 +27,18 @@ EARLY_LIMIT = 4096
 _FAULTS_SHOWN = 20
 
 Options = TypeVar("Options", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True, slots=True)
+class Factory:
+    """`weft.contracts.TransportFactory` of a function: `factory = Factory(make, transport_api=1)`."""
+
+    make: Callable[[Mapping[str, Any]], Transport]
+    transport_api: int
+
+    def __call__(self, options: Mapping[str, Any]) -> Transport:
+        """What `make` makes of the options."""
+        return self.make(options)
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

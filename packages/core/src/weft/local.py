@@ -12,7 +12,7 @@ import msgspec
 
 from weft.contracts import Bucket, Capabilities, Event, Message, Prepared, Stream, TransferProgram, Work
 from weft.deadline import Deadline
-from weft.endpoint import Envelope, Inbox, RegionBook, check_program, encode
+from weft.endpoint import Envelope, Factory, Inbox, RegionBook, check_program, encode
 from weft.errors import ConfigError, PeerLostError, TransportError
 from weft.member import Member, Region, Tag
 
@@ -44,7 +44,7 @@ class LocalHub:
             return self._endpoints.get(identity)
 
 
-def factory(options: Mapping[str, Any]) -> LocalTransport:
+def make(options: Mapping[str, Any]) -> LocalTransport:
     """A `local` transport; its one option is `hub`, a `LocalHub`."""
     unknown = sorted(set(options) - {"hub"})
     if unknown:
@@ -228,3 +228,6 @@ class LocalTransport:
         if found is None:
             raise PeerLostError(peer, "its endpoint has closed" if peer in self._peers else "not connected")
         return found
+
+
+factory = Factory(make, transport_api=1)

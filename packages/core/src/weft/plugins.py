@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from weft.contracts import TRANSPORT_API
 from weft.errors import PluginError
 
 GROUPS: Mapping[str, str] = {
@@ -52,8 +53,8 @@ def discover(group: str) -> list[PluginInfo]:
 def load(group: str, name: str) -> Any:
     """What the entry point `name` of `group` points at; imports that plug-in and no other.
 
-    Raises `PluginError` when it is not installed (naming the package to install), does not import, or is claimed by
-    two distributions.
+    Raises `PluginError` when it is not installed (naming the package to install), does not import, is claimed by two
+    distributions, or is a transport for another `TRANSPORT_API`.
     """
     role = GROUPS.get(group, group)
     points = _installed(group)
@@ -69,11 +70,14 @@ def load(group: str, name: str) -> Any:
     if rivals := _claims(found):
         raise PluginError(f"{role} {name!r} is claimed by {rivals}: uninstall all but one")
     point = found[0]
+    distribution, version = _origin(point)
     try:
-        return point.load()
+        plugin = point.load()
     except (Exception, SystemExit) as error:  # a foreign module may raise anything while it is imported
-        distribution, version = _origin(point)
         raise PluginError(f"{role} {name!r} of {distribution} {version} does not import: {_words(error)}") from error
+    if fault := _api_fault(point, plugin):
+        raise PluginError(f"{role} {name!r} of {distribution} {version} {fault}")
+    return plugin
 
 
 def _installed(group: str) -> list[EntryPoint]:
@@ -93,10 +97,26 @@ def _origin(point: EntryPoint) -> tuple[str, str]:
 
 def _import_fault(point: EntryPoint) -> str:
     try:
-        point.load()
+        plugin = point.load()
     except (Exception, SystemExit) as error:  # noqa: BLE001  # a foreign module may raise anything while it is imported
         return _words(error)
-    return ""
+    return _api_fault(point, plugin)
+
+
+def _api_fault(point: EntryPoint, plugin: Any) -> str:
+    """Why a transport was not written for this core; empty for all others."""
+    if point.group != "weft.transports":
+        return ""
+    api = getattr(plugin, "transport_api", None)
+    if not isinstance(api, int):
+        return (
+            f"does not say which transport API it was written for, this weft-core has {TRANSPORT_API}: make "
+            f"{point.value} a weft.endpoint.Factory(make, transport_api=…)"
+        )
+    if api == TRANSPORT_API:
+        return ""
+    older = _origin(point)[0] if api < TRANSPORT_API else "weft-core"
+    return f"was written for transport API {api}, this weft-core has {TRANSPORT_API}: pip install --upgrade {older}"
 
 
 def _words(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from weft.contracts import (
     Work,
 )
 from weft.deadline import Deadline
+from weft.endpoint import Factory
 from weft.member import Member, Region, Tag
 from weft.plugins import load
 
@@ -37,7 +38,7 @@ class Script:
         return messages
 
 
-def factory(options: Mapping[str, Any]) -> FaultyTransport:
+def make(options: Mapping[str, Any]) -> FaultyTransport:
     """Options: `transport`, name of the real one; `transport_options`, its options; `script`, a `Script`."""
     inner: Transport = load("weft.transports", options["transport"])(options["transport_options"])
     return FaultyTransport(inner, options["script"])
@@ -118,3 +119,6 @@ class FaultyTransport:
     def close(self) -> None:
         """See `Transport.close`."""
         self.inner.close()
+
+
+factory = Factory(make, transport_api=1)
