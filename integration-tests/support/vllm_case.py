@@ -15,6 +15,8 @@ from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CASES = _ROOT / "integration-tests" / "vllm_engine"
+VLLM_PLUGINS = _ROOT / "integration-tests" / "vllm_plugins"
+"""To be on `PYTHONPATH` where an engine uses expert parallelism on CPU."""
 
 
 def run_case(script: str, case: dict[str, Any], directory: Path, seconds: float = 420.0) -> dict[str, Any]:
@@ -28,7 +30,9 @@ def run_case(script: str, case: dict[str, Any], directory: Path, seconds: float 
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(_entry_points(directory / "plugins")), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(_entry_points(directory / "plugins")), str(VLLM_PLUGINS), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     log = directory / "case.log"
     with log.open("w") as stream:

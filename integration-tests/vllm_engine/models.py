@@ -6,31 +6,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)  # fmt: skip
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+}  # fmt: skip
+"""Of a mixture; widths that every CPU kernel of vLLM takes as they are, also halved."""
 VOCABULARY = 259
 PROMPT_TOKENS = 12
 NEW_TOKENS = 16
 
 
-def make_model(family: str, *, tied: bool, kv_heads: int, seed: int, dtype: torch.dtype) -> Any:
+def make_model(family: str, *, tied: bool, kv_heads: int, seed: int, dtype: torch.dtype, **more: Any) -> Any:
     """A model of 2 layers, 4 heads of 32, hidden 128; weights so large that logits are far apart."""
     config_class, model_class = FAMILIES[family]
+    if family == "qwen3_moe":
+        more = {**EXPERTS, **more}
     config = config_class(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=512, tie_word_embeddings=tied,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, **more,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0.12 if parameter.ndim == 2 else 0.3
+            scale = 0.12 if parameter.ndim >= 2 else 0.3
             parameter.copy_(torch.randn_like(parameter) * scale + (1.0 if "norm" in name else 0.0))
     return model.to(dtype).eval()
 
@@ -76,9 +92,10 @@ def gaps(model: Any, asked: list[list[int]], got: list[list[int]], want: list[li
 
 
 def expected_parameters(
-    state: dict[str, torch.Tensor], config: dict[str, Any], rank: int, ranks: int, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Every parameter of a vLLM rank, cut from a Hugging Face state by hand and without weft."""
+    state: dict[str, torch.Tensor], config: dict[str, Any], rank: int, ranks: int, dtype: torch.dtype,
+    expert_parallel: bool = False,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Every parameter of a vLLM rank as loaded, cut from a Hugging Face state by hand and without weft."""
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     kv_here = max(1, kv_heads // ranks)
     kv_first = rank * kv_heads // ranks
@@ -112,13 +129,25 @@ def expected_parameters(
                         rows(v, kv_first * size, kv_here * size),
                     ]
                 )
-        inner = config["intermediate_size"] // ranks
-        gate, up = state[f"{mlp}.gate_proj.weight"], state[f"{mlp}.up_proj.weight"]
-        out[f"{mlp}.gate_up_proj.weight"] = torch.cat([rows(gate, rank * inner, inner), rows(up, rank * inner, inner)])
-        for name, whole in ((f"{attention}.o_proj", heads * size), (f"{mlp}.down_proj", config["intermediate_size"])):
-            weight = state[f"{name}.weight"]
-            out[f"{name}.weight"] = weight[:, rank * whole // ranks : (rank + 1) * whole // ranks]
+        out[f"{attention}.o_proj.weight"] = state[f"{attention}.o_proj.weight"].chunk(ranks, 1)[rank]
+        if f"{mlp}.gate.weight" in state:
+            out[f"{mlp}.gate.weight"] = state[f"{mlp}.gate.weight"]
+            experts, cut = range(config["num_local_experts"]), (rank, ranks)
+            if expert_parallel:
+                here = len(experts) // ranks
+                experts, cut = experts[rank * here : (rank + 1) * here], (0, 1)
+            halves = [_mlp(state, f"{mlp}.experts.{expert}", *cut) for expert in experts]
+            for number, name in enumerate(("w13_weight", "w2_weight")):
+                out[f"{mlp}.experts.routed_experts.{name}"] = torch.stack([half[number] for half in halves])
+        else:
+            out[f"{mlp}.gate_up_proj.weight"], out[f"{mlp}.down_proj.weight"] = _mlp(state, mlp, rank, ranks)
         for norm in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
             if f"{prefix}.{norm}.weight" in state:
                 out[f"{prefix}.{norm}.weight"] = state[f"{prefix}.{norm}.weight"]
     return {name: tensor.to(dtype).contiguous() for name, tensor in out.items()}
+
+
+def _mlp(state: dict[str, torch.Tensor], name: str, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate over up, and down, of one rank."""
+    gate, up, down = (state[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return torch.cat([gate.chunk(ranks)[rank], up.chunk(ranks)[rank]]), down.chunk(ranks, 1)[rank]

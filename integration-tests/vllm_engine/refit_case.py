@@ -48,6 +48,7 @@ class Case:
         self.llm = LLM(
             str(directory / "A"), skip_tokenizer_init=True, enforce_eager=True, dtype=case["dtype"], max_model_len=128,
             block_size=32, enable_prefix_caching=True, tensor_parallel_size=case["tp"],
+            enable_expert_parallel=case.get("ep", False),
             weight_transfer_config={"backend": "weft"}, additional_config={"weft": {"cpu_linear": case["cpu_linear"]}},
         )  # fmt: skip
         self.control = weft_vllm.control(self.llm)

@@ -16,6 +16,7 @@ import torch
 from models import NEW_TOKENS, expected_parameters, gaps, prompts, reference_tokens, save_checkpoint
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
+from vllm._custom_ops import cpu_prepack_moe_weight
 
 from weft.contracts import Group
 from weft_vllm import adapter
@@ -57,13 +58,16 @@ def refit(worker: Any, path: str, version: int) -> None:
 
 
 def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Compare every parameter with a slice made by hand; packed weights are read back by an identity."""
+    """Compare every parameter with a slice made by hand. Packed weights of linears are read back by an identity; the
+    slices of packed experts go through vLLM's own packing.
+    """
     model, parallel = worker.get_model(), worker.parallel_config
     rank, ranks = worker.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
     expected = expected_parameters(
-        load_file(f"{path}/model.safetensors"), config, rank, ranks, worker.model_config.dtype
-    )
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {"lm_head.weight"}
+        load_file(f"{path}/model.safetensors"), config, rank, ranks, worker.model_config.dtype,
+        parallel.enable_expert_parallel,
+    )  # fmt: skip
+    names = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
     wrong, compared = sorted(names ^ expected.keys()), 0
     for name, want in expected.items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -71,6 +75,8 @@ def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
         if want.ndim == 2 and hasattr(module, "cpu_linear"):
             read = module.cpu_linear(torch.eye(want.shape[1], dtype=want.dtype), module.weight, None).T.contiguous()
             held = [tensor for tensor in held if tensor.numel()] + [read]
+        if want.ndim == 3:
+            want = cpu_prepack_moe_weight(want, module.quant_method.moe_kernel.fused_experts.isa)
         for tensor in held:
             compared += tensor.numel() * tensor.element_size()
             if tensor.shape != want.shape or not torch.equal(tensor.view(torch.uint8), want.view(torch.uint8)):
@@ -79,9 +85,13 @@ def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def pointers(worker: Any) -> dict[str, int]:
-    """Where the engine's tensors are."""
+    """Where the engine's tensors are, and which objects its kernels are."""
     model = worker.get_model()
-    return {name: tensor.data_ptr() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {name: tensor.data_ptr() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    modules = {f"{name} {kernel}": id(getattr(owner, kernel)) for name, module in model.named_modules()
+               for owner, kernel in ((module, "cpu_linear"), (getattr(module, "quant_method", None), "moe_kernel"))
+               if hasattr(owner, kernel)}  # fmt: skip
+    return {**tensors, **modules}
 
 
 def shared_memory(worker: Any) -> list[str]:
@@ -102,7 +112,8 @@ def main() -> None:
     models = [save_checkpoint(directory / name, seed=seed, **options) for seed, name in enumerate("ABC", 1)]
     llm = LLM(
         str(directory / "A"), skip_tokenizer_init=True, enforce_eager=True, dtype=case["dtype"], max_model_len=128,
-        tensor_parallel_size=case["tp"], weight_transfer_config={"backend": "weft"},
+        tensor_parallel_size=case["tp"], enable_expert_parallel=case.get("ep", False),
+        weight_transfer_config={"backend": "weft"},
         additional_config={"weft": {"cpu_linear": case["cpu_linear"]}} if case["cpu_linear"] else {},
     )  # fmt: skip
     asked = prompts(4)

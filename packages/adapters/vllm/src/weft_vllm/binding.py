@@ -86,8 +86,10 @@ def record_layout(model: Any, tensors: Sequence[LogicalTensor], *, scratch_slots
     if faults:
         raise LayoutError(faults)
     known = {name for entry in records.values() for name in entry.inputs}
+    group_of = {slot.name: slot.group for slot in slots}
     for alias, name in ties.items():
-        if name in known and alias not in known:
+        # shared within one layer it is the engine's wiring, such as a router that the experts hold too, and no tie
+        if name in known and alias not in known and not alias.startswith(f"{group_of[name]}."):
             builder.tie(alias, name)
     for name, reason in sorted(skipped):
         builder.skip(name, reason)

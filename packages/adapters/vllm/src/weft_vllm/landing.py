@@ -20,6 +20,7 @@ from weft.errors import LayoutError
 from weft.layout import Fill, Kind, Layout
 from weft_vllm import compat
 from weft_vllm.binding import LOADER, RecordedLayout, Slot
+from weft_vllm.kernels import kept_in_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +78,16 @@ class Landing:
 
     def _process(self, entry: _Module) -> None:
         module = entry.module
-        kernel = compat.kernel_state(module)
-        for name, slot in entry.scratch:
-            module._parameters[name] = self._in_scratch(slot)
-        try:
-            entry.method.process_weights_after_loading(module)
-            compat.keep_kernel_state(module, kernel)
+        with kept_in_place(module, entry.method):
             for name, slot in entry.scratch:
-                _copy_back(f"{entry.name}.{name}", getattr(module, name), slot.live)
-        finally:
-            for name, slot in entry.scratch:
-                module._parameters[name] = slot.live  # type: ignore[assignment]
+                module._parameters[name] = self._in_scratch(slot)
+            try:
+                entry.method.process_weights_after_loading(module)
+                for name, slot in entry.scratch:
+                    _copy_back(f"{entry.name}.{name}", getattr(module, name), slot.live)
+            finally:
+                for name, slot in entry.scratch:
+                    module._parameters[name] = slot.live  # type: ignore[assignment]
 
     def _in_scratch(self, slot: Slot) -> Any:
         """The parameter as loading would have left it, on the group's scratch memory."""
