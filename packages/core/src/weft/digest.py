@@ -4,11 +4,12 @@ The digest of a set of elements is `Σ key(tensor, position) · bits`, where an 
 word it falls into when the flattened tensor is laid out densely, shifted to its place in that word. The sum does not
 depend on who holds which element, in which order or layout, so partial digests of buckets, ranks and replicas simply
 add up. Keys are odd, so a single changed bit always shows. The high bits of a word meet the low bits of its key only,
-so the second lane reads the bytes of every word in reverse: what is weak in one lane (an even number of changed signs,
-say) is strong in the other. Not cryptographic.
+so the second lane sums the upper halves of the words: what is weak in the first lane (an even number of changed signs,
+say) is strong in the second. Not cryptographic.
 
-The key of word w is `table[w mod 1024] · block(tensor, w div 1024)`: whole blocks reduce to one dot product with a
-table that stays in the processor's cache, which is what makes the sum as fast as memory.
+The key of word w is `table[w mod 1024] · block(tensor, w div 1024)`: runs that lie at the same place of their blocks
+reduce to one dot product with a table that stays in the processor's cache, which is what makes the sum as fast as
+memory. Rows of a matrix fall into few such classes, since their places repeat.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ Bytes = npt.NDArray[np.uint8]
 _LANES = 2
 _BLOCK = 1024
 """Words per block."""
-_CHUNK = 128
-"""Blocks handled at once: one megabyte, few calls and still near the core."""
-_LONG_RUN_BYTES = 64 * 1024
-"""Runs at least this long are worth a dot product of their own."""
+_CHUNK = 64
+"""Blocks handled at once: half a megabyte, few calls, and still near the core for the second lane."""
 _MASK = (1 << 64) - 1
 
 
@@ -79,18 +78,22 @@ def _block_keys(seed: int, lane: int, blocks: UInt64s) -> UInt64s:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Where the elements of one copy lie in memory and in their logical tensor: equal runs at given starts.
+    """Where the elements of one copy lie in memory and in their logical tensor: matrices of equal shape.
 
-    Element j of run i is at byte `offsets[i] + j·itemsize` of the memory and at `starts[i] + j·stride` of the
-    flattened tensor.
+    Element j of row i of matrix m is at byte `offsets[m] + i·row_bytes + j·itemsize` of the memory and at
+    `starts[m] + i·row_distance + j·stride` of the flattened tensor.
     """
 
     seed: int
     itemsize: int
+    rows: int
+    """Rows per matrix."""
     length: int
-    """Elements per run."""
+    """Elements per row."""
+    row_bytes: int
+    row_distance: int
     stride: int
-    """Logical distance of neighbours in a run; 1 as a rule."""
+    """Logical distance of neighbours in a row; 1 as a rule."""
     offsets: Int64s
     starts: Int64s
 
@@ -116,68 +119,65 @@ class Runs:
         length, stride = 1, 1
         if joined and joined[-1][1] == 1:
             length, _, stride = joined.pop()
+        most = max(range(len(joined)), key=lambda axis: joined[axis][0], default=None)
+        rows, row_step, row_distance = (1, 0, 0) if most is None else joined.pop(most)
         offsets = np.array([memory_offset], dtype=np.int64)
         starts = np.array([logical_start], dtype=np.int64)
         for size, step, distance in joined:
             index = np.arange(size, dtype=np.int64)
             offsets = (offsets[:, None] + index * (step * itemsize)).ravel()
             starts = (starts[:, None] + index * distance).ravel()
-        return cls(seed, itemsize, length, stride, offsets, starts)
+        return cls(seed, itemsize, rows, length, row_step * itemsize, row_distance, stride, offsets, starts)
 
     def digest(self, memory: Bytes) -> Digest:
         """The digest of these elements in `memory`, a dense array of bytes."""
-        nbytes = self.length * self.itemsize
-        if self.stride != 1 or (nbytes < _LONG_RUN_BYTES and len(self.offsets) > 1):
-            return self._scattered(memory)
+        nbytes, distance = self.length * self.itemsize, self.row_distance * self.itemsize
+        in_words = self.stride == 1 and not (nbytes % 8 or distance % 8 or (self.starts * self.itemsize % 8).any())
         total = Digest()
         for offset, start in zip(self.offsets.tolist(), self.starts.tolist(), strict=True):
-            total += _dense(memory[offset : offset + nbytes], start * self.itemsize, self.seed)
+            if self.stride == 1 and self.rows == 1:
+                total += _dense(memory[offset : offset + nbytes], start * self.itemsize, self.seed)
+            elif in_words:
+                words = np.ndarray((self.rows, nbytes // 8), "<u8", memory.data, offset, (self.row_bytes, 8))
+                total += _matrix(words, start * self.itemsize // 8, distance // 8, self.seed)
+            else:
+                total += self._elements(memory, offset, start)
         return total
 
-    def _scattered(self, memory: Bytes) -> Digest:
-        """Many short runs at once."""
-        nbytes = self.length * self.itemsize
-        positions = self.starts * self.itemsize
-        if self.stride == 1 and nbytes % 8 == 0 and not (positions % 8).any():
-            return self._aligned(memory, positions // 8, nbytes // 8)
+    def _elements(self, memory: Bytes, offset: int, start: int) -> Digest:
+        """A matrix whose rows do not consist of whole words, element by element."""
         total = Digest()
-        within = np.arange(self.length, dtype=np.int64)
-        rows = max(1, _CHUNK * _BLOCK // self.length)
-        for first in range(0, len(self.offsets), rows):
-            part = slice(first, first + rows)
-            data = memory[self.offsets[part, None] + np.arange(nbytes, dtype=np.int64)]
+        within = np.arange(self.length, dtype=np.int64) * self.stride
+        most = max(1, _CHUNK * _BLOCK // self.length)
+        for first in range(0, self.rows, most):
+            index = np.arange(first, min(first + most, self.rows), dtype=np.int64)[:, None]
+            data = memory[offset + index * self.row_bytes + np.arange(self.length * self.itemsize, dtype=np.int64)]
             values = data.view(f"<u{self.itemsize}").astype(np.uint64)
-            at = positions[part, None] + within * (self.stride * self.itemsize)
+            at = (start + index * self.row_distance + within) * self.itemsize
             values <<= ((at % 8) * 8).astype(np.uint64)
             blocks, places = np.divmod(at // 8, _BLOCK)
             lanes = [
-                int((words * (_TABLE[lane][places] * _block_keys(self.seed, lane, blocks.astype(np.uint64)))).sum())
-                for lane, words in enumerate((values, values.byteswap()))
+                int((part * (_TABLE[lane][places] * _block_keys(self.seed, lane, blocks.astype(np.uint64)))).sum())
+                for lane, part in enumerate((values, values >> np.uint64(32)))
             ]
             total += Digest((lanes[0], lanes[1]))
         return total
 
-    def _aligned(self, memory: Bytes, words: Int64s, per_run: int) -> Digest:
-        """Runs of whole words: those that start at the same place of a block share their dot products."""
-        total = [0, 0]
-        order = np.argsort(words % _BLOCK, kind="stable")
-        phases, starts = np.unique(words[order] % _BLOCK, return_index=True)
-        ends = [*starts[1:].tolist(), len(order)]
-        most = max(1, _CHUNK * _BLOCK // per_run)
-        for phase, begin, end in zip(phases.tolist(), starts.tolist(), ends, strict=True):
-            for first in range(begin, end, most):
-                runs = order[first : min(first + most, end)]
-                data = np.stack([memory[o : o + per_run * 8] for o in self.offsets[runs].tolist()]).view("<u8")
-                ways = (data, data.byteswap())
-                at, inside, block = 0, phase, (words[runs] // _BLOCK).astype(np.uint64)
-                while at < per_run:
-                    count = min(_BLOCK - inside, per_run - at)
-                    for lane, way in enumerate(ways):
-                        key = _TABLE[lane][inside : inside + count]
-                        sums = np.einsum("ij,j->i", way[:, at : at + count], key)
-                        total[lane] += int((sums * _block_keys(self.seed, lane, block)).sum())
-                    at, inside, block = at + count, 0, block + np.uint64(1)
-        return Digest((total[0] & _MASK, total[1] & _MASK))
+
+def _matrix(words: UInt64s, first: int, distance: int, seed: int) -> Digest:
+    """Rows of words, each beginning `distance` words after the one before; the first at word `first` of its tensor."""
+    rows, length = words.shape
+    period = _BLOCK // math.gcd(distance, _BLOCK)
+    total = Digest()
+    for row in range(min(period, rows)):
+        alike = words[row::period]
+        block, place = divmod(first + row * distance, _BLOCK)
+        step, at = period * distance // _BLOCK, 0
+        while at < length:
+            count = min(_BLOCK - place, length - at)
+            total += _sums(alike[:, at : at + count], place, block, step, seed)
+            at, place, block = at + count, 0, block + 1
+    return total
 
 
 def _dense(data: Bytes, position: int, seed: int) -> Digest:
@@ -188,23 +188,29 @@ def _dense(data: Bytes, position: int, seed: int) -> Digest:
         padded[lead : lead + len(data)] = data
         data = padded
     words = data.view("<u8")
-    first = position // 8
-    total = [0, 0]
-    at = 0
+    first, total, at = position // 8, Digest(), 0
     while at < len(words):
-        block, inside = divmod(first + at, _BLOCK)
-        if inside or len(words) - at < _BLOCK:
-            count = min(_BLOCK - inside, len(words) - at)
-            rows, columns = words[at : at + count].reshape(1, count), slice(inside, inside + count)
-        else:
-            count = min(_CHUNK, (len(words) - at) // _BLOCK) * _BLOCK
-            rows, columns = words[at : at + count].reshape(-1, _BLOCK), slice(0, _BLOCK)
-        blocks = np.arange(block, block + len(rows), dtype=np.uint64)
-        for lane, way in enumerate((rows, rows.byteswap())):
-            sums = np.einsum("ij,j->i", way, _TABLE[lane][columns])
-            total[lane] += int((sums * _block_keys(seed, lane, blocks)).sum())
+        block, place = divmod(first + at, _BLOCK)
+        left = len(words) - at
+        count = left - left % _BLOCK if place == 0 and left >= _BLOCK else min(_BLOCK - place, left)
+        total += _sums(words[at : at + count].reshape(-1, min(count, _BLOCK)), place, block, 1, seed)
         at += count
-    return Digest((total[0] & _MASK, total[1] & _MASK))
+    return total
+
+
+def _sums(words: UInt64s, place: int, block: int, step: int, seed: int) -> Digest:
+    """Rows of words, all at `place` of their block; the first row's is `block`, and each next one `step` further."""
+    rows, length = words.shape
+    sums = np.empty((_LANES, rows), dtype=np.uint64)
+    most = max(1, _CHUNK * _BLOCK // length)
+    for first in range(0, rows, most):
+        part = words[first : first + most]
+        halves = part.view("<u4")[:, 1::2]  # little-endian: the upper ones
+        for lane, values in enumerate((part, halves)):
+            np.einsum("ij,j->i", values, _TABLE[lane, place : place + length], out=sums[lane, first : first + most])
+    blocks = np.uint64(block) + np.arange(rows, dtype=np.uint64) * np.uint64(step)
+    lanes = [int((sums[lane] * _block_keys(seed, lane, blocks)).sum()) for lane in range(_LANES)]
+    return Digest((lanes[0], lanes[1]))
 
 
 def digest_array(name: str, values: npt.NDArray[np.generic]) -> Digest:
