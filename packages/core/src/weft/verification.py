@@ -143,11 +143,15 @@ def verdict(ranks: Mapping[str, RankComparison], reference: Reference, policy: P
 
 def _over_ranks(name: str, found: Mapping[str, ComparedTensor], reference: Reference) -> TensorVerdict:
     holders = tuple(rank for rank, tensor in found.items() if tensor.parts or tensor.unread_parts or tensor.fault)
-    faults = {tensor.fault: rank for rank, tensor in found.items() if tensor.fault}
+    faults: dict[str, list[str]] = {}
+    for rank, tensor in found.items():
+        if tensor.fault:
+            faults.setdefault(tensor.fault, []).append(rank)
     if faults:
         absent = any(not tensor.reference for tensor in found.values())
         state = State.NOT_IN_CHECKPOINT if absent else State.UNEQUAL_KIND
-        return TensorVerdict(name, state, holders, reason="; ".join(f"{rank}: {text}" for text, rank in faults.items()))
+        reason = "; ".join(f"{', '.join(where)}: {fault}" for fault, where in faults.items())
+        return TensorVerdict(name, state, holders, reason=reason)
     differences = tuple(RankDifference(rank, each) for rank, tensor in found.items() for each in tensor.differences)
     shape = tuple(reference.tensors[next(iter(found.values())).reference].shape)
     read = {_box(part): part.digest for tensor in found.values() for part in tensor.parts}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+
+from weft_cli.app import main
 
 _ADAPTER = """
 from weft.errors import ConfigError
@@ -65,3 +68,24 @@ def toy_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config = tmp_path / "config.json"
     config.write_text('{"hidden_size": 64}')
     return config
+
+
+def run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `weft <arguments>`."""
+    monkeypatch.setattr(sys, "argv", ["weft", *arguments])
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    captured = capsys.readouterr()
+    assert isinstance(code, int)
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def weft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Calls the command with the given arguments."""
+    return lambda *arguments: run([str(argument) for argument in arguments], monkeypatch, capsys)

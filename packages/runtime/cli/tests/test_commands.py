@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from weft.planfile import load_plan
-from weft_cli.app import main
 from weft_cli.models import load_config, presets
-
-
-def run(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `weft <arguments>`."""
-    monkeypatch.setattr(sys, "argv", ["weft", *arguments])
-    code: object = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code or 0
-    captured = capsys.readouterr()
-    assert isinstance(code, int)
-    return code, captured.out, captured.err
-
-
-@pytest.fixture
-def weft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Calls the command with the given arguments."""
-    return lambda *arguments: run([str(argument) for argument in arguments], monkeypatch, capsys)
 
 
 def test_plan_reports_bytes_that_are_the_sum_of_what_targets_hold(weft, toy_framework: Path) -> None:
@@ -156,7 +133,7 @@ def test_plugins_prints_every_group(weft, toy_framework: Path, monkeypatch: pyte
         assert word in out
 
 
-@pytest.mark.parametrize("command", ["plan", "plugins", "demo"])
+@pytest.mark.parametrize("command", ["plan", "plugins", "demo", "verify"])
 def test_help_teaches_with_examples(weft, command: str) -> None:
     code, out, _ = weft(command, "--help")
     assert code == 0

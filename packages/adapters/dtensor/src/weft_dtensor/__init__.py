@@ -8,6 +8,7 @@ from weft_dtensor.adapter import DTensorAdapter
 from weft_dtensor.checkpoint import CheckpointSource
 from weft_dtensor.live import ModuleSource, ModuleTarget
 from weft_dtensor.naming import expert_rules, identity_names
+from weft_dtensor.verification import verify_module
 
 __all__ = [
     "CheckpointSource",
@@ -17,6 +18,7 @@ __all__ = [
     "adapter",
     "expert_rules",
     "identity_names",
+    "verify_module",
 ]
 
 adapter = DTensorAdapter()

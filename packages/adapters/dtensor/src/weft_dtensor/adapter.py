@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import nn
 from weft.errors import ConfigError, NotSupportedError, PluginError
 from weft.layout import Layout
 from weft.names import NameMap
+from weft.verification import Request, Verification
+from weft_dtensor.checkpoint import CheckpointSource
 from weft_dtensor.naming import default_names
 from weft_dtensor.pieces import LocalTensor, layout_of, row_major_strides
 from weft_dtensor.shards import Split, held_ranges
 from weft_dtensor.upstream import named_tensors, transient_names
+from weft_dtensor.verification import load_and_verify
 
 AXES = ("replicate", "fsdp", "tp")
 """Size of the mesh dimension that replicates (HSDP), of the one that shards (FSDP2), and of tensor parallelism."""
@@ -63,6 +67,14 @@ class DTensorAdapter:
         names = default_names({name: tuple(tensor.shape) for name, tensor in named_tensors(model)}, config)
         shards = [_layout(model, names, dtype, index, size) for index in range(size)]
         return [shards[rank % size] for rank in range(world)]
+
+    def checkpoint(self, path: str | os.PathLike[str]) -> CheckpointSource:
+        """A checkpoint on disk, whole: for packages that must not import this one. Raises `ConfigError`."""
+        return CheckpointSource(path)
+
+    def verify(self, request: Request, report: Callable[[str], None]) -> Verification:
+        """Implements `weft.verification.Verifier`: `weft verify module`. Raises what `load_and_verify` raises."""
+        return load_and_verify(request, report)
 
 
 def _meta_model(config: Mapping[str, Any]) -> nn.Module:

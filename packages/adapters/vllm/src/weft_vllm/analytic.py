@@ -10,13 +10,15 @@ cut) and `layers/vocab_parallel_embedding.py` (rows padded to a multiple of 64, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weft.box import Affine, row_major
 from weft.errors import ConfigError, NotSupportedError
 from weft.layout import Layout, LayoutBuilder
+from weft.verification import Request, Verification
+from weft_vllm.verification import start_and_verify
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
 _VOCABULARY_MULTIPLE = 64
@@ -52,6 +54,10 @@ class VllmAdapter:
         model = _Model.read(config, tp)
         ranks = [_Rank(model, rank, tp, dtype).layout() for rank in range(tp)]
         return ranks * self.replicas(parallel)
+
+    def verify(self, request: Request, report: Callable[[str], None]) -> Verification:
+        """Implements `weft.verification.Verifier`: `weft verify vllm:tp2`. Raises what `start_and_verify` raises."""
+        return start_and_verify(request, report)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ def install_hooks() -> None:
     _hook(base_loader, "process_weights_after_loading", _remember_at_load)
     _hook(layer_utils, "dispatch_cpu_unquantized_gemm", _keep_plain)
     _hook(MultiprocExecutor, "collective_rpc", _collect_every_error)
-    for call in (weft_report, weft_abort, weft_guarded):
+    for call in (weft_report, weft_verify, weft_abort, weft_guarded):
         setattr(WorkerBase, call.__name__, call)
 
 
@@ -203,6 +203,11 @@ def weft_guarded(self: WorkerBase, method: str, args: list[Any], kwargs: dict[st
 def weft_report(self: WorkerBase) -> dict[str, Any]:
     """Worker call: what the transfer engine says of its last refit, as plain values."""
     return dict(self.weight_transfer_engine.report())
+
+
+def weft_verify(self: WorkerBase, path: str, casts: list[list[str]]) -> dict[str, Any]:
+    """Worker call: this rank's weights against a checkpoint, as `weft_vllm.comparison` answers it."""
+    return dict(self.weight_transfer_engine.verify(path, casts))
 
 
 def weft_abort(self: WorkerBase, reason: str) -> None:

@@ -21,6 +21,7 @@ from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
 from weft_vllm import compat
+from weft_vllm.comparison import verify_worker
 from weft_vllm.target import VllmTarget
 
 
@@ -161,6 +162,14 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             "target": None if target is None else target.report(),
             "refit": None if self._last is None else msgspec.to_builtins(self._last),
         }
+
+    def verify(self, path: str, casts: list[list[str]]) -> dict[str, Any]:
+        """This rank's weights against the checkpoint at `path`, as plain values: a `weft.compare.RankComparison` under
+        `comparison`, or the reason why there is none under `error`. Only reads.
+        """
+        if self._installation is not None:
+            return {"error": f"version {self._installation.version} is being installed: verify when it is finished"}
+        return verify_worker(self.model, self.vllm_config, path, casts)
 
     def _active(self) -> Installation:
         if self._installation is None:

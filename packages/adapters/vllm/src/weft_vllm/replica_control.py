@@ -10,6 +10,8 @@ from typing import Any
 
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError, RefitAbortedError, WeftError
+from weft.verification import Verification
+from weft_vllm.verification import verify_engine
 
 _log = logging.getLogger("weft_vllm")
 
@@ -123,6 +125,12 @@ class VllmControl:
         self._refused = None
         self.resume(installed)
         return _summary(workers, installed, time.perf_counter() - started)
+
+    def verify(self, path: str, *, casts: Sequence[tuple[str, str]] = (), ignore: Sequence[str] = ()) -> Verification:
+        """What all workers hold against the safetensors checkpoint at `path`: `failures()` of the result is empty when
+        every tensor is equal. Between refits; only reads. Arguments and errors as for `verify_engine`.
+        """
+        return verify_engine(self._llm, path, casts=casts, ignore=ignore)
 
     def _fail(self, reason: str, writable: bool) -> None:
         if writable:

