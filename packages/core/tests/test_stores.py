@@ -19,7 +19,9 @@ from weft.store_file import FileStore
 from weft.store_server import serve_store
 from weft.store_tcp import LIMIT_BYTES, TcpStore
 from weft.stores import open_store
-from weft.testing.stores import SECONDS, StoreSuite
+from weft.testing.stores import StoreSuite
+
+SECONDS = 30.0
 
 
 @pytest.fixture

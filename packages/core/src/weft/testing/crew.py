@@ -13,10 +13,6 @@ from weft.contracts import SEGMENT
 from weft.testing.puppet import POISON, Puppet, PuppetError
 
 KEY = b"program"
-SECONDS = 20.0
-"""Deadline of waits that must succeed."""
-SHORT_SECONDS = 3.0
-"""Deadline of waits that must fail."""
 
 Segments = npt.NDArray[np.void]
 Shape = tuple[Sequence[int], Sequence[int], Sequence[Segments]]
@@ -85,8 +81,11 @@ def shapes() -> dict[str, Shape]:
 class Crew:
     """Named puppets, started when first needed and again when they were killed."""
 
-    def __init__(self, factory: str, options: Mapping[str, Any], in_process: bool) -> None:
-        self._arguments = (factory, options, in_process)
+    def __init__(
+        self, factory: str, options: Mapping[str, Any], in_process: bool, seconds: float, short_seconds: float
+    ) -> None:
+        self._arguments = (factory, options, in_process, 3 * seconds)
+        self.seconds, self.short_seconds = seconds, short_seconds
         self._puppets: dict[str, Puppet] = {}
 
     def __getitem__(self, name: str) -> Puppet:
@@ -119,7 +118,7 @@ def connect_members(crew: Crew, names: Sequence[str]) -> Records:
     for name in names:
         for peer in names:
             if peer != name:
-                crew[name].call("connect", *records[peer][:2], SECONDS)
+                crew[name].call("connect", *records[peer][:2], crew.seconds)
     return records
 
 
@@ -144,7 +143,7 @@ def prepare_buckets(
     remote = {name: known[name][2] for name in names}
     acting = [name for name in names if only in (None, name)]
     for name in acting:
-        seconds = SECONDS if only is None else SHORT_SECONDS
+        seconds = crew.seconds if only is None else crew.short_seconds
         crew[name].begin("prepare", key, sends[name], receives[name], remote, seconds)
     errors: list[PuppetError] = []
     for name in acting:
@@ -161,8 +160,8 @@ def move(crew: Crew, sender: str, receiver: str, buckets: Sequence[int], version
     for bucket in buckets:
         crew[sender].call("post", key, bucket, version, b"note %d" % bucket, False)
     for bucket in buckets:
-        crew[sender].call("posted", bucket, receiver, SECONDS)
-    arrived = crew[receiver].call("collect", len(buckets), SECONDS)
+        crew[sender].call("posted", bucket, receiver, crew.seconds)
+    arrived = crew[receiver].call("collect", len(buckets), crew.seconds)
     assert sorted((m[2], m[3], m[1][0], m[0]) for m in arrived) == sorted(
         (bucket, b"note %d" % bucket, version, sender) for bucket in buckets
     )
@@ -172,16 +171,31 @@ def check(
     crew: Crew, sender: str, receiver: str, buckets: Sequence[Segments], regions: int, remote_regions: int
 ) -> None:
     """The receiver's regions hold the segments' bytes, and poison everywhere else."""
-    source = [np.frombuffer(crew[sender].call("contents", index), np.uint8) for index in range(regions)]
+    source = [crew[sender].call("contents", index) for index in range(regions)]
     for index in range(remote_regions):
-        found = np.frombuffer(crew[receiver].call("contents", index), np.uint8)
-        expected = np.full_like(found, POISON)
-        for rows in buckets:
-            for region, offset, remote_region, remote_offset, nbytes in rows.tolist():
-                if remote_region == index:
-                    expected[remote_offset : remote_offset + nbytes] = source[region][offset : offset + nbytes]
-        wrong = np.flatnonzero(found != expected)
-        assert not len(wrong), f"region {index}: {len(wrong)} of {len(found)} bytes are wrong, the first at {wrong[0]}"
+        faults = differences(source, crew[receiver].call("contents", index), buckets, index)
+        assert not faults, f"region {index}: {faults}"
+
+
+def differences(source: Sequence[bytes], contents: bytes, buckets: Sequence[Segments], region: int) -> str:
+    """In words, how a region's contents differ from what the segments put on poison; empty when they do not."""
+    found = np.frombuffer(contents, np.uint8)
+    expected, inside = np.full_like(found, POISON), np.zeros(len(found), bool)
+    for rows in buckets:
+        for local, offset, remote, remote_offset, nbytes in rows.tolist():
+            if remote == region:
+                expected[remote_offset : remote_offset + nbytes] = np.frombuffer(
+                    source[local], np.uint8, nbytes, offset
+                )
+                inside[remote_offset : remote_offset + nbytes] = True
+    wrong = found != expected
+    kinds = {
+        "were never written": wrong & inside & (found == POISON),
+        "changed on the way": wrong & inside & (found != POISON),
+        "lie outside all segments and were written": wrong & ~inside,
+    }
+    faults = [f"{mask.sum()} {kind}, the first at {mask.argmax()}" for kind, mask in kinds.items() if mask.any()]
+    return f"of {len(found)} bytes {'; '.join(faults)}" if faults else ""
 
 
 def must_fail_naming(peer: str, attempt: Callable[[], None]) -> None:
@@ -197,11 +211,11 @@ def must_still_work(crew: Crew, name: str, peer: str) -> None:
     crew[name].call("lost", 1, 0.5)
     crew[peer].call("open", peer, 0, [10])
     records = {each: crew[each].call("record") for each in (name, peer)}
-    crew[name].call("connect", *records[peer][:2], SECONDS)
-    crew[peer].call("connect", *records[name][:2], SECONDS)
+    crew[name].call("connect", *records[peer][:2], crew.seconds)
+    crew[peer].call("connect", *records[name][:2], crew.seconds)
     buckets = [segments([(0, 0, 0, 0, 5)]), segments([(0, 5, 0, 5, 5)])]
     prepare_buckets(crew, {(name, peer): buckets}, b"still works", records)
     for bucket in (0, 1):
         crew[name].call("post", b"still works", bucket, 1, b"", False)
-        crew[name].call("posted", bucket, peer, SECONDS)
-    assert [message[0] for message in crew[peer].call("collect", 2, SECONDS)] == [name, name]
+        crew[name].call("posted", bucket, peer, crew.seconds)
+    assert [message[0] for message in crew[peer].call("collect", 2, crew.seconds)] == [name, name]

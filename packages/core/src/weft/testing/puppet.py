@@ -27,7 +27,6 @@ POISON = 0xA5
 """What every byte of a new region holds, so that a byte that never arrived shows."""
 EPOCH = 3
 """Memory epoch in every tag that a puppet sends."""
-_ANSWER_SECONDS = 60.0
 _END_SECONDS = 10.0
 
 
@@ -273,9 +272,13 @@ def perform(connection: Connection, factory: str, options: Mapping[str, Any]) ->
 
 
 class Puppet:
-    """The near end. `in_process` makes it a thread, whose death is nothing but a close."""
+    """The near end. `in_process` makes it a thread, whose death is nothing but a close.
 
-    def __init__(self, factory: str, options: Mapping[str, Any], in_process: bool) -> None:
+    A command that has not ended after `answer_seconds` is an `AssertionError`.
+    """
+
+    def __init__(self, factory: str, options: Mapping[str, Any], in_process: bool, answer_seconds: float) -> None:
+        self._answer_seconds = answer_seconds
         context = multiprocessing.get_context("spawn")
         self._near, far = context.Pipe()
         self._process: multiprocessing.process.BaseProcess | None = None
@@ -298,8 +301,11 @@ class Puppet:
 
     def end(self) -> Any:
         """The result of the command begun last. Raises `PuppetError` for an error of weft."""
-        if not self._near.poll(_ANSWER_SECONDS):
-            raise AssertionError(f"a member did not answer within {_ANSWER_SECONDS} s: something in it blocks")
+        if not self._near.poll(self._answer_seconds):
+            self.alive = False
+            if self._process is not None:
+                self._process.kill()
+            raise AssertionError(f"a member has not answered within {self._answer_seconds} s: it blocks")
         try:
             reply = msgspec.msgpack.decode(self._near.recv_bytes(), type=Reply)
         except EOFError as error:

@@ -13,9 +13,11 @@ Stores are opened by URL, so the scheme must be an installed entry point of grou
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -23,9 +25,7 @@ from weft.contracts import Store
 from weft.deadline import Deadline
 from weft.errors import StoreError
 from weft.stores import open_store
-
-SECONDS = 30.0
-"""How long anything here may take to answer."""
+from weft.testing.suite import Suite, within
 
 WEIRD_KEYS = (
     "",
@@ -50,7 +50,7 @@ WEIRD_KEYS = (
 """Keys that quoting, paths or patterns might mistake for something else."""
 
 
-class StoreSuite:
+class StoreSuite(Suite):
     """What every store must do."""
 
     @pytest.fixture
@@ -61,20 +61,30 @@ class StoreSuite:
     @pytest.fixture
     def store(self, url: str) -> Iterator[Store]:
         """One client."""
-        store = open_store(url, Deadline.after(SECONDS))
+        store = open_store(url, Deadline.after(self.seconds))
         yield store
         store.close()
 
     @pytest.fixture
     def other(self, url: str) -> Iterator[Store]:
         """Another client of the same store."""
-        store = open_store(url, Deadline.after(SECONDS))
+        store = open_store(url, Deadline.after(self.seconds))
         yield store
         store.close()
 
     @pytest.mark.trap(40)
     def test_a_missing_key_reads_as_none_without_waiting(self, store: Store) -> None:
-        assert store.get("missing") is None
+        assert within(self.seconds, "get of a missing key", partial(store.get, "missing")) is None
+
+    def test_a_write_replaces_what_was_there(self, store: Store) -> None:
+        for value in (b"1", b"22", b"", b"1"):
+            store.set("a", value)
+            assert store.get("a") == value, "a write was lost"
+
+    def test_a_client_reads_what_another_has_written_since(self, store: Store, other: Store) -> None:
+        for value in (b"1", b"22", b"", b"1"):
+            other.set("a", value)
+            assert store.get("a") == value, "an old value was read again"
 
     def test_what_is_set_is_read_by_every_client(self, store: Store, other: Store) -> None:
         store.set("a", b"1")
@@ -86,7 +96,7 @@ class StoreSuite:
     def test_values_of_any_size_come_back_unchanged(self, store: Store, other: Store, size_bytes: int) -> None:
         value = (bytes(range(251)) * (size_bytes // 251 + 1))[:size_bytes]
         store.set("value", value)
-        assert other.get("value") == value
+        assert (other.get("value") == value) is True, f"{size_bytes} bytes came back changed"
         assert store.keys("") == ["value"]
 
     @pytest.mark.parametrize("value", [b"?", b"w", b"p", b"p0/1", b"\x00\xff\n", b"0"])
@@ -103,21 +113,17 @@ class StoreSuite:
     def test_readers_see_whole_values_while_they_are_replaced(self, store: Store, other: Store) -> None:
         values = [bytes([n]) * 5_000_000 for n in range(3)]
         store.set("value", values[0])
-        stop = threading.Event()
 
         def write() -> None:
-            while not stop.is_set():
+            for _ in range(4):
                 for value in values:
                     other.set("value", value)
 
-        with ThreadPoolExecutor(1) as pool:
-            writer = pool.submit(write)
-            try:
-                for _ in range(30):
-                    assert store.get("value") in values
-            finally:
-                stop.set()
-            writer.result(SECONDS)
+        writer, deadline = threading.Thread(target=write, daemon=True), Deadline.after(self.seconds)
+        writer.start()
+        while writer.is_alive():
+            assert not deadline.expired(), "setting a value waits without a deadline"
+            assert (store.get("value") in values) is True, "a value was read while it was half replaced"
 
     def test_keys_of_any_characters_are_kept_apart(self, store: Store, other: Store) -> None:
         for index, key in enumerate(WEIRD_KEYS):
@@ -135,6 +141,8 @@ class StoreSuite:
             store.set(key, b"x" * 5_000_000 if key == "job/b" else b"x")
         store.add("job/counter", 1)
         assert store.keys("job/") == ["job/a/10", "job/a/2", "job/b", "job/counter"]
+        assert store.keys("job/a/1") == ["job/a/10"]
+        assert store.keys("job") == ["job/a/10", "job/a/2", "job/b", "job/counter", "jobs"]
         assert store.keys("job/a") == ["job/a/10", "job/a/2"]
         assert store.keys("nothing") == []
 
@@ -144,8 +152,8 @@ class StoreSuite:
         store.add("counter", 5)
         for key in ("small", "large", "counter", "missing"):
             other.delete(key)
-        assert store.get("small") is None
-        assert store.get("large") is None
+        for key in ("small", "large"):
+            assert within(self.seconds, "get of a deleted key", partial(store.get, key)) is None
         assert store.keys("") == []
         assert store.add("counter", 1) == 1
 
@@ -166,17 +174,18 @@ class StoreSuite:
 
         with ThreadPoolExecutor(4) as pool:
             sums = [total for result in pool.map(work, range(4)) for total in result]
-        assert sorted(sums) == list(range(1, 201))
+        assert sorted(sums) == list(range(1, 201)), "threads got equal sums: adding is not atomic"
 
     def test_processes_adding_at_once_get_different_sums(self, url: str, store: Store) -> None:
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results = [pool.submit(add_many, url, 2, 1000) for _ in range(2)]
-            sums = [total for result in results for total in result.result(2 * SECONDS)]
+            results = [pool.submit(add_many, url, 2, 1000, self.seconds) for _ in range(2)]
+            sums = [total for result in results for total in result.result(3 * self.seconds)]
+        assert len(set(sums)) == 2000, f"{2000 - len(set(sums))} of 2000 sums were given twice: adding is not atomic"
         assert sorted(sums) == list(range(1, 2001))
         assert store.add("counter", 0) == 2000
 
     def test_a_closed_client_refuses_and_closes_twice(self, url: str) -> None:
-        store = open_store(url, Deadline.after(SECONDS))
+        store = open_store(url, Deadline.after(self.seconds))
         store.close()
         store.close()
         calls: list[Callable[[], object]] = [
@@ -191,13 +200,13 @@ class StoreSuite:
                 call()
 
 
-def add_many(url: str, processes: int, times: int) -> list[int]:
+def add_many(url: str, processes: int, times: int, seconds: float) -> list[int]:
     """What each of `times` additions of 1 to `counter` returned, once as many processes as these have come to add."""
-    store = open_store(url, Deadline.after(SECONDS))
+    store = open_store(url, Deadline.after(seconds))
     try:
-        store.add("ready", 1)
-        everybody = Deadline.after(SECONDS)
-        everybody.wait(lambda: store.add("ready", 0) == processes, "the other processes", list)
+        store.set(f"ready/{os.getpid()}", b"")
+        everybody = Deadline.after(seconds)
+        everybody.wait(lambda: len(store.keys("ready/")) == processes, "the other processes", list)
         return [store.add("counter", 1) for _ in range(times)]
     finally:
         store.close()

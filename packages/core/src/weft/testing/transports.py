@@ -13,48 +13,29 @@ or more buckets or segments where that could matter, and no wait is without a de
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
 
 import pytest
 
 from weft.testing.crew import (
     KEY,
-    SECONDS,
-    SHORT_SECONDS,
     Crew,
     check,
     connect_members,
+    differences,
     mirrored,
     move,
-    must_fail_naming,
-    must_still_work,
     open_members,
     prepare_buckets,
     scattered,
     segments,
     shapes,
 )
+from weft.testing.losses import LossSuite
 from weft.testing.puppet import EPOCH, POISON, PuppetError
 
 
-class TransportSuite:
-    """What every transport must do."""
-
-    factory: ClassVar[str]
-    """`module:name` of its factory."""
-    options: ClassVar[Mapping[str, Any]] = {}
-    """Given to the factory."""
-    in_process: ClassVar[bool] = False
-    """Whether members must share this process: threads instead of processes."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def crew(cls) -> Iterator[Crew]:
-        """Processes that all tests of the class share; each test opens fresh endpoints in them."""
-        crew = Crew(cls.factory, cls.options, cls.in_process)
-        yield crew
-        crew.end()
+class TransportSuite(LossSuite):
+    """What every transport must do, what `LossSuite` asks included."""
 
     @pytest.mark.trap(28, 33, 41)
     @pytest.mark.parametrize("name", sorted(shapes()))
@@ -85,12 +66,12 @@ class TransportSuite:
         for version in range(3):
             crew["a"].call("fill", version)
             crew["b"].call("poison")
-            crew["b"].begin("collect_and_read", KEY, 0, version, 0, SECONDS)
+            crew["b"].begin("collect_and_read", KEY, 0, version, 0, crew.seconds)
             crew["a"].call("post", KEY, 0, version, b"", False)
-            crew["a"].call("posted", 0, "b", SECONDS)
+            crew["a"].call("posted", 0, "b", crew.seconds)
             seen = crew["b"].end()
-            check(crew, "a", "b", [rows], 1, 1)
-            assert seen == crew["b"].call("contents", 0)
+            missing = differences([crew["a"].call("contents", 0)], seen, [rows], 0)
+            assert not missing, f"announced before all bytes were in place: {missing}"
 
     @pytest.mark.trap(35)
     def test_notes_and_tags_are_delivered_exactly_as_sent(self, crew: Crew) -> None:
@@ -99,13 +80,31 @@ class TransportSuite:
         longest = bytes(range(256)) * 16
         for bucket, version, note in ((0, 1, b""), (1, 1 << 40, longest), (0, 2, b"\x00\xff")):
             crew["a"].call("post", KEY, bucket, version, note, False)
-            crew["a"].call("posted", bucket, "b", SECONDS)
-            assert crew["b"].call("collect", 1, SECONDS) == [["a", [version, "a", 5, EPOCH], bucket, note]]
+            crew["a"].call("posted", bucket, "b", crew.seconds)
+            assert crew["b"].call("collect", 1, crew.seconds) == [["a", [version, "a", 5, EPOCH], bucket, note]]
             crew["b"].call("fence", KEY, bucket, version)
         with pytest.raises(PuppetError, match=r"ConfigError.*4097 bytes"):
             crew["a"].call("post", KEY, 0, 3, longest + b"x", False)
         with pytest.raises(PuppetError, match=r"ConfigError.*65537 bytes"):
             crew["a"].call("signal", "b", 3, bytes(65537))
+
+    @pytest.mark.trap(35)
+    def test_every_message_is_delivered_once(self, crew: Crew) -> None:
+        open_members(crew, {"a": [100], "b": [100]})
+        prepare_buckets(crew, {("a", "b"): [segments([(0, 0, 0, 0, 10)]), segments([(0, 10, 0, 10, 10)])]})
+        for version in range(1, 4):
+            crew["a"].call("signal", "b", version, b"signal")
+            for bucket in (0, 1):
+                crew["a"].call("post", KEY, bucket, version, b"bucket", False)
+                crew["a"].call("posted", bucket, "b", crew.seconds)
+        crew["a"].call("signal", "b", 4, b"last")
+        got: list[tuple[int, int | None]] = []
+        while not got or got[-1][0] != 4:
+            got += [(tag[0], bucket) for _, tag, bucket, _ in crew["b"].call("collect", 1, crew.seconds)]
+        counts = {message: got.count(message) for message in got}
+        assert set(counts) == {(version, bucket) for version in (1, 2, 3) for bucket in (None, 0, 1)} | {(4, None)}
+        again = [message for message, count in counts.items() if count > 1]
+        assert not again, f"delivered more than once (version, bucket): {again}"
 
     def test_both_directions_at_once(self, crew: Crew) -> None:
         size = 6 << 20
@@ -118,11 +117,11 @@ class TransportSuite:
             for name in "ab":
                 crew[name].call("post", KEY, 0 if name == "a" else 2, version, b"", False)
             for name, peer in (("a", "b"), ("b", "a")):
-                crew[name].begin("posted", 0 if name == "a" else 2, peer, SECONDS)
+                crew[name].begin("posted", 0 if name == "a" else 2, peer, crew.seconds)
             for name in "ab":
                 crew[name].end()
             for name in "ab":
-                assert crew[name].call("collect", 1, SECONDS)[0][1][0] == version
+                assert crew[name].call("collect", 1, crew.seconds)[0][1][0] == version
         assert crew["a"].call("contents", 0) == crew["b"].call("contents", 1)
         assert crew["b"].call("contents", 0) == crew["a"].call("contents", 1)
 
@@ -156,10 +155,10 @@ class TransportSuite:
         for version in range(5):
             for bucket in (0, 1):
                 crew["a"].call("post", KEY, bucket, version, b"", False)
-                crew["a"].call("posted", bucket, "b", SECONDS)
+                crew["a"].call("posted", bucket, "b", crew.seconds)
                 for i, nbytes in enumerate(sizes):
                     crew["a"].call("signal", "b", version, bytes([i]) * nbytes)
-        got = crew["b"].call("collect", 10 * (1 + len(sizes)), SECONDS)
+        got = crew["b"].call("collect", 10 * (1 + len(sizes)), crew.seconds)
         expected = [
             (version, bucket, note)
             for version in range(5)
@@ -170,16 +169,16 @@ class TransportSuite:
 
     def test_what_a_peer_sends_before_this_side_connects_is_delivered(self, crew: Crew) -> None:
         a, b = open_members(crew, {"a": [10], "b": [10]}, connect=False).values()
-        crew["a"].call("connect", *b[:2], SECONDS)
+        crew["a"].call("connect", *b[:2], crew.seconds)
         crew["a"].call("signal", "b", 4, b"early")
-        crew["b"].call("connect", *a[:2], SECONDS)
-        assert crew["b"].call("collect", 1, SECONDS) == [["a", [4, "a", 0, EPOCH], None, b"early"]]
+        crew["b"].call("connect", *a[:2], crew.seconds)
+        assert crew["b"].call("collect", 1, crew.seconds) == [["a", [4, "a", 0, EPOCH], None, b"early"]]
 
     def test_members_connect_in_any_order(self, crew: Crew) -> None:
         records = open_members(crew, {"a": [90], "b": [90], "c": [90]}, connect=False)
         for name, order in (("a", ("b", "c")), ("b", ("c", "a")), ("c", ("a", "b"))):
             for peer in order:
-                crew[name].call("connect", *records[peer][:2], SECONDS)
+                crew[name].call("connect", *records[peer][:2], crew.seconds)
         ring = (("a", "b"), ("b", "c"), ("c", "a"))
         prepare_buckets(crew, {pair: [segments([(0, 0, 0, 30, 30)]), segments([(0, 5, 0, 60, 1)])] for pair in ring})
         for name in "abc":
@@ -199,8 +198,8 @@ class TransportSuite:
         assert crew["b"].call("contents", 0)[:10] == bytes([POISON]) * 10
         crew["a"].call("fill", 1)
         crew["a"].call("open_gate")
-        crew["a"].call("posted", 0, "b", SECONDS)
-        assert crew["b"].call("collect", 1, SECONDS)[0][2:] == [0, b"gated"]
+        crew["a"].call("posted", 0, "b", crew.seconds)
+        assert crew["b"].call("collect", 1, crew.seconds)[0][2:] == [0, b"gated"]
         assert crew["b"].call("contents", 0)[:10] == crew["a"].call("contents", 0)[:10]
 
     def test_a_cancelled_post_may_be_posted_again(self, crew: Crew) -> None:
@@ -270,7 +269,7 @@ class TransportSuite:
         with contextlib.suppress(PuppetError):  # some transports let the sender know, some do not
             crew["a"].call("signal", "b", 1, b"late")
         crew["c"].call("signal", "b", 1, b"other")
-        assert [m[0] for m in crew["b"].call("collect", 1, SECONDS)] == ["c"]
+        assert [m[0] for m in crew["b"].call("collect", 1, crew.seconds)] == ["c"]
         with pytest.raises(PuppetError, match=r"DeadlineError"):
             crew["b"].call("collect", 1, 0.3)
         with pytest.raises(PuppetError, match=r"PeerLostError"):
@@ -284,109 +283,10 @@ class TransportSuite:
         for command in (
             ("post", KEY, 0, 1, b"", False),
             ("signal", "b", 1, b""),
-            ("collect", 1, SHORT_SECONDS),
-            ("connect", *records["b"][:2], SHORT_SECONDS),
+            ("collect", 1, crew.short_seconds),
+            ("connect", *records["b"][:2], crew.short_seconds),
             ("register", 10),
             ("record",),
         ):
             with pytest.raises(PuppetError, match=r"TransportError.*closed"):
                 crew["a"].call(*command)
-
-    @pytest.mark.trap(40, 49)
-    def test_a_peer_that_died_before_connecting_is_named(self, crew: Crew) -> None:
-        records = open_members(crew, {"a": [10], "victim": [10]}, connect=False)
-        crew["victim"].kill()
-
-        def attempt() -> None:
-            crew["a"].call("connect", *records["victim"][:2], SHORT_SECONDS)
-            prepare_buckets(crew, {("a", "victim"): [segments([(0, 0, 0, 0, 5)])]}, records=records, only="a")
-            crew["a"].call("post", KEY, 0, 1, b"", False)
-            crew["a"].call("posted", 0, "victim", SHORT_SECONDS)
-
-        must_fail_naming("victim", attempt)
-        must_still_work(crew, "a", "b")
-
-    @pytest.mark.trap(40)
-    def test_a_peer_that_died_before_a_post_is_named_and_reported_once(self, crew: Crew) -> None:
-        open_members(crew, {"a": [10], "victim": [10]})
-        prepare_buckets(crew, {("a", "victim"): [segments([(0, 0, 0, 0, 5)]), segments([])]})
-        move(crew, "a", "victim", [0, 1], 1)
-        crew["victim"].kill()
-
-        def attempt() -> None:
-            crew["a"].call("post", KEY, 0, 2, b"", False)
-            crew["a"].call("posted", 0, "victim", SHORT_SECONDS)
-
-        must_fail_naming("victim", attempt)
-        crew["a"].call("lost", 1, SHORT_SECONDS)
-        assert crew["a"].call("lost", 1, 0.5) == []
-        must_still_work(crew, "a", "b")
-
-    @pytest.mark.trap(40)
-    def test_a_receiver_learns_that_its_sender_died(self, crew: Crew) -> None:
-        open_members(crew, {"a": [10], "victim": [10]})
-        prepare_buckets(crew, {("victim", "a"): [segments([(0, 0, 0, 0, 5)]), segments([])]})
-        move(crew, "victim", "a", [0, 1], 1)
-        crew["victim"].kill()
-        assert crew["a"].call("lost", 1, SHORT_SECONDS) == ["victim"]
-
-    @pytest.mark.trap(40, 41)
-    def test_a_peer_that_dies_while_bytes_move_is_named(self, crew: Crew) -> None:
-        size, half = 64 << 20, 32 << 20
-        open_members(crew, {"a": [size], "victim": [size]})
-        prepare_buckets(crew, {("a", "victim"): [segments([(0, 0, 0, 0, half)]), segments([(0, 0, 0, half, half)])]})
-        for bucket in (0, 1):
-            crew["a"].call("post", KEY, bucket, 1, b"", False)
-        crew["victim"].kill()
-
-        def attempt() -> None:
-            for bucket in (0, 1):
-                crew["a"].call("posted", bucket, "victim", SHORT_SECONDS)
-            crew["a"].call("signal", "victim", 1, b"")
-            crew["a"].call("collect", 1, SHORT_SECONDS)
-
-        must_fail_naming("victim", attempt)
-        must_still_work(crew, "a", "b")
-
-    @pytest.mark.trap(40)
-    def test_a_frozen_peer_blocks_nothing_but_its_own_posts(self, crew: Crew) -> None:
-        size = 64 << 20
-        open_members(crew, {"a": [size], "victim": [size]})
-        prepare_buckets(crew, {("a", "victim"): [segments([(0, 0, 0, 0, size)]), segments([(0, 0, 0, 0, 1)])]})
-        crew["victim"].freeze()
-        try:
-            for bucket in (0, 1):
-                crew["a"].call("post", KEY, bucket, 1, b"", False)
-            for _ in range(20):
-                crew["a"].call("signal", "victim", 1, bytes(1000))
-            with pytest.raises(PuppetError, match=r"DeadlineError"):
-                crew["a"].call("collect", 1, 1.0)
-            crew["a"].call("cancel", 0)
-            crew["a"].call("cancel", 1)
-            crew["a"].call("release", KEY)
-            must_still_work(crew, "a", "b")
-        finally:
-            crew["victim"].thaw()
-            crew["victim"].kill()
-
-    @pytest.mark.trap(18, 49, 64)
-    def test_a_restarted_peer_is_reached_by_its_new_address(self, crew: Crew) -> None:
-        buckets = [segments([(0, 0, 0, 10, 50)]), segments([(0, 60, 0, 70, 30)])]
-        records = open_members(crew, {"a": [100], "victim": [100]})
-        prepare_buckets(crew, {("a", "victim"): buckets, ("victim", "a"): [buckets[0]]})
-        move(crew, "a", "victim", [0, 1], 1)
-        crew["a"].call("release", KEY)
-        crew["victim"].call("signal", "a", 1, b"from the first life")
-        crew["victim"].kill()
-        crew["victim"].call("open", "victim", 1, [100])
-        records["victim"] = crew["victim"].call("record")
-        crew["a"].call("connect", *records["victim"][:2], SECONDS)
-        crew["victim"].call("connect", *records["a"][:2], SECONDS)
-        prepare_buckets(crew, {("a", "victim"): buckets, ("victim", "a"): [buckets[0]]}, b"second", records=records)
-        crew["a"].call("fill", 1)
-        move(crew, "a", "victim", [0, 1], 2, b"second")
-        check(crew, "a", "victim", buckets, 1, 1)
-        crew["victim"].call("post", b"second", 2, 3, b"", False)
-        crew["victim"].call("posted", 2, "a", SECONDS)
-        assert crew["a"].call("collect", 1, SECONDS) == [["victim", [3, "victim", 1, EPOCH], 2, b""]]
-        assert crew["a"].call("lost", 1, 0.3) == []

@@ -1,0 +1,149 @@
+"""Every conformance suite finds every broken plug-in that ships beside it, by the test that is about its fault."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weft.testing.broken import Fault, stores, transports
+from weft.testing.suite import Suite, within
+
+HEAD = """\
+import pytest
+from weft.local import LocalHub
+from weft.testing.stores import StoreSuite
+from weft.testing.transports import TransportSuite
+"""
+TRANSPORT = """
+class Test_{name}(TransportSuite):
+    factory = "weft.testing.broken.transports:{plugin}"
+    options = {{"hub": LocalHub()}}
+    in_process = True
+    seconds, short_seconds = {seconds}, 0.2
+"""
+STORE = """
+class Test_{name}(StoreSuite):
+    seconds = {seconds}
+
+    @pytest.fixture
+    def url(self, tmp_path):
+        return f"{plugin}://{{tmp_path}}/store"
+"""
+
+
+def failures(folder: Path, template: str, faults: Sequence[Fault]) -> Mapping[str, str]:
+    """Runs against each broken plug-in the test of its suite that is to find it; by plug-in, what the failures say."""
+    classes = [template.format(name=f.plugin.replace("-", "_"), plugin=f.plugin, seconds=f.seconds) for f in faults]
+    (folder / "test_broken.py").write_text(HEAD + "".join(classes))
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    trap(*numbers): covers these traps\n")
+    metadata = folder / "weft_broken-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: weft-broken\nVersion: 1\n")
+    schemes = [f"{scheme} = weft.testing.broken.stores:open_broken\n" for scheme in stores.KINDS]
+    (metadata / "entry_points.txt").write_text("[weft.stores]\n" + "".join(schemes))
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    tests = [f"test_broken.py::Test_{fault.plugin.replace('-', '_')}::{fault.test}" for fault in faults]
+    command = [sys.executable, "-m", "pytest", "-q", "--junitxml=result.xml", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    found: dict[str, str] = defaultdict(str)
+    for case in ElementTree.parse(folder / "result.xml").iter("testcase"):
+        for failure in case.iter("failure"):
+            found[case.get("classname", "").rpartition("Test_")[2]] += f"{failure.get('message')}\n{failure.text}\n"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("template", "faults"), [(TRANSPORT, transports.FAULTS), (STORE, stores.FAULTS)], ids=["transports", "stores"]
+)
+def test_a_suite_fails_every_broken_plugin_for_its_own_reason(
+    template: str, faults: Sequence[Fault], tmp_path: Path
+) -> None:
+    assert len(faults) >= 6
+    assert len({(fault.test, fault.says) for fault in faults}) == len(faults)
+    found = failures(tmp_path, template, faults)
+    silent = [fault for fault in faults if fault.says not in found.get(fault.plugin.replace("-", "_"), "")]
+    assert not silent, "\n".join(f"{fault}: {found.get(fault.plugin.replace('-', '_'), 'passed')}" for fault in silent)
+
+
+class Example(Suite):
+    """A suite with one test that cannot pass."""
+
+    @pytest.mark.trap(1)
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_numbers(self, n: int) -> None:
+        assert n == 0
+
+
+def test_an_override_is_an_error_that_names_every_test() -> None:
+    with pytest.raises(TypeError, match=r"Mine redefines tests .*: test_numbers \(not marked xfail\)\. Delete them"):
+
+        class Mine(Example):
+            def test_numbers(self, n: int) -> None: ...
+
+    class Mixin:
+        test_numbers = None
+
+    with pytest.raises(TypeError, match="test_numbers"):
+
+        class Mixed(Mixin, Example): ...
+
+    with pytest.raises(TypeError, match=r"marked skip"):
+
+        class Skips(Example):
+            @pytest.mark.skip(reason="slow")
+            def test_numbers(self, n: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ({}, "without a reason"),
+        ({"reason": " "}, "without a reason"),
+        ({"reason": "slow", "run": False}, "not run"),
+        ({"reason": "slow", "strict": False}, "not strict"),
+    ],
+)
+def test_an_expected_failure_needs_a_reason_and_is_run(arguments: dict[str, Any], fault: str) -> None:
+    with pytest.raises(TypeError, match=fault):
+
+        class Mine(Example):
+            @pytest.mark.xfail(**arguments)
+            def test_numbers(self, n: int) -> None: ...
+
+
+def test_an_expected_failure_runs_the_suites_own_test_strictly() -> None:
+    class Mine(Example):
+        @pytest.mark.xfail(reason="numbers are hard")
+        def test_numbers(self) -> None: ...
+
+    class Heir(Mine):
+        def test_more(self) -> None: ...
+
+    for kind in (Mine, Heir):
+        assert kind.test_numbers is not Example.test_numbers
+        with pytest.raises(AssertionError):
+            kind().test_numbers(1)
+        marks = {mark.name: mark.kwargs for mark in kind.test_numbers.pytestmark}  # type: ignore[attr-defined]
+        assert set(marks) == {"trap", "parametrize", "xfail"}
+        assert marks["xfail"] == {"reason": "numbers are hard", "strict": True}
+    assert "xfail" not in {mark.name for mark in Example.test_numbers.pytestmark}  # type: ignore[attr-defined]
+
+
+def test_a_call_that_does_not_end_is_an_error_that_says_which() -> None:
+    with pytest.raises(AssertionError, match=r"a nap has not ended within 0\.1 s"):
+        within(0.1, "a nap", threading.Event().wait)
+    with pytest.raises(ZeroDivisionError):
+        within(60, "a division", lambda: 1 // 0)
+    assert within(60, "a sum", lambda: 1 + 1) == 2
