@@ -11,8 +11,8 @@ from support.processes import run_ranks
 
 from weft.layout import Layout
 from weft_megatron import MegatronAdapter
-from weft_megatron.family import DenseModel
-from weft_megatron.parameters import Stage, parameters
+from weft_megatron.family import DecoderModel
+from weft_megatron.parameters import Part, Stage, parameters
 from weft_megatron.placement import layout_of
 
 WORLD = 4
@@ -72,8 +72,8 @@ def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[L
     tp, pp = sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1)
     if kind == "chunks":
         # Stage s has the chunks s and s + 2, of one layer each.
-        model = DenseModel.from_config(config)
-        stages = [Stage(0, 1, (s, s + 2), s == 0, s == 1, PADDED) for s in (0, 0, 1, 1)]
+        model = DecoderModel.from_config(config)
+        stages = [Stage(Part(), (s, s + 2), s == 0, s == 1, PADDED) for s in (0, 0, 1, 1)]
         held = [parameters(model, stage) for stage in stages]
         return [layout_of(model, s, h, {p.name: "float32" for p in h}) for s, h in zip(stages, held, strict=True)]
     adapter = MegatronAdapter(
@@ -130,7 +130,7 @@ def test_a_buffer_that_is_in_no_checkpoint_is_skipped_with_its_reason(answers: l
         ("other heads", "LayoutError", ["num_attention_heads=4", "num_query_groups=2", "kv_channels=16"]),
         ("untied config", "LayoutError", ["share_embeddings_and_output_weights=True", "output_layer.weight: missing"]),
         ("other family", "LayoutError", ["qk_layernorm=True", "q_layernorm.weight: float32(16,) is not part"]),
-        ("mixture of experts", "NotSupportedError", ["'qwen3_moe'"]),
+        ("mixture of experts", "LayoutError", ["num_moe_experts=None", "mlp.router.weight: missing"]),
         ("not a model", "ConfigError", ["expected a GPTModel", "TransformerBlock"]),
         ("no chunks", "ConfigError", ["empty list"]),
         ("a chunk twice", "LayoutError", ["layers [0, 1, 2, 3, 0, 1, 2, 3], expected distinct ones"]),

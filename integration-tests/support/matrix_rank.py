@@ -16,12 +16,13 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
-from support.megatron_model import build_model, end_job, logits_of, start_job, transformer_config
-from support.megatron_slices import Cut
+from support.megatron_model import end_job, logits_of, start_job
 
 import weft
 import weft_megatron
 from weft_cli.demo.channel import Handler, Reply, serve
+from weft_cli.demo.megatron_on_cpu import build_model, transformer_config
+from weft_cli.demo.megatron_slices import Cut
 
 POISON_BYTE = 0xA5
 
@@ -56,39 +57,32 @@ class Rank:
         names = ("mesh", "build", "fill", "poison", "open", "offer", "receive", "run", "compare", "logits", "close")
         return {name: getattr(self, name) for name in names}
 
-    def mesh(self, rank: int, world: int, rendezvous: str, tp: int, pp: int) -> None:
+    def mesh(self, rank: int, world: int, rendezvous: str, tp: int, pp: int, ep: int = 1) -> None:
         """Leave the former process group and join another; models built before stay. Collective."""
         if self._started:
             end_job()
         self._started, self._rank = True, rank
-        start_job(rank, world, rendezvous, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        start_job(
+            rank,
+            world,
+            rendezvous,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=1,
+        )
 
     def build(self, role: str, checkpoint: str, dtype: str, wrap: bool) -> None:
         """This rank's part of the model of a checkpoint, for the groups of `mesh`."""
         config = json.loads(Path(checkpoint, "config.json").read_text())
-        tp, pp = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
+        tp = parallel_state.get_tensor_model_parallel_world_size()
         padded = -(-config["vocab_size"] // (64 * tp)) * 64 * tp
         torch_dtype = getattr(torch, dtype)
         model = build_model(config, padded_vocabulary=padded, dtype=torch_dtype)
         wrapped = Float16Module(transformer_config(config, torch_dtype), model) if wrap else model
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        self._parts[role] = Part(
-            model,
-            wrapped,
-            config,
-            Cut(
-                config,
-                parallel_state.get_tensor_model_parallel_rank(),
-                tp,
-                stage * config["num_hidden_layers"] // pp,
-                padded,
-                # Padding of a source is nobody's business; at a target it must be zero.
-                float("nan") if role == "source" else 0.0,
-            ),
-        )
+        # Padding of a source is nobody's business; at a target it must be zero.
+        cut = Cut.here(config, padded, float("nan") if role == "source" else 0.0)
+        self._parts[role] = Part(model, wrapped, config, cut)
 
     def fill(self, role: str, checkpoint: str) -> None:
         """Take the weights of a checkpoint, by plain slicing."""
@@ -113,7 +107,9 @@ class Rank:
         policy: dict[str, Any],
         deadlines: dict[str, float],
     ) -> None:
-        """Take part in a job, with the models of these roles. Collective over the job."""
+        """Take part in a job, with the models of these roles, after leaving the former one. Collective over the job."""
+        if self._refit is not None:
+            self._refit.close()
         source, target = self._parts.get("source"), self._parts.get("target")
         self._refit = weft.Refit(
             source=weft_megatron.MegatronSource(source.wrapped, source.config)
@@ -170,6 +166,7 @@ class Rank:
     def close(self) -> None:
         """Leave the job and forget the models."""
         self._refit.close()
+        self._refit = None
         self._parts.clear()
 
 

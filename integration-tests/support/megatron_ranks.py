@@ -16,12 +16,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
-from support.megatron_model import build_model, end_job, logits_of, stage_logits, start_job, transformer_config
+from support.megatron_model import end_job, logits_of, stage_logits, start_job
 from transformers import Qwen3Config
 
 from weft.contracts import Source, Target
 from weft.errors import LayoutError, WeftError
 from weft.layout import Layout
+from weft_cli.demo.megatron_on_cpu import build_model, transformer_config
 from weft_megatron import MegatronSource, MegatronTarget, member_name
 
 README = Path(__file__).parents[2] / "packages" / "adapters" / "megatron" / "README.md"
@@ -202,7 +203,10 @@ _SPOIL: Mapping[str, Callable[[Any, Config], tuple[Any, Config]]] = {
     ),
     "untied config": lambda model, config: (model, config | {"tie_word_embeddings": False}),
     "other family": lambda model, config: (model, config | {"model_type": "llama"}),
-    "mixture of experts": lambda model, config: (model, config | {"model_type": "qwen3_moe"}),
+    "mixture of experts": lambda model, config: (
+        model,
+        config | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    ),
     "not a model": lambda model, config: (model.decoder, config),
     "no chunks": lambda model, config: ([], config),
     "a chunk twice": lambda model, config: ([model, model], config),

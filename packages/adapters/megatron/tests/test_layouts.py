@@ -189,7 +189,7 @@ def test_norms_may_have_a_dtype_of_their_own() -> None:
     assert dtypes["linear_qkv"] == dtypes["word_embeddings"] == "bfloat16"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gemma2", ""])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "gemma2", ""])
 def test_a_family_that_is_not_mapped_is_refused_by_name(family: str) -> None:
     with pytest.raises(NotSupportedError, match=f"model_type '{family}'"):
         adapter.layouts(make_config(model_type=family), {}, "bfloat16")

@@ -8,10 +8,11 @@ from typing import Any
 
 from weft.errors import NotSupportedError
 from weft.layout import Layout
-from weft_megatron.family import DenseModel
+from weft_megatron.family import DecoderModel
 from weft_megatron.mesh import AXES, DEFAULT_ORDER, Mesh, padded_vocabulary
-from weft_megatron.parameters import Spec, Stage, parameters
+from weft_megatron.parameters import Part, Stage, parameters
 from weft_megatron.placement import layout_of
+from weft_megatron.table import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +43,37 @@ class MegatronAdapter:
         `config` is a Hugging Face config, `dtype` the dtype of the parameters, such as `bfloat16`. Raises `ConfigError`
         for sizes that do not fit and `NotSupportedError` for a family or an axis that is not mapped.
         """
-        mesh, model = Mesh.from_sizes(parallel, self.order), DenseModel.from_config(config)
-        if mesh.ep > 1:
-            raise NotSupportedError(f"ep={mesh.ep}: {model.family} has no experts; expert parallelism is not built yet")
+        mesh, model = Mesh.from_sizes(parallel, self.order), DecoderModel.from_config(config)
+        if mesh.ep > 1 and model.experts is None:
+            raise NotSupportedError(f"ep={mesh.ep}: {model.family} of this config has no experts to divide")
         padded = padded_vocabulary(model.vocabulary, self.make_vocab_size_divisible_by, mesh.tp)
-        built: dict[tuple[int, int], Layout] = {}
+        built: dict[Stage, Layout] = {}
         result = []
         for rank in range(mesh.world):
-            at = mesh.coordinates(rank)
-            if (at.tp, at.pp) not in built:
-                layers = mesh.stage_layers(model.layers, at.pp)
-                stage = Stage(at.tp, mesh.tp, layers, at.pp == 0, at.pp == mesh.pp - 1, padded)
-                built[at.tp, at.pp] = self._layout(model, stage, dtype)
-            result.append(built[at.tp, at.pp])
+            stage = _stage(mesh, model, rank, padded)
+            if stage not in built:
+                built[stage] = self._layout(model, stage, dtype)
+            result.append(built[stage])
         return result
 
-    def _layout(self, model: DenseModel, stage: Stage, dtype: str) -> Layout:
+    def _layout(self, model: DecoderModel, stage: Stage, dtype: str) -> Layout:
         held = parameters(model, stage, self.spec)
         norm = self.norm_dtype or dtype
         return layout_of(model, stage, held, {p.name: norm if is_norm(p.name) else dtype for p in held})
+
+
+def _stage(mesh: Mesh, model: DecoderModel, rank: int, padded: int) -> Stage:
+    """What a rank holds; equal for ranks that differ in data and context parallelism only."""
+    at = mesh.coordinates(rank)
+    return Stage(
+        tensor=Part(at.tp, mesh.tp),
+        layers=mesh.stage_layers(model.layers, at.pp),
+        first=at.pp == 0,
+        last=at.pp == mesh.pp - 1,
+        padded_vocabulary=padded,
+        experts=Part(at.ep, mesh.ep) if model.experts else Part(),
+        expert_tensor=Part(at.etp, mesh.etp) if model.experts else Part(),
+    )
 
 
 def is_norm(name: str) -> bool:

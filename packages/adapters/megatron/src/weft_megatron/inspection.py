@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,9 +11,10 @@ import torch
 from weft.errors import ConfigError, LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft_megatron.adapter import is_norm
-from weft_megatron.family import DenseModel
-from weft_megatron.parameters import Parameter, Spec, Stage, name_map, parameters
+from weft_megatron.family import DecoderModel
+from weft_megatron.parameters import Parameter, Part, Stage, parameters
 from weft_megatron.placement import layout_of
+from weft_megatron.table import Spec, name_map
 from weft_megatron.upstream import Chunk, chunks_of, config_faults
 
 
@@ -50,30 +51,30 @@ def inspect_model(model: Any, hf_config: Mapping[str, Any] | HasToDict) -> Inspe
     """Find all parameters and persistent buffers of this rank and prove that they are what the config implies.
 
     Ranks come from the process groups that the model was built with, never from the global rank (trap 2). Each buffer
-    has its parameter's dtype, so norms may be float32 beside bfloat16 weights. Raises `LayoutError` with every
-    difference of configuration, name, shape and dtype, and what `chunks_of` and `DenseModel.from_config` raise.
+    has its parameter's dtype, so norms and routers may be float32 beside bfloat16 weights. Raises `LayoutError` with
+    every difference of configuration, name, shape and dtype, and what `chunks_of` and `DecoderModel.from_config` raise.
     """
     config = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
-    dense, chunks = DenseModel.from_config(config), chunks_of(model)
-    faults = list(dict.fromkeys(fault for chunk in chunks for fault in config_faults(chunk, dense)))
+    decoder, chunks = DecoderModel.from_config(config), chunks_of(model)
+    faults = list(dict.fromkeys(fault for chunk in chunks for fault in config_faults(chunk, decoder)))
     layers = [layer for chunk in chunks for layer in chunk.layers]
-    if len(set(layers)) < len(layers) or any(layer >= dense.layers for layer in layers):
-        faults.append(f"chunks hold the layers {layers}, expected distinct ones below {dense.layers}")
+    if len(set(layers)) < len(layers) or any(layer >= decoder.layers for layer in layers):
+        faults.append(f"chunks hold the layers {layers}, expected distinct ones below {decoder.layers}")
     tensors = _tensors(chunks)
     stage = Stage(
-        tensor_rank=chunks[0].tensor_rank,
-        tensor_size=chunks[0].tensor_size,
+        tensor=chunks[0].tensor,
         layers=tuple(layers),
         first=any(chunk.first for chunk in chunks),
         last=any(chunk.last for chunk in chunks),
         padded_vocabulary=chunks[0].padded_vocabulary,
+        experts=chunks[0].experts if decoder.experts else Part(),
+        expert_tensor=chunks[0].expert_tensor if decoder.experts else Part(),
     )
-    fused_norms = any(name.endswith(".layer_norm_weight") for name in tensors)
-    spec = Spec.TRANSFORMER_ENGINE if fused_norms else Spec.LOCAL
-    names = name_map(dense, spec)
+    spec = _spec(tensors)
+    names = name_map(decoder, spec)
     tensors = {name: tensor for name, tensor in tensors.items() if names.skipped(name) is None}
     try:
-        held = parameters(dense, stage, spec)
+        held = parameters(decoder, stage, spec)
     except ConfigError as error:
         raise LayoutError([*faults, str(error)]) from error
     faults += _differences(held, tensors)
@@ -81,8 +82,17 @@ def inspect_model(model: Any, hf_config: Mapping[str, Any] | HasToDict) -> Inspe
         raise LayoutError(faults)
     skipped = [(name, "non-persistent buffer: recomputed, in no checkpoint") for name in _transient(chunks)]
     dtypes = {name: _dtype(tensor) for name, tensor in tensors.items()}
-    layout = layout_of(dense, stage, held, dtypes, skipped)
+    layout = layout_of(decoder, stage, held, dtypes, skipped)
     return Inspection(tuple(chunks), layout, {parameter.name: _flat(tensors[parameter.name]) for parameter in held})
+
+
+def _spec(names: Iterable[str]) -> Spec:
+    """The layer specification that gives such names."""
+    names = list(names)
+    if not any(name.endswith(".layer_norm_weight") for name in names):
+        return Spec.LOCAL
+    grouped = any(".mlp.experts.linear_fc1.weight" in name for name in names)
+    return Spec.GROUPED if grouped else Spec.TRANSFORMER_ENGINE
 
 
 def _tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
@@ -100,9 +110,11 @@ def _differences(held: Sequence[Parameter], tensors: Mapping[str, torch.Tensor])
         for name, p in expected.items()
         if name not in tensors
     ]
-    weights = {_dtype(tensors[name]) for name in expected if name in tensors and not is_norm(name)}
+    weights = {_dtype(tensors[name]) for name in expected if name in tensors and not _may_be_float32(name)}
     if len(weights) > 1:
-        faults.append(f"weights have several dtypes, {', '.join(sorted(weights))}; expected one (norms may differ)")
+        faults.append(
+            f"weights have several dtypes, {', '.join(sorted(weights))}; expected one (norms and routers may differ)"
+        )
     for name, tensor in tensors.items():
         dtype = _dtype(tensor)
         if name not in expected:
@@ -114,11 +126,16 @@ def _differences(held: Sequence[Parameter], tensors: Mapping[str, torch.Tensor])
             faults.append(
                 f"{name}: {dtype} in a {type(tensor.data).__name__}, expected a plain tensor of a dtype weft moves"
             )
-        elif is_norm(name) and dtype not in {*weights, "float32"}:
+        elif _may_be_float32(name) and dtype not in {*weights, "float32"}:
             faults.append(f"{name}: {dtype}, expected the weights' dtype or float32")
         if not tensor.is_contiguous():
             faults.append(f"{name}: strides {tensor.stride()}, expected contiguous memory")
     return faults
+
+
+def _may_be_float32(name: str) -> bool:
+    """Whether a parameter may be float32 beside weights of a smaller dtype."""
+    return is_norm(name) or ".mlp.router." in name
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -17,12 +17,16 @@ _RANKED = ("tp", "cp", "dp", "pp")
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where one rank stands in the mesh."""
+    """Where one rank stands in the mesh, and in the one that divides experts among the same ranks."""
 
     tp: int
     cp: int
     dp: int
     pp: int
+    ep: int
+    """Which experts it has."""
+    etp: int
+    """Which part of each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,9 @@ class Mesh:
         faults = [f"unknown axis {name!r}, expected {', '.join(AXES)}" for name in sizes if name not in AXES]
         faults += [f"{name}={size}, expected at least 1" for name, size in sizes.items() if size < 1]
         given = [name for name in order.split("-") if name]
-        faults += [f"unknown axis {name!r} in order {order!r}" for name in given if name not in (*_RANKED, "ep")]
-        absent = [name for name in _RANKED if name not in given and sizes.get(name, 1) > 1]
+        ordered = (*_RANKED, "ep")
+        faults += [f"unknown axis {name!r} in order {order!r}" for name in given if name not in ordered]
+        absent = [name for name in ordered if name not in given and sizes.get(name, 1) > 1]
         faults += [f"axis {name} is missing from order {order!r}" for name in absent]
         faults += [f"axis {name} comes twice in order {order!r}" for name in set(given) if given.count(name) > 1]
         if faults:
@@ -59,6 +64,12 @@ class Mesh:
                 f"parallel sizes: {mesh.world} ranks (tp {tp} x pp {pp} x cp {cp} x dp {dp}) do not divide into "
                 f"etp {mesh.etp} x ep {mesh.ep} x pp {pp} = {mesh.ep * mesh.etp * mesh.pp}"
             )
+        if not mesh._same_stages():
+            raise ConfigError(
+                f"parallel sizes: in order {order!r} experts (etp {mesh.etp} x ep {mesh.ep} x dp "
+                f"{mesh._expert_sizes['dp']}) and the rest (tp {tp} x cp {cp} x dp {dp}) have different pipeline "
+                "groups or data-parallel sizes; put pp last"
+            )
         return mesh
 
     @property
@@ -68,12 +79,27 @@ class Mesh:
 
     def coordinates(self, rank: int) -> Coordinates:
         """Where a global rank stands (traps 2 and 12: never the rank modulo something)."""
-        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
-        given = [name for name in self.order.split("-") if name in sizes]
-        at = dict.fromkeys(sizes, 0)
-        for name in given:
-            rank, at[name] = divmod(rank, sizes[name])
-        return Coordinates(**at)
+        at, expert = (_place(rank, sizes, self.order) for sizes in (self._sizes, self._expert_sizes))
+        return Coordinates(**at, ep=expert["ep"], etp=expert["tp"])
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Of the axes that divide everything but experts."""
+        return {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
+
+    @property
+    def _expert_sizes(self) -> dict[str, int]:
+        """Of the axes that divide experts, in the same order; context parallelism is data parallelism to them."""
+        return {"tp": self.etp, "ep": self.ep, "dp": self.world // (self.etp * self.ep * self.pp), "pp": self.pp}
+
+    def _same_stages(self) -> bool:
+        """Whether experts and everything else have the same pipeline groups; Megatron refuses other orders."""
+        if self.pp == 1 or self.order.endswith("pp"):
+            return True
+        sizes, expert_sizes = self._sizes, self._expert_sizes
+        before = self.order.partition("pp")[0].split("-")
+        strides = {math.prod(each.get(name, 1) for name in before) for each in (sizes, expert_sizes)}
+        return len(strides) == 1 and sizes["dp"] == expert_sizes["dp"]
 
     def stage_layers(self, layers: int, stage: int) -> tuple[int, ...]:
         """Global numbers, from 0, of the layers of one pipeline stage: equal consecutive blocks.
@@ -85,6 +111,15 @@ class Mesh:
             raise ConfigError(f"{layers} layers do not divide into pp={self.pp} stages")
         block = layers // self.pp
         return tuple(range(stage * block, (stage + 1) * block))
+
+
+def _place(rank: int, sizes: Mapping[str, int], order: str) -> dict[str, int]:
+    """Coordinates of a rank, as Megatron's `RankGenerator` counts; axes that the order leaves out have size 1."""
+    at = dict.fromkeys(sizes, 0)
+    for name in order.split("-"):
+        if name in sizes:
+            rank, at[name] = divmod(rank, sizes[name])
+    return at
 
 
 def padded_vocabulary(vocabulary: int, divisible_by: int, tp: int) -> int:

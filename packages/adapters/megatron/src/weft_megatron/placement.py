@@ -8,12 +8,13 @@ from itertools import accumulate
 
 from weft.box import Box
 from weft.layout import Layout, LayoutBuilder
-from weft_megatron.family import DenseModel
-from weft_megatron.parameters import EMBEDDING, HEAD, Parameter, Split, Stage
+from weft_megatron.family import DecoderModel
+from weft_megatron.parameters import Parameter, Stage
+from weft_megatron.table import EMBEDDING, HEAD, Split
 
 
 def layout_of(
-    model: DenseModel,
+    model: DecoderModel,
     stage: Stage,
     held: Sequence[Parameter],
     dtypes: Mapping[str, str],
@@ -27,7 +28,7 @@ def layout_of(
     for parameter in held:
         dtype = dtypes[parameter.name]
         builder.buffer(parameter.name, dtype, math.prod(parameter.shape), group=parameter.group)
-        _PLACE[parameter.split](builder, model, stage, parameter, dtype)
+        _PLACE[parameter.split](builder, model, parameter, dtype)
     if model.tied and (stage.first or stage.last):
         builder.tie(HEAD, EMBEDDING)
     for name, reason in skipped:
@@ -35,23 +36,23 @@ def layout_of(
     return builder.build()
 
 
-def _replicated(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+def _replicated(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
     builder.tensor(tensor, shape, dtype)
     builder.shard(tensor, parameter.name)
 
 
-def _columns(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+def _columns(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
-    start = parameter.shape[1] * stage.tensor_rank
+    start = parameter.shape[1] * parameter.part.rank
     builder.tensor(tensor, shape, dtype)
     builder.shard(tensor, parameter.name, axis=1, start=start, stop=start + parameter.shape[1])
 
 
-def _vocabulary(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+def _vocabulary(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
     rows, hidden = parameter.shape
-    start = rows * stage.tensor_rank
+    start = rows * parameter.part.rank
     real = max(0, min(rows, model.vocabulary - start))
     if real:
         builder.tensor(tensor, shape, dtype)
@@ -60,15 +61,15 @@ def _vocabulary(builder: LayoutBuilder, model: DenseModel, stage: Stage, paramet
         builder.fill(parameter.name, real * hidden, (rows - real, hidden), (hidden, 1))
 
 
-def _gated(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+def _gated(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     rows, row = parameter.shape[0] // 2, math.prod(parameter.shape[1:])
-    start = rows * stage.tensor_rank
+    start = rows * parameter.part.rank
     for n, (tensor, shape) in enumerate(zip(parameter.logical, parameter.logical_shapes, strict=True)):
         builder.tensor(tensor, shape, dtype)
         builder.shard(tensor, parameter.name, start=start, stop=start + rows, offset=n * rows * row)
 
 
-def _grouped(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter: Parameter, dtype: str) -> None:
+def _grouped(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     """A group's rows are its query heads, its key head, its value head; ranks take equal runs of all groups' rows.
 
     A rank has whole groups, or, with more ranks than groups, some rows inside one group: then perhaps query rows only,
@@ -76,7 +77,7 @@ def _grouped(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter:
     """
     rows, tail = parameter.shape[0], parameter.shape[1:]
     row = math.prod(tail)
-    first, low = divmod(rows * stage.tensor_rank, model.group_rows)
+    first, low = divmod(rows * parameter.part.rank, model.group_rows)
     count, high = max(1, rows // model.group_rows), min(model.group_rows, low + rows)
     sizes = (model.queries * model.head, model.head, model.head)
     begins = accumulate(sizes, initial=0)
@@ -94,7 +95,7 @@ def _grouped(builder: LayoutBuilder, model: DenseModel, stage: Stage, parameter:
         builder.piece(tensor, box, parameter.name, (start - low) * row, strides)
 
 
-_PLACE: Mapping[Split, Callable[[LayoutBuilder, DenseModel, Stage, Parameter, str], None]] = {
+_PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], None]] = {
     Split.REPLICATED: _replicated,
     Split.COLUMNS: _columns,
     Split.VOCABULARY: _vocabulary,

@@ -6,15 +6,17 @@ Written against Megatron-Core 0.16.1 (`core/models/gpt/gpt_model.py`, `core/dist
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from weft.errors import ConfigError, NotSupportedError, PluginError
-from weft_megatron.family import DenseModel
+from weft_megatron.family import DecoderModel
+from weft_megatron.parameters import Part
 
 _INSTALL = "pip install 'weft-megatron[megatron]'"
 try:
@@ -32,6 +34,12 @@ if not str(megatron_core.__version__).startswith("0.16."):
     raise PluginError(f"weft-megatron knows megatron-core 0.16, found {megatron_core.__version__}: {_INSTALL}")
 
 
+_EXPERT = re.compile(
+    r"(?P<before>mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(?P<number>\d+)(?P<after>.*)"
+)
+"""A parameter of one of a layer's local experts: `SequentialMLP` numbers modules, `TEGroupedMLP` parameters."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One pipeline chunk of a live model, out of its wrappers."""
@@ -42,14 +50,19 @@ class Chunk:
     """`DistributedDataParallel` wrappers found around it."""
 
     @property
-    def tensor_rank(self) -> int:
-        """Rank in the tensor-parallel group that the model was built with."""
-        return int(self.module.pg_collection.tp.rank())
+    def tensor(self) -> Part:
+        """Place in the tensor-parallel group that the model was built with."""
+        return _place(self.module.pg_collection.tp)
 
     @property
-    def tensor_size(self) -> int:
-        """Size of that group."""
-        return int(self.module.pg_collection.tp.size())
+    def experts(self) -> Part:
+        """Place in its expert-parallel group."""
+        return _place(self.module.pg_collection.ep)
+
+    @property
+    def expert_tensor(self) -> Part:
+        """Place in the group that divides each of its experts."""
+        return _place(self.module.pg_collection.expt_tp)
 
     @property
     def first(self) -> bool:
@@ -72,11 +85,15 @@ class Chunk:
         return int(self.module.vocab_size)
 
     def global_name(self, name: str) -> str:
-        """A parameter's name with the global layer number."""
+        """A parameter's name with the global layer number, and the global number of its expert (trap 6)."""
         prefix = "decoder.layers."
         if not name.startswith(prefix):
             return name
         number, _, rest = name.removeprefix(prefix).partition(".")
+        layer = self.module.decoder.layers[int(number)]
+        if match := _EXPERT.fullmatch(rest):
+            expert = layer.mlp.local_expert_indices[int(match["number"])]
+            rest = f"{match['before']}{expert}{match['after']}"
         return f"{prefix}{self.layers[int(number)]}.{rest}"
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,13 +137,16 @@ def _unwrap(module: Any) -> Chunk:
     return Chunk(module, tuple(wrappers))
 
 
-def config_faults(chunk: Chunk, model: DenseModel) -> list[str]:
+def _place(group: torch.distributed.ProcessGroup) -> Part:
+    return Part(group.rank(), group.size())
+
+
+def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
     """Where the model's own configuration contradicts the Hugging Face config."""
     config = chunk.module.config
-    expected: Mapping[str, object] = {
+    expected: dict[str, object] = {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
-        "ffn_hidden_size": model.intermediate,
         "num_attention_heads": model.heads,
         "num_query_groups": model.groups,
         "kv_channels": model.head,
@@ -139,10 +159,12 @@ def config_faults(chunk: Chunk, model: DenseModel) -> list[str]:
         "layernorm_zero_centered_gamma": False,
         "rotary_interleaved": False,
         "multi_latent_attention": False,
-        "num_moe_experts": None,
         "mtp_num_layers": None,
         "attention_output_gate": False,
+        **_expected_experts(model),
     }
+    if model.has_dense_layers:
+        expected["ffn_hidden_size"] = model.intermediate
     # add_bias_linear implies the qkv biases whatever add_qkv_bias says.
     ignored = {"add_qkv_bias"} if model.linear_bias else set()
     faults = [
@@ -150,12 +172,47 @@ def config_faults(chunk: Chunk, model: DenseModel) -> list[str]:
         for name, value in expected.items()
         if name not in ignored and getattr(config, name) != value
     ]
+    if model.experts and _sparse_layers(config) != model.sparse_layers:
+        faults.append(
+            f"the model was built with moe_layer_freq={config.moe_layer_freq!r}, {model.family} of this config has "
+            f"experts in the layers {sorted(model.sparse_layers)}"
+        )
     if bool(chunk.module.share_embeddings_and_output_weights) != model.tied:
         faults.append(
             f"the model was built with share_embeddings_and_output_weights="
             f"{chunk.module.share_embeddings_and_output_weights}, the config says tie_word_embeddings={model.tied}"
         )
     return faults
+
+
+def _expected_experts(model: DecoderModel) -> dict[str, object]:
+    """What the configuration of a model with these experts, or with none, must say."""
+    if model.experts is None:
+        return {"num_moe_experts": None}
+    return {
+        "num_moe_experts": model.experts.count,
+        "moe_ffn_hidden_size": model.experts.intermediate,
+        "moe_router_topk": model.experts.chosen,
+        # Softmax over the chosen experts alone gives weights that add up to one.
+        "moe_router_pre_softmax": not model.experts.normalized,
+        "moe_router_score_function": "softmax",
+        # No checkpoint of the family has a place for these, or they give stored values another meaning.
+        "moe_router_enable_expert_bias": False,
+        "moe_router_topk_scaling_factor": None,
+        "moe_router_num_groups": None,
+        "moe_apply_probs_on_input": False,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_latent_size": None,
+        "moe_use_legacy_grouped_gemm": False,
+    }
+
+
+def _sparse_layers(config: Any) -> frozenset[int]:
+    """The layers with experts, by the rule of `get_gpt_decoder_block_spec` in `models/gpt/gpt_layer_specs.py`."""
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return frozenset(range(0, config.num_layers, frequency))
+    return frozenset(layer for layer, sparse in enumerate(frequency) if sparse)
 
 
 def finish_parameter_gathers(chunks: Sequence[Chunk]) -> None:
