@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from weft.testing.broken import Fault, stores, transports
+from weft.testing.broken import Fault, encodings, stores, transports
 from weft.testing.suite import Suite, within
 
 HEAD = """\
 import pytest
+from weft.testing.encodings import EncodingSuite
 from weft.local import LocalHub
 from weft.testing.stores import StoreSuite
 from weft.testing.transports import TransportSuite
@@ -38,6 +39,13 @@ class Test_{name}(StoreSuite):
     def url(self, tmp_path):
         return f"{plugin}://{{tmp_path}}/store"
 """
+ENCODING = """
+class Test_{name}(EncodingSuite):
+    name, dtypes, seconds = "{plugin}", (("float32", "bfloat16"),), {seconds}
+
+    def reference(self, source, dtype):
+        return source.to(dtype)
+"""
 
 
 def failures(folder: Path, template: str, faults: Sequence[Fault]) -> Mapping[str, str]:
@@ -48,8 +56,10 @@ def failures(folder: Path, template: str, faults: Sequence[Fault]) -> Mapping[st
     metadata = folder / "weft_broken-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: weft-broken\nVersion: 1\n")
-    schemes = [f"{scheme} = weft.testing.broken.stores:open_broken\n" for scheme in stores.KINDS]
-    (metadata / "entry_points.txt").write_text("[weft.stores]\n" + "".join(schemes))
+    points = ["[weft.stores]", *(f"{scheme} = weft.testing.broken.stores:open_broken" for scheme in stores.KINDS)]
+    broken = [(fault.plugin, fault.plugin.replace("-", "_")) for fault in encodings.FAULTS]
+    points += ["[weft.encodings]", *(f"{name} = weft.testing.broken.encodings:{value}" for name, value in broken)]
+    (metadata / "entry_points.txt").write_text("\n".join(points))
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
     tests = [f"test_broken.py::Test_{fault.plugin.replace('-', '_')}::{fault.test}" for fault in faults]
     command = [sys.executable, "-m", "pytest", "-q", "--junitxml=result.xml", "-p", "no:cacheprovider", *tests]
@@ -65,7 +75,9 @@ def failures(folder: Path, template: str, faults: Sequence[Fault]) -> Mapping[st
 
 
 @pytest.mark.parametrize(
-    ("template", "faults"), [(TRANSPORT, transports.FAULTS), (STORE, stores.FAULTS)], ids=["transports", "stores"]
+    ("template", "faults"),
+    [(TRANSPORT, transports.FAULTS), (STORE, stores.FAULTS), (ENCODING, encodings.FAULTS)],
+    ids=["transports", "stores", "encodings"],
 )
 def test_a_suite_fails_every_broken_plugin_for_its_own_reason(
     template: str, faults: Sequence[Fault], tmp_path: Path
