@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from models import save_checkpoint
+from models import as_loaded, save_checkpoint
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.distributed.parallel_state import get_tp_group
@@ -22,15 +21,17 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from weft.layout import Kind
 from weft_vllm import adapter, plugin
 from weft_vllm.compat import base_loader
 from weft_vllm.target import VllmTarget
 
 
-def recorded(config: Any, rank: int, tp: int) -> VllmTarget:
+def recorded(config: Any, rank: int, parallel: dict[str, int]) -> VllmTarget:
     """The target of one rank's model, with weights that were never loaded."""
     group = get_tp_group()
-    group.rank_in_group, group.world_size = rank, tp
+    group.rank_in_group, group.world_size = rank, parallel["tp"]
+    config.parallel_config.enable_expert_parallel = "ep" in parallel
     config.compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(torch.bfloat16):
         model = initialize_model(config)
@@ -38,35 +39,45 @@ def recorded(config: Any, rank: int, tp: int) -> VllmTarget:
     return VllmTarget.from_worker(model, config)
 
 
+DENSE = [{"tp": 1}, {"tp": 2}, {"tp": 4}]
+MIXTURE = [*DENSE, {"tp": 2, "ep": 2}, {"tp": 4, "ep": 4}]
+
+
 def main() -> None:
     directory = Path(sys.argv[2])
     plugin.register()
     results: dict[str, Any] = {}
-    for family in ("llama", "qwen2", "qwen3"):
-        for tied in (True, False):
-            for kv_heads in (1, 4):
-                path = directory / f"{family}-{tied}-{kv_heads}"
-                model = save_checkpoint(path, family=family, tied=tied, kv_heads=kv_heads, seed=1, dtype=torch.bfloat16)
-                engine = EngineArgs(
-                    model=str(path), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=64,
-                    weight_transfer_config={"backend": "weft"},
-                )  # fmt: skip
-                config = engine.create_engine_config()
-                with set_current_vllm_config(config):
-                    if not results:
-                        init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
-                        initialize_model_parallel(1, 1)
-                    for tp in (1, 2, 4):
-                        analytic = adapter.layouts(model.config.to_dict(), {"tp": tp}, "bfloat16")
-                        for rank in range(tp):
-                            target = recorded(config, rank, tp)
-                            layout = replace(target.layout(), skipped=())
-                            results[f"{path.name} tp {tp} rank {rank}"] = {
-                                "equal": layout.address == analytic[rank].address,
-                                "loader_landed": target.recorded.loader_landed,
-                                "never_written": target.never_written(),
-                                "pieces": len(layout.pieces),
-                            }
+    dense = [
+        (family, tied, kv, {}) for family in ("llama", "qwen2", "qwen3") for tied in (True, False) for kv in (1, 4)
+    ]
+    # A layer without experts, and a number of them that does not divide; first, since vLLM makes the group of expert
+    # parallelism only for a model that has any.
+    mixture = ("qwen3_moe", False, 2, {"mlp_only_layers": [0], "num_experts": 6})
+    for family, tied, kv_heads, more in [mixture, *dense]:
+        path = directory / f"{family}-{tied}-{kv_heads}"
+        model = save_checkpoint(path, family=family, tied=tied, kv_heads=kv_heads, seed=1, dtype=torch.bfloat16, **more)
+        engine = EngineArgs(
+            model=str(path), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=64,
+            weight_transfer_config={"backend": "weft"},
+        )  # fmt: skip
+        config = engine.create_engine_config()
+        with set_current_vllm_config(config):
+            if not results:
+                init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
+                initialize_model_parallel(1, 1)
+            for parallel in MIXTURE if more else DENSE:
+                analytic = adapter.layouts(model.config.to_dict(), parallel, "bfloat16")
+                for rank, described in enumerate(analytic):
+                    target = recorded(config, rank, parallel)
+                    layout = target.layout()
+                    packed = [buffer.name for buffer in layout.buffers if buffer.kind is Kind.SCRATCH]
+                    results[f"{path.name} {parallel} rank {rank}"] = {
+                        "equal": as_loaded(layout).address == described.address,
+                        "packed": packed,
+                        "loader_landed": target.recorded.loader_landed,
+                        "never_written": target.never_written(),
+                        "pieces": len(layout.pieces),
+                    }
     print("RESULT " + json.dumps(results), flush=True)
 
 

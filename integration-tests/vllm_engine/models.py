@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import (
     LlamaConfig,
@@ -15,7 +17,9 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-)  # fmt: skip
+)
+
+from weft.layout import Kind, Layout
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -89,6 +93,12 @@ def gaps(model: Any, asked: list[list[int]], got: list[list[int]], want: list[li
             best = model(torch.tensor([prompt + reference[:first]])).logits[0, -1].float().topk(2).values
             found.append(float(best[0] - best[1]))
     return found
+
+
+def as_loaded(layout: Layout) -> Layout:
+    """A recorded layout without what only a live engine says: what it leaves out, and which buffers it packs."""
+    plain = tuple(msgspec.structs.replace(buffer, kind=Kind.LIVE) for buffer in layout.buffers)
+    return replace(layout, skipped=(), buffers=plain)
 
 
 def expected_parameters(

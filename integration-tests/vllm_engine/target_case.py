@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from models import NEW_TOKENS, expected_parameters, gaps, prompts, reference_tokens, save_checkpoint
+from models import NEW_TOKENS, as_loaded, expected_parameters, gaps, prompts, reference_tokens, save_checkpoint
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm._custom_ops import cpu_prepack_moe_weight
@@ -31,7 +30,7 @@ def build(worker: Any) -> dict[str, Any]:
         **worker.weft_target.report(),
         "dtypes": sorted({tensor.dtype for tensor in layout.tensors}),
         "ties": [[tie.alias, tie.name] for tie in layout.ties],
-        "encoded": replace(layout, skipped=()).encoded.hex(),
+        "encoded": as_loaded(layout).encoded.hex(),
     }
 
 
@@ -125,7 +124,8 @@ def main() -> None:
 
     config = models[0].config.to_dict()
     result: dict[str, Any] = {"ranks": llm.collective_rpc(build), "versions": []}
-    analytic = adapter.layouts(config, {"tp": case["tp"]}, case["dtype"])
+    parallel = {"tp": case["tp"], "ep": case["tp"] if case.get("ep") else 1}
+    analytic = adapter.layouts(config, parallel, case["dtype"])
     result["analytic_equal"] = [
         r.pop("encoded") == a.encoded.hex() for r, a in zip(result["ranks"], analytic, strict=True)
     ]

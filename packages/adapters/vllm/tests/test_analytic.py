@@ -12,13 +12,14 @@ from weft.layout import Layout
 from weft_vllm import adapter
 
 HIDDEN, HEAD, INNER, VOCABULARY = 8, 4, 24, 67
+EXPERTS, EXPERT_INNER = 5, 16
 
 
 def config(family: str, heads: int = 8, kv_heads: int = 2, tied: bool = False, **more: Any) -> dict[str, Any]:
     return {
         "model_type": family, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": HEAD, "vocab_size": VOCABULARY,
-        "tie_word_embeddings": tied, **more,
+        "tie_word_embeddings": tied, "num_experts": EXPERTS, "moe_intermediate_size": EXPERT_INNER, **more,
     }  # fmt: skip
 
 
@@ -76,6 +77,41 @@ def test_every_rank_holds_its_slices(family: str, tp: int, kv_heads: int) -> Non
         assert np.array_equal(held[f"{prefix}.mlp.down_proj.weight"], np.split(down, tp, axis=1)[rank].ravel())
 
 
+@pytest.mark.trap(17)
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tp": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "dp": 2, "ep": 4}], ids=lambda p: "-".join(p) or "one"
+)
+def test_experts_are_cut_or_spread_whole(parallel: dict[str, int]) -> None:
+    tp, ep = parallel.get("tp", 1), parallel.get("ep", 1)
+    layouts = adapter.layouts(config("qwen3_moe", mlp_only_layers=[0]), parallel, "bfloat16")
+    assert (len(layouts), adapter.replicas(parallel)) == (max(tp, ep), 1)
+    ranges = np.array_split(np.arange(EXPERTS), ep) if ep > 1 else [np.arange(EXPERTS)] * tp
+    cut = tp if ep == 1 else 1
+    for rank, layout in enumerate(layouts):
+        values = numbered(layout)
+        held = executed(layout, values)
+        assert all((memory != -1).all() for memory in held.values())
+        assert "model.layers.0.mlp.gate_up_proj.weight" in held
+        mlp = "model.layers.1.mlp"
+        assert np.array_equal(held[f"{mlp}.gate.weight"], values[f"{mlp}.gate.weight"].ravel())
+        named = [name for name in values if name.endswith("up_proj.weight") and ".experts." in name]
+        assert sorted(named) == [f"{mlp}.experts.{n}.up_proj.weight" for n in ranges[rank]]
+        w13, w2 = [], []
+        for expert in ranges[rank]:
+            gate, up, down = (values[f"{mlp}.experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            w13 += [np.split(part, cut)[rank % cut].ravel() for part in (gate, up)]
+            w2.append(np.split(down, cut, axis=1)[rank % cut].ravel())
+        assert np.array_equal(held[f"{mlp}.experts.routed_experts.w13_weight"], np.concatenate(w13))
+        assert np.array_equal(held[f"{mlp}.experts.routed_experts.w2_weight"], np.concatenate(w2))
+
+
+def test_the_number_of_experts_as_transformers_writes_it() -> None:
+    written = config("qwen3_moe", num_local_experts=EXPERTS)
+    del written["num_experts"]
+    (read,), (said,) = (adapter.layouts(c, {}, "bfloat16") for c in (written, config("qwen3_moe")))
+    assert read.address == said.address
+
+
 @pytest.mark.trap(13)
 def test_families_differ_in_biases_norms_and_ties() -> None:
     def names(*arguments: Any, **options: Any) -> set[str]:
@@ -103,6 +139,16 @@ def test_ranks_of_replicas_follow_one_another_and_share_layouts() -> None:
 def test_what_does_not_divide_or_is_not_known_is_named() -> None:
     with pytest.raises(ConfigError, match=r"heads 8 over tp 3.*KV heads 2 against tp 3"):
         adapter.layouts(config("qwen3"), {"tp": 3}, "bfloat16")
+    with pytest.raises(ConfigError, match=r"ep 4 is not tp 2 · dp 1 = 2"):
+        adapter.world_size({"tp": 2, "ep": 4})
+    with pytest.raises(ConfigError, match=r"dp 2 without ep.*say ep4"):
+        adapter.layouts(config("qwen3_moe"), {"tp": 2, "dp": 2}, "bfloat16")
+    with pytest.raises(ConfigError, match="expert width 12 over tp 8"):
+        adapter.layouts(config("qwen3_moe", moe_intermediate_size=12), {"tp": 8}, "bfloat16")
+    with pytest.raises(ConfigError, match="experts 5 over ep 8"):
+        adapter.layouts(config("qwen3_moe"), {"tp": 8, "ep": 8}, "bfloat16")
+    with pytest.raises(ConfigError, match="num_experts"):
+        adapter.layouts({**config("qwen3_moe"), "num_experts": None}, {}, "bfloat16")
     with pytest.raises(ConfigError, match="pp: vllm has tp, dp"):
         adapter.world_size({"tp": 2, "pp": 2})
     with pytest.raises(NotSupportedError, match="mixtral"):
