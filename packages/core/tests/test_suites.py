@@ -8,20 +8,25 @@ import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from weft.testing.broken import Fault, encodings, stores, transports
+from weft.testing.broken import Fault, encodings, sources, stores, targets, transports
+from weft.testing.sources import SourceSuite, Trainer
 from weft.testing.suite import Suite, within
+from weft.testing.targets import Engine, TargetSuite
 
 HEAD = """\
 import pytest
+from weft.testing.broken import sources, targets
 from weft.testing.encodings import EncodingSuite
+from weft.testing.sources import SourceSuite
 from weft.local import LocalHub
 from weft.testing.stores import StoreSuite
+from weft.testing.targets import TargetSuite
 from weft.testing.transports import TransportSuite
 """
 TRANSPORT = """
@@ -45,6 +50,22 @@ class Test_{name}(EncodingSuite):
 
     def reference(self, source, dtype):
         return source.to(dtype)
+"""
+SOURCE = """
+class Test_{name}(SourceSuite):
+    seconds = {seconds}
+
+    @pytest.fixture
+    def make(self):
+        return lambda: sources.trainer("{plugin}")
+"""
+TARGET = """
+class Test_{name}(TargetSuite):
+    seconds = {seconds}
+
+    @pytest.fixture
+    def make(self):
+        return lambda: targets.engine("{plugin}")
 """
 
 
@@ -76,8 +97,14 @@ def failures(folder: Path, template: str, faults: Sequence[Fault]) -> Mapping[st
 
 @pytest.mark.parametrize(
     ("template", "faults"),
-    [(TRANSPORT, transports.FAULTS), (STORE, stores.FAULTS), (ENCODING, encodings.FAULTS)],
-    ids=["transports", "stores", "encodings"],
+    [
+        (TRANSPORT, transports.FAULTS),
+        (STORE, stores.FAULTS),
+        (SOURCE, sources.FAULTS),
+        (TARGET, targets.FAULTS),
+        (ENCODING, encodings.FAULTS),
+    ],
+    ids=["transports", "stores", "sources", "targets", "encodings"],
 )
 def test_a_suite_fails_every_broken_plugin_for_its_own_reason(
     template: str, faults: Sequence[Fault], tmp_path: Path
@@ -87,6 +114,22 @@ def test_a_suite_fails_every_broken_plugin_for_its_own_reason(
     found = failures(tmp_path, template, faults)
     silent = [fault for fault in faults if fault.says not in found.get(fault.plugin.replace("-", "_"), "")]
     assert not silent, "\n".join(f"{fault}: {found.get(fault.plugin.replace('-', '_'), 'passed')}" for fault in silent)
+
+
+class TestHonestSource(SourceSuite):
+    """What the broken sources are made of keeps the contract."""
+
+    @pytest.fixture
+    def make(self) -> Callable[[], Trainer]:
+        return lambda: sources.trainer("honest")
+
+
+class TestHonestTarget(TargetSuite):
+    """What the broken targets are made of keeps the contract."""
+
+    @pytest.fixture
+    def make(self) -> Callable[[], Engine]:
+        return lambda: targets.engine("honest")
 
 
 class Example(Suite):
