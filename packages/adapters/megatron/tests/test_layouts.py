@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from weft.errors import ConfigError, NotSupportedError
 from weft.layout import Layout
-from weft_megatron import MegatronAdapter, adapter
+from weft_megatron import MegatronAdapter, Spec, adapter
+from weft_megatron.family import DecoderModel
 from weft_megatron.mesh import padded_vocabulary
+from weft_megatron.table import name_map
 
-from .reference import State, logical_state, megatron_shard
+from .reference import State, engine_names, logical_state, megatron_shard, places
 
 POISON = torch.tensor(float("nan")).view(torch.int32).item()
 
@@ -36,6 +38,15 @@ def make_config(**changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def make_experts(**changes: Any) -> dict[str, Any]:
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+    return make_config(**(experts | changes))
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     """A config, parallel sizes and a vocabulary divisor that Megatron accepts."""
@@ -43,7 +54,7 @@ def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 8, 12) if n % tp == 0 or tp % n == 0]))
     queries = draw(st.sampled_from([n for n in range(1, 9) if n * groups % tp == 0]))
     head = draw(st.sampled_from([n for n in range(1, 17) if groups * (queries + 2) * n % tp == 0]))
-    family = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
+    family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"]))
     config = make_config(
         model_type=family,
         hidden_size=draw(st.integers(1, 9)),
@@ -55,9 +66,21 @@ def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
         vocab_size=draw(st.integers(1, 40)),
         tie_word_embeddings=draw(st.booleans()),
     )
-    if family == "llama" and draw(st.booleans()):
+    sizes = {"tp": tp, "pp": pp, "dp": draw(st.integers(1, 3))}
+    biased = family in ("llama", "qwen3_moe") and draw(st.booleans())
+    if biased:
         config |= {"attention_bias": True, "mlp_bias": True}
-    return config, {"tp": tp, "pp": pp, "dp": draw(st.integers(1, 2))}, draw(st.sampled_from([1, 2, 5, 16]))
+    if family == "qwen3_moe":
+        sizes["etp"] = 1 if biased else draw(st.sampled_from(divisors(tp * sizes["dp"])))
+        sizes["ep"] = draw(st.sampled_from(divisors(tp * sizes["dp"] // sizes["etp"])))
+        config |= {
+            "num_experts": sizes["ep"] * draw(st.integers(1, 3)),
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": sizes["etp"] * draw(st.integers(1, 4)),
+            "decoder_sparse_step": draw(st.integers(1, 2)),
+            "mlp_only_layers": draw(st.lists(st.integers(0, 3), max_size=2)),
+        }
+    return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
 
 def write(layout: Layout, state: State) -> State:
@@ -80,30 +103,56 @@ def bits(tensor: torch.Tensor) -> list[int]:
     return tensor.reshape(-1).view(torch.int32).tolist()
 
 
-@pytest.mark.trap(1, 3, 4, 5, 14)
-@settings(max_examples=150, deadline=None)
-@given(jobs())
-def test_every_rank_holds_what_independent_slicing_gives(job: tuple[dict[str, Any], dict[str, int], int]) -> None:
+@pytest.mark.trap(1, 2, 3, 4, 5, 6, 7, 14)
+@settings(max_examples=200, deadline=None)
+@given(jobs(), st.sampled_from(Spec))
+def test_every_rank_holds_what_independent_slicing_gives(
+    job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
+) -> None:
     config, sizes, divisor = job
     state, padded = logical_state(config), padded_vocabulary(config["vocab_size"], divisor, sizes["tp"])
-    layouts = MegatronAdapter(make_vocab_size_divisible_by=divisor).layouts(config, sizes, "float32")
-    covered = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in state.items()}
+    if DecoderModel.from_config(config).experts is None:
+        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
+    layouts = MegatronAdapter(make_vocab_size_divisible_by=divisor, spec=spec).layouts(config, sizes, "float32")
+    holders = {name: torch.zeros(tensor.shape, dtype=torch.int32) for name, tensor in state.items()}
     assert len(layouts) == sizes["tp"] * sizes["pp"] * sizes["dp"]
-    for rank, layout in enumerate(layouts):
-        # tp varies fastest, then dp, then pp, in Megatron's default order
-        tp_rank, pp_rank = rank % sizes["tp"], rank // (sizes["tp"] * sizes["dp"])
-        expected = megatron_shard(config, state, tp_rank, sizes["tp"], pp_rank, sizes["pp"], padded)
+    for place, layout in zip(places(sizes), layouts, strict=True):
+        expected = megatron_shard(config, state, place, padded)
+        if spec is not Spec.LOCAL:
+            expected = engine_names(config, expected, grouped=spec is Spec.GROUPED)
         found = write(layout, state)
         assert sorted(found) == sorted(expected)
         for name, tensor in expected.items():
             assert bits(found[name]) == bits(tensor), name
         for piece in layout:
-            whole = covered[piece.tensor].reshape(piece.box.factors)
-            whole[tuple(slice(low, high) for low, high in zip(piece.box.lo, piece.box.hi, strict=True))] = True
+            whole = holders[piece.tensor].reshape(piece.box.factors)
+            whole[tuple(slice(low, high) for low, high in zip(piece.box.lo, piece.box.hi, strict=True))] += 1
         assert {tensor.name: tensor.shape for tensor in layout.tensors}.items() <= {
             name: tuple(tensor.shape) for name, tensor in state.items()
         }.items()
-    assert all(bool(tensor.all()) for tensor in covered.values())
+    assert all(bool(tensor.all()) for tensor in holders.values())
+    copies = sizes["tp"] * sizes["dp"] // (sizes.get("ep", 1) * sizes.get("etp", sizes["tp"]))
+    for name in (name for name in holders if ".experts." in name and not name.endswith("down_proj.bias")):
+        assert bool((holders[name] == copies).all()), name
+
+
+@pytest.mark.trap(6)
+@settings(max_examples=50, deadline=None)
+@given(jobs(), st.sampled_from(Spec))
+def test_names_of_all_ranks_together_are_those_of_the_map(
+    job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
+) -> None:
+    config, sizes, divisor = job
+    model = DecoderModel.from_config(config)
+    if model.experts is None:
+        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
+    layouts = MegatronAdapter(make_vocab_size_divisible_by=divisor, spec=spec).layouts(config, sizes, "float32")
+    names = name_map(model, spec)
+    names.check(buffer.name for layout in layouts for buffer in layout.buffers)
+    for layout in layouts:
+        for piece in layout:
+            assert piece.tensor in names.logical(piece.buffer)
+            assert piece.buffer in names.local(piece.tensor)
 
 
 @pytest.mark.trap(8)
@@ -182,6 +231,62 @@ def test_layers_keep_their_global_numbers_on_every_stage() -> None:
     assert {b.name for b in layouts[1].buffers} & {b.name for b in layouts[0].buffers} == set()
 
 
+@pytest.mark.trap(6)
+def test_experts_keep_their_global_numbers_on_every_rank() -> None:
+    layouts = adapter.layouts(make_experts(), {"dp": 4, "ep": 2}, "float32")
+    experts = [{int(b.name.split(".")[6]) for b in layout.buffers if ".local_experts." in b.name} for layout in layouts]
+    assert experts == [{0, 1}, {2, 3}, {0, 1}, {2, 3}]
+    assert layouts[0] is layouts[2]
+    assert [layout.groups for layout in layouts] == [("embedding", "layers.0", "layers.1", "output")] * 4
+
+
+@pytest.mark.trap(4)
+def test_experts_are_divided_by_their_own_tensor_parallel_size() -> None:
+    name = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight"
+    for sizes, rows in (
+        ({"tp": 2, "etp": 1}, [[(0, 6), (0, 6)]] * 2),
+        ({"dp": 2, "etp": 2}, [[(0, 3), (0, 3)], [(3, 6), (3, 6)]]),
+    ):
+        layouts = adapter.layouts(make_experts(), sizes, "float32")
+        found = [[(p.box.lo[-2], p.box.hi[-2]) for p in layout if p.buffer == name] for layout in layouts]
+        assert found == rows
+
+
+@pytest.mark.trap(17)
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"dp": 3, "ep": 3}, ["experts 4 is not a multiple of ep=3"]),
+        ({"tp": 4, "etp": 4, "dp": 3, "ep": 3}, ["experts 4", "ep=3", "expert intermediate size 6", "etp=4"]),
+        ({"dp": 4, "ep": 8}, ["4 ranks", "etp 1 x ep 8 x pp 1 = 8"]),
+    ],
+)
+def test_experts_that_do_not_divide_are_an_error_that_names_the_numbers(
+    sizes: dict[str, int], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapter.layouts(make_experts(), sizes, "float32")
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_biases_of_experts_that_are_divided_are_refused_as_megatron_refuses_them() -> None:
+    config = make_experts(attention_bias=True, mlp_bias=True)
+    with pytest.raises(ConfigError, match="biases do not divide among etp=2"):
+        adapter.layouts(config, {"dp": 2, "etp": 2}, "float32")
+
+
+def test_a_model_without_layers_for_experts_is_dense() -> None:
+    config = make_experts(mlp_only_layers=[0, 1])
+    assert adapter.layouts(config, {}, "float32")[0] == adapter.layouts(make_config(), {}, "float32")[0]
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_both_names_of_the_number_of_experts_are_read(key: str) -> None:
+    config = {name: value for name, value in make_experts().items() if name != "num_experts"}
+    layout = adapter.layouts(config | {key: 4}, {}, "float32")[0]
+    assert layout == adapter.layouts(make_experts(), {}, "float32")[0]
+
+
 def test_norms_may_have_a_dtype_of_their_own() -> None:
     layout = MegatronAdapter(norm_dtype="float32").layouts(make_config(), {"tp": 2}, "bfloat16")[0]
     dtypes = {buffer.name.split(".")[-2]: buffer.dtype for buffer in layout.buffers}
@@ -213,6 +318,13 @@ def test_every_size_that_does_not_divide_is_named() -> None:
         assert word in str(caught.value)
     with pytest.raises(ConfigError, match="3 layers do not divide into pp=2"):
         adapter.layouts(make_config(num_hidden_layers=3), {"pp": 2}, "float32")
+
+
+def test_every_missing_size_of_experts_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapter.layouts(make_config(model_type="qwen3_moe", num_experts_per_tok=0), {}, "float32")
+    for word in ("num_experts is None", "num_experts_per_tok is 0", "moe_intermediate_size is None"):
+        assert word in str(caught.value)
 
 
 def test_every_missing_size_of_a_config_is_named() -> None:

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft import Layout, Member, execute, plan
+from weft.errors import WeftError
 from weft_megatron import MegatronAdapter
 from weft_megatron.mesh import padded_vocabulary
 
-from .reference import State, logical_state, megatron_shard
+from .reference import State, logical_state, megatron_shard, places
 
-SIZES = st.fixed_dictionaries({"tp": st.sampled_from([1, 2, 4]), "pp": st.integers(1, 2), "dp": st.integers(1, 2)})
+EXPERTS = 4
 HEAD = 2
 MODEL: dict[str, Any] = {
     "model_type": "qwen3",
@@ -29,13 +30,32 @@ MODEL: dict[str, Any] = {
     "vocab_size": 2000,
     "tie_word_embeddings": True,
 }
+EXPERT_SIZES: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 8,
+    "head_dim": 4,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "intermediate_size": 16,
+    "vocab_size": 20,
+}
+
+
+@st.composite
+def sizes_of(draw: st.DrawFn) -> dict[str, int]:
+    """Of a mesh, with expert axes; `etp` 1 where there would be more parts than rows."""
+    sizes = {"tp": draw(st.sampled_from([1, 2, 4])), "pp": draw(st.integers(1, 2)), "dp": draw(st.integers(1, 2))}
+    ranks = sizes["tp"] * sizes["dp"]
+    etp = draw(st.sampled_from([n for n in (1, 2, 4) if ranks % n == 0]))
+    return sizes | {"etp": etp, "ep": draw(st.sampled_from([n for n in (1, 2, 4) if ranks // etp % n == 0]))}
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """A model that fits every one of `SIZES`."""
+    """A model that fits every one of `sizes_of`."""
     return {
-        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3"])),
+        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
         "hidden_size": draw(st.integers(1, 5)),
         "num_hidden_layers": 2,
         "num_attention_heads": 4 * draw(st.integers(1, 2)),
@@ -44,6 +64,10 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "intermediate_size": 4 * draw(st.integers(1, 3)),
         "vocab_size": draw(st.integers(1, 30)),
         "tie_word_embeddings": draw(st.booleans()),
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 4 * draw(st.integers(1, 2)),
+        "mlp_only_layers": draw(st.lists(st.integers(0, 1), max_size=1)),
     }
 
 
@@ -60,32 +84,39 @@ def member(name: str, source: Layout | None, target: Layout | None) -> Member:
     )
 
 
+def meshed(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes without expert axes for a model that has no experts."""
+    expert_axes = ("ep", "etp") if config["model_type"] != "qwen3_moe" else ()
+    return {axis: size for axis, size in sizes.items() if axis not in expert_axes}
+
+
 def shards(config: dict[str, Any], state: State, sizes: dict[str, int], divisor: int) -> list[State]:
     """What every rank holds, in Megatron's default rank order."""
     padded = padded_vocabulary(config["vocab_size"], divisor, sizes["tp"])
-    return [
-        megatron_shard(config, state, tp, sizes["tp"], pp, sizes["pp"], padded)
-        for pp in range(sizes["pp"])
-        for _ in range(sizes["dp"])
-        for tp in range(sizes["tp"])
-    ]
+    return [megatron_shard(config, state, place, padded) for place in places(sizes)]
 
 
 def flat(ranks: Sequence[State]) -> list[State]:
     return [{name: tensor.reshape(-1).clone() for name, tensor in rank.items()} for rank in ranks]
 
 
-@pytest.mark.trap(4, 5, 8, 13, 14)
-@settings(max_examples=40, deadline=None)
-@given(configs(), SIZES, SIZES, st.sampled_from([1, 3, 8]), st.sampled_from([1, 3, 8]))
+@pytest.mark.trap(4, 5, 6, 8, 13, 14)
+@settings(max_examples=60, deadline=None)
+@given(configs(), sizes_of(), sizes_of(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 3, 8]))
 def test_any_mesh_feeds_any_other(
     config: dict[str, Any], source_sizes: dict[str, int], target_sizes: dict[str, int], divisor: int, other: int
 ) -> None:
+    check_arrival(config, meshed(config, source_sizes), meshed(config, target_sizes), divisor, other)
+
+
+def check_arrival(
+    config: dict[str, Any], source_sizes: dict[str, int], target_sizes: dict[str, int], divisor: int, other: int
+) -> None:
+    """Weights planned from one mesh to another arrive in poisoned memory."""
     state = logical_state(config)
     held = MegatronAdapter(make_vocab_size_divisible_by=divisor).layouts(config, source_sizes, "float32")
     wanted = MegatronAdapter(make_vocab_size_divisible_by=other).layouts(config, target_sizes, "float32")
-    sources = [member(f"trainer/{rank}", layout, None) for rank, layout in enumerate(held)]
-    targets = [member(f"rollout/{rank}", None, layout) for rank, layout in enumerate(wanted)]
+    sources, targets = members(held, wanted)
     layouts = {layout.address: layout for layout in (*held, *wanted)}
     planned = plan(sources, targets, layouts)
     source_memory = flat(shards(config, state, source_sizes, divisor))
@@ -102,15 +133,51 @@ def test_any_mesh_feeds_any_other(
             assert torch.equal(found[name].view(torch.int32), part.view(torch.int32)), name
 
 
+def members(held: Sequence[Layout], wanted: Sequence[Layout]) -> tuple[list[Member], list[Member]]:
+    """Sources and targets, one for each layout."""
+    return (
+        [member(f"trainer/{rank}", layout, None) for rank, layout in enumerate(held)],
+        [member(f"rollout/{rank}", None, layout) for rank, layout in enumerate(wanted)],
+    )
+
+
+@pytest.mark.trap(7)
+@pytest.mark.parametrize(("source", "target"), [({"dp": 4, "ep": 2}, {"dp": 4, "ep": 4}), ({"dp": 2, "ep": 2}, {})])
+def test_every_expert_gets_its_own_small_tensors(source: dict[str, int], target: dict[str, int]) -> None:
+    config = MODEL | EXPERT_SIZES | {"attention_bias": True, "mlp_bias": True}
+    biases = [name for name in logical_state(config) if ".experts." in name and name.endswith("down_proj.bias")]
+    assert len(biases) == EXPERTS * config["num_hidden_layers"]
+    check_arrival(config, {"tp": 1, "pp": 1, "dp": 1} | source, {"tp": 1, "pp": 1, "dp": 1} | target, 1, 1)
+
+
+@pytest.mark.trap(6, 12)
+def test_ranks_that_disagree_about_their_experts_are_an_error() -> None:
+    adapter, config = MegatronAdapter(), MODEL | EXPERT_SIZES
+    first, second = adapter.layouts(config, {"dp": 2, "ep": 2}, "float32")
+    for held in ([first, first], [second, second]):
+        sources, targets = members(held, [first, second])
+        with pytest.raises(WeftError) as caught:
+            plan(sources, targets, {layout.address: layout for layout in (first, second)})
+        missing = 2 if held[0] is first else 0
+        assert f"model.layers.0.mlp.experts.{missing}.gate_proj.weight" in str(caught.value)
+
+
+def test_a_mixture_of_18867_tensors_plans_to_full_coverage() -> None:
+    config = MODEL | EXPERT_SIZES | {"num_hidden_layers": 48, "num_experts": 128, "tie_word_embeddings": False}
+    adapter = MegatronAdapter()
+    held = adapter.layouts(config, {"tp": 2, "pp": 2, "dp": 4, "ep": 4, "etp": 1}, "bfloat16")
+    wanted = adapter.layouts(config, {"dp": 4, "ep": 4}, "bfloat16")
+    assert len({tensor.name for layout in wanted for tensor in layout.tensors}) == 18_867
+    planned = plan(*members(held, wanted), {layout.address: layout for layout in (*held, *wanted)})
+    padding = sum(fill.sizes[0] * fill.sizes[1] * 2 for layout in wanted for fill in layout.fills)
+    assert planned.statistics.bytes == sum(layout.nbytes for layout in wanted) - padding
+
+
 @pytest.mark.trap(5, 20)
 def test_a_change_of_tensor_parallel_size_needs_few_copies() -> None:
     adapter = MegatronAdapter()
     held, wanted = (adapter.layouts(MODEL, {"tp": tp}, "bfloat16") for tp in (2, 4))
-    planned = plan(
-        [member(f"trainer/{rank}", layout, None) for rank, layout in enumerate(held)],
-        [member(f"rollout/{rank}", None, layout) for rank, layout in enumerate(wanted)],
-        {layout.address: layout for layout in (*held, *wanted)},
-    )
+    planned = plan(*members(held, wanted), {layout.address: layout for layout in (*held, *wanted)})
     # A target rank lies inside one source rank, so a piece is one copy; vocabulary shards may straddle.
     assert len(planned.copies) <= sum(len(layout.pieces) for layout in wanted) + 4
 
@@ -119,11 +186,7 @@ def test_a_change_of_tensor_parallel_size_needs_few_copies() -> None:
 def test_data_parallel_replicas_share_the_sending() -> None:
     adapter = MegatronAdapter()
     held, wanted = adapter.layouts(MODEL, {"tp": 2, "dp": 2}, "bfloat16"), adapter.layouts(MODEL, {"tp": 2}, "bfloat16")
-    planned = plan(
-        [member(f"trainer/{rank}", layout, None) for rank, layout in enumerate(held)],
-        [member(f"rollout/{rank}", None, layout) for rank, layout in enumerate(wanted)],
-        {layout.address: layout for layout in (*held, *wanted)},
-    )
+    planned = plan(*members(held, wanted), {layout.address: layout for layout in (*held, *wanted)})
     statistics = planned.statistics
     assert statistics.egress_max_over_mean < 1.1
     padding = sum(fill.sizes[0] * fill.sizes[1] * 2 for layout in wanted for fill in layout.fills)

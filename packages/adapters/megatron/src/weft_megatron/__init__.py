@@ -10,11 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from weft_megatron.adapter import MegatronAdapter
+from weft_megatron.table import Spec
 
 if TYPE_CHECKING:
     from weft_megatron.live import MegatronSource, MegatronTarget, member_name
 
-__all__ = ["MegatronAdapter", "MegatronSource", "MegatronTarget", "adapter", "member_name"]
+__all__ = ["MegatronAdapter", "MegatronSource", "MegatronTarget", "Spec", "adapter", "member_name"]
 
 adapter = MegatronAdapter()
 
