@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -155,11 +156,10 @@ class SourceSuite(Suite):
         made = {buffer.name for buffer in layout.buffers if buffer.kind is Kind.PRODUCED}
         for group in groups(layout):
             out = {name: memory[name] for name in group.buffers if name in made}
-
-            def produce() -> None:
-                trainer.source.produce(group, out, None).synchronize()  # noqa: B023  # called within this turn
-
-            within(self.seconds, f"producing group {group.name}", produce)
+            if out:
+                what = f"producing group {group.name}"
+                event = within(self.seconds, what, partial(trainer.source.produce, group, out, None))
+                within(self.seconds, f"the event of {what}", event.synchronize)
 
 
 def _holes(layout: Layout) -> dict[str, int]:

@@ -176,7 +176,7 @@ FAULTS = (
     Fault("reorders", "test_every_piece_holds_its_box", "in buffer a.bottom: 12 of 12 elements differ"),
     Fault("flips", "test_bytes_do_not_change_while_a_lease_is_held", "changed under the lease: a.top: 1 of 12"),
     Fault("lies", "test_hold_finishes_what_is_pending", "held before the step was finished"),
-    Fault("forgets-deadlines", "test_holding_and_producing_end", "producing group first has not ended", seconds=1),
+    Fault("forgets-deadlines", "test_holding_and_producing_end", "producing group second has not ended", seconds=1),
     Fault("moves", "test_addresses_never_change", "moved: ['a.top', 'a.bottom', 'b']"),
     Fault("names-itself", "test_equal_sources_have_one_layout_that_survives_the_wire", "have different layouts"),
 )
