@@ -50,10 +50,10 @@ def main() -> None:
     dense = [
         (family, tied, kv, {}) for family in ("llama", "qwen2", "qwen3") for tied in (True, False) for kv in (1, 4)
     ]
-    # A layer without experts, and a number of them that does not divide; first, since vLLM makes the group of expert
-    # parallelism only for a model that has any.
-    mixture = ("qwen3_moe", False, 2, {"mlp_only_layers": [0], "num_experts": 6})
-    for family, tied, kv_heads, more in [mixture, *dense]:
+    # First, since vLLM makes the group of expert parallelism only for a model that has any. With a layer without
+    # experts, and a number of them that does not divide.
+    mixtures = [("qwen3_moe", False, 2, {"mlp_only_layers": [0], "num_experts": 6}), ("glm4_moe", False, 2, {})]
+    for family, tied, kv_heads, more in [*mixtures, *dense]:
         path = directory / f"{family}-{tied}-{kv_heads}"
         model = save_checkpoint(path, family=family, tied=tied, kv_heads=kv_heads, seed=1, dtype=torch.bfloat16, **more)
         engine = EngineArgs(
@@ -65,15 +65,17 @@ def main() -> None:
             if not results:
                 init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
                 initialize_model_parallel(1, 1)
-            for parallel in MIXTURE if more else DENSE:
-                analytic = adapter.layouts(model.config.to_dict(), parallel, "bfloat16")
-                for rank, described in enumerate(analytic):
+            for parallel in MIXTURE if family.endswith("_moe") else DENSE:
+                mapped = family != "glm4_moe"
+                analytic = adapter.layouts(model.config.to_dict(), parallel, "bfloat16") if mapped else ()
+                for rank in range(parallel["tp"]):
                     target = recorded(config, rank, parallel)
                     layout = target.layout()
                     packed = [buffer.name for buffer in layout.buffers if buffer.kind is Kind.SCRATCH]
                     results[f"{path.name} {parallel} rank {rank}"] = {
-                        "equal": as_loaded(layout).address == described.address,
+                        "equal": as_loaded(layout).address == analytic[rank].address if mapped else None,
                         "packed": packed,
+                        "float32": [tensor.name for tensor in layout.tensors if tensor.dtype == "float32"],
                         "loader_landed": target.recorded.loader_landed,
                         "never_written": target.never_written(),
                         "pieces": len(layout.pieces),

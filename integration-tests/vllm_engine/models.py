@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import torch
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -26,11 +28,17 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
 }
-EXPERTS: dict[str, Any] = {
-    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    },
 }  # fmt: skip
-"""Of a mixture; widths that every CPU kernel of vLLM takes as they are, also halved."""
+"""Of mixtures; widths that every CPU kernel of vLLM takes as they are, also halved."""
 VOCABULARY = 259
 PROMPT_TOKENS = 12
 NEW_TOKENS = 16
@@ -39,12 +47,10 @@ NEW_TOKENS = 16
 def make_model(family: str, *, tied: bool, kv_heads: int, seed: int, dtype: torch.dtype, **more: Any) -> Any:
     """A model of 2 layers, 4 heads of 32, hidden 128; weights so large that logits are far apart."""
     config_class, model_class = FAMILIES[family]
-    if family == "qwen3_moe":
-        more = {**EXPERTS, **more}
     config = config_class(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=512, tie_word_embeddings=tied,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, **more,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, **{**EXPERTS.get(family, {}), **more},
     )  # fmt: skip
     torch.manual_seed(seed)
     model = model_class(config)

@@ -72,11 +72,16 @@ class Model(torch.nn.Module):
                 layer.proj.weight.data.copy_(tensor)
 
 
+def remembered(model: Any) -> Any:
+    """The model with its as-loaded state remembered, as the plug-in does it."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    model._weft_at_load = {name: compat.AtLoad(compat.meta_like(t), t.data_ptr()) for name, t in named}
+    return model
+
+
 def loaded(packed: bool = False) -> Model:
     """A model as the engine has it: as-loaded state remembered, then post-processed."""
-    model = Model(packed)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    model._weft_at_load = {name: compat.AtLoad(compat.meta_like(t), t.data_ptr()) for name, t in named}  # type: ignore[assignment]
+    model = remembered(Model(packed))
     if packed:
         proj: Any = model.layers[0].proj
         proj.quant_method.process_weights_after_loading(proj)
@@ -106,7 +111,7 @@ def refit(target: VllmTarget, version: int, state: dict[str, torch.Tensor]) -> N
 def target_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(compat, "configured", lambda config: nullcontext())
     config: Any = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
-    return lambda model: VllmTarget(model, record_layout(model, TENSORS), config)
+    return lambda model, tensors=TENSORS: VllmTarget(model, record_layout(model, tensors), config)
 
 
 def state(seed: int) -> dict[str, torch.Tensor]:
@@ -147,6 +152,43 @@ def test_replaced_parameters_land_in_scratch_and_keep_their_address(target_of: A
         assert torch.equal(proj.weight, state(seed)["layers.0.proj"].t())
         assert proj.weight is parameter
         assert proj.weight.data_ptr() == address
+
+
+class Scaled(torch.nn.Module):
+    """A scalar in float32 and a weight in bfloat16, both packed, as checkpoints with scales have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module()])
+        layer: Any = self.layers[0]
+        layer.scale = torch.nn.Parameter(torch.tensor(-7.0), requires_grad=False)
+        layer.weight = torch.nn.Parameter(torch.full((3, 5), -7.0, dtype=torch.bfloat16), requires_grad=False)
+        layer.quant_method = PackingWithScale()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self.get_parameter(name).data.copy_(tensor)
+
+
+class PackingWithScale(Packing):
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        layer.scale = torch.nn.Parameter(layer.scale.data.reshape(1), requires_grad=False)
+
+
+@pytest.mark.trap(27)
+def test_a_scalar_does_not_misalign_what_lies_behind_it_in_scratch(target_of: Any) -> None:
+    tensors = [LogicalTensor("layers.0.scale", (), "float32"), LogicalTensor("layers.0.weight", (3, 5), "bfloat16")]
+    model = remembered(Scaled())
+    layer: Any = model.layers[0]
+    layer.quant_method.process_weights_after_loading(layer)
+    target = target_of(model, tensors)
+    memory = target.memory()
+    assert [memory[name].data_ptr() % 64 for name in ("layers.0.scale", "layers.0.weight")] == [0, 0]
+    values = {"layers.0.scale": torch.tensor(0.5), "layers.0.weight": torch.randn(3, 5).to(torch.bfloat16)}
+    refit(target, 1, values)
+    assert torch.equal(layer.scale, values["layers.0.scale"].reshape(1))
+    assert torch.equal(layer.weight, values["layers.0.weight"].t())
 
 
 def test_the_live_model_is_not_touched_by_recording() -> None:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="names of a checkpoint come from transformers, which the engine brings")
 from safetensors.torch import save_file
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from weft.errors import ConfigError
 from weft.layout import LogicalTensor
@@ -39,6 +39,20 @@ def test_without_files_the_config_names_what_is_saved(tied: bool, tmp_path: Path
     assert ("lm_head.weight" in names) is not tied
     assert names == sorted(names)
     assert len(names) == (13 if tied else 14)
+
+
+@pytest.mark.trap(6)
+def test_without_files_experts_are_named_one_by_one(tmp_path: Path) -> None:
+    described = Qwen3MoeConfig(
+        vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(described).save_pretrained(tmp_path / "saved")
+    saved = logical_tensors(str(tmp_path / "saved"), described, "float32")
+    assert logical_tensors(str(tmp_path / "nothing"), described, "float32") == saved
+    experts = {tensor.name: tensor.shape for tensor in saved if ".experts." in tensor.name}
+    assert len(experts) == 9
+    assert experts["model.layers.0.mlp.experts.2.down_proj.weight"] == (16, 12)
 
 
 def test_a_damaged_header_is_an_error_that_names_the_file(tmp_path: Path) -> None:

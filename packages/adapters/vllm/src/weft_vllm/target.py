@@ -13,7 +13,7 @@ from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.streams import Finished
 from weft_vllm.binding import RecordedLayout, record_layout
 from weft_vllm.checkpoint import logical_tensors
-from weft_vllm.compat import VllmConfig
+from weft_vllm.compat import VllmConfig, check_parallelism
 from weft_vllm.landing import Landing
 
 _ALIGNMENT_BYTES = 64
@@ -43,8 +43,9 @@ class VllmTarget:
     def from_worker(cls, model: torch.nn.Module, config: VllmConfig, *, scratch_slots: int = 2) -> VllmTarget:
         """The target of a worker's `model`, by recording how it loads the checkpoint that vLLM's `config` names.
 
-        Not collective; takes milliseconds. Raises what `record_layout` raises.
+        Not collective; takes milliseconds. Raises what `record_layout` and `compat.check_parallelism` raise.
         """
+        check_parallelism(config)
         dtype = str(config.model_config.dtype).removeprefix("torch.")
         tensors = logical_tensors(config.model_config.model, config.model_config.hf_config, dtype)
         return cls(model, record_layout(model, tensors, scratch_slots=scratch_slots), config)
