@@ -65,7 +65,6 @@ class SourceSuite(Suite):
         source = make().source
         layout = source.layout()
         check_memory(layout, source.memory())
-        assert not layout.fills, "only targets have padding to fill"
         assert Kind.SCRATCH not in {buffer.kind for buffer in layout.buffers}, "only targets have scratch"
 
     @pytest.mark.trap(12, 13)
