@@ -37,6 +37,19 @@ def make_config(**changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+EXPERTS = make_config(
+    model_type="qwen3_moe",
+    tie_word_embeddings=False,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    norm_topk_prob=True,
+    mlp_only_layers=[1],
+)
+EP2 = {"expert_model_parallel_size": 2}
+EP4 = {"expert_model_parallel_size": 4}
+ETP1 = {"expert_tensor_parallel_size": 1}
+ETP2 = {"expert_tensor_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 TP4 = {"tensor_model_parallel_size": 4}
@@ -56,6 +69,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         PP2 | {"virtual_pipeline_model_parallel_size": 2},
         "chunks",
     ),
+    "ep2": (EXPERTS, EP2, "bare"),
+    "ep2, expert data parallel ranks first": (EXPERTS, EP2 | {"order": "tp-cp-dp-ep-pp"}, "bare"),
+    "ep4, wrapped": (EXPERTS, EP4, "float16"),
+    "ep2 etp2": (EXPERTS, EP2 | ETP2, "bare"),
+    "tp2 ep2 etp1": (EXPERTS, TP2 | EP2 | ETP1, "bare"),
+    "tp2 ep2 etp2, float32 norms": (EXPERTS, TP2 | EP2, "bare-bfloat16"),
+    "pp2 ep2": (EXPERTS, PP2 | EP2, "bare"),
+    "ep2, all biases": (EXPERTS | {"attention_bias": True, "mlp_bias": True}, EP2, "bare"),
 }
 """Config, sizes of `initialize_model_parallel`, and how the model is built."""
 
@@ -64,7 +85,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank says, from one start of all of them."""
     rendezvous: Path = tmp_path_factory.mktemp("layouts") / "rendezvous"
-    result: list[dict[str, Any]] = run_ranks(inspect, WORLD, str(rendezvous), PADDED, CASES)
+    result: list[dict[str, Any]] = run_ranks(inspect, WORLD, str(rendezvous), PADDED, CASES, EXPERTS, EP2)
     return result
 
 
@@ -81,11 +102,12 @@ def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[L
         make_vocab_size_divisible_by=PADDED // tp,
         norm_dtype="float32" if kind == "bare-bfloat16" else None,
     )
-    parallel = {"tp": tp, "pp": pp, "dp": WORLD // (tp * pp)}
+    parallel = {"tp": tp, "pp": pp, "dp": WORLD // (tp * pp), "ep": sizes.get("expert_model_parallel_size", 1)}
+    parallel["etp"] = sizes.get("expert_tensor_parallel_size", tp)
     return list(adapter.layouts(config, parallel, "float32" if kind == "bare" else "bfloat16"))
 
 
-@pytest.mark.trap(2, 6, 8, 13, 14)
+@pytest.mark.trap(2, 4, 6, 7, 8, 13, 14)
 @pytest.mark.parametrize("case", CASES)
 def test_the_live_layout_of_every_rank_is_the_analytic_one(case: str, answers: list[dict[str, Any]]) -> None:
     expected = [layout.address for layout in analytic(*CASES[case])]
@@ -99,6 +121,10 @@ def test_cases_differ_between_ranks_where_they_should() -> None:
     default, other = (analytic(*CASES[case]) for case in ("tp2 pp2, tied", "tp2 pp2, stages first"))
     assert len({layout.address for layout in default}) == 4
     assert [default[rank].address for rank in (0, 2, 1, 3)] == [layout.address for layout in other]
+    default, other = (analytic(*CASES[case]) for case in ("ep2", "ep2, expert data parallel ranks first"))
+    assert len({layout.address for layout in default}) == 2
+    assert [default[rank].address for rank in (0, 2, 1, 3)] == [layout.address for layout in other]
+    assert len({layout.address for layout in analytic(*CASES["ep2 etp2"])}) == 4
 
 
 @pytest.mark.trap(13)
@@ -144,6 +170,41 @@ def test_a_model_that_is_not_the_configs_is_refused(
     assert [word for word in words if word not in text] == []
 
 
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        ("other experts", ["num_moe_experts=4", "moe_router_topk=2", "moe_ffn_hidden_size=16", "experts.4.linear_fc1"]),
+        ("other routing", ["moe_router_pre_softmax=False", "moe_router_topk_scaling_factor=2.5"]),
+        ("experts elsewhere", ["moe_layer_freq=[1, 0, 1, 1]", "experts in the layers [0, 1]", "layers.2.mlp.router"]),
+        ("a dense config", ["num_moe_experts=4", "mlp.router.weight: float32(4, 32) is not part of this family"]),
+        ("expert bias", ["moe_router_enable_expert_bias=True", "router.expert_bias: float32(4,) is not part"]),
+        ("shared experts", ["moe_shared_expert_intermediate_size=16", "shared_experts.weight: float32(2,) is not"]),
+        ("legacy grouped experts", ["GroupedMLP", "mlp.experts.weight1: float32(32, 64) is not part"]),
+    ],
+)
+@pytest.mark.trap(13)
+def test_experts_that_are_not_the_configs_are_refused(
+    spoiled: str, words: list[str], answers: list[dict[str, Any]]
+) -> None:
+    kind, text = answers[0][f"spoiled experts: {spoiled}"]
+    assert kind == "LayoutError"
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.trap(6)
+def test_experts_under_another_ranks_numbers_are_refused_by_every_rank(answers: list[dict[str, Any]]) -> None:
+    for rank, answer in enumerate(answers):
+        kind, text = answer["spoiled experts: other numbers"]
+        own, other = (0, 2) if rank % 2 == 0 else (2, 0)
+        assert kind == "LayoutError"
+        assert f"experts.local_experts.{own}.linear_fc1.weight: missing from the model" in text
+        assert f"experts.local_experts.{other}.linear_fc1.weight: float32(32, 32) is not part of this family" in text
+
+
+def test_a_router_may_be_in_float32(answers: list[dict[str, Any]]) -> None:
+    assert [answer["dtypes of a float32 router"] for answer in answers] == [("float32", "bfloat16")] * WORLD
+
+
 def test_memory_that_moved_is_noticed_before_it_is_used(answers: list[dict[str, Any]]) -> None:
     held, begun = answers[0]["moved"]
     assert held == begun
@@ -159,3 +220,4 @@ def test_the_readmes_example_runs(answers: list[dict[str, Any]]) -> None:
 @pytest.mark.trap(66)
 def test_hold_finishes_the_parameter_gather_that_ddp_put_off(answers: list[dict[str, Any]]) -> None:
     assert [answer["gathers"] for answer in answers] == [(True, True)] * WORLD
+    assert [answer["gathers of experts"] for answer in answers] == [(True, True)] * WORLD

@@ -11,7 +11,16 @@ import pytest
 import torch
 from support.megatron_ranks import compute_logits
 from support.processes import run_ranks
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 WORLD = 4
 PADDED = 64
@@ -28,6 +37,7 @@ SIZES: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
     "attn_implementation": "eager",
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS: dict[str, Any] = {
     f"{name}, {'tied' if tied else 'untied'}": (config, model, {"tie_word_embeddings": tied} | more)
     for name, config, model, more in (
@@ -39,7 +49,31 @@ MODELS: dict[str, Any] = {
     )
     for tied in (True, False)
 }
-MESHES = ("tp1", "tp2", "tp4", "tp2 pp2")
+MODELS |= {
+    "experts": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS | {"norm_topk_prob": True}),
+    "experts in one layer, tied": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [0], "tie_word_embeddings": True},
+    ),
+}
+TP2 = {"tensor_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+ETP1 = {"expert_tensor_parallel_size": 1}
+MESHES: dict[str, dict[str, int]] = {
+    "tp1": {},
+    "tp2": TP2,
+    "tp4": {"tensor_model_parallel_size": 4},
+    "tp2 pp2": TP2 | {"pipeline_model_parallel_size": 2},
+}
+EXPERT_MESHES: dict[str, dict[str, int]] = {
+    "ep2": EP2,
+    "ep4": {"expert_model_parallel_size": 4},
+    "tp2 ep2 etp1": TP2 | EP2 | ETP1,
+    "tp2 ep2 etp2": TP2 | EP2,
+}
+RUNS = [(name, mesh) for name in MODELS for mesh in MESHES]
+RUNS += [(name, mesh) for name in MODELS if name.startswith("experts") for mesh in EXPERT_MESHES]
 Logits = npt.NDArray[np.float32]
 
 
@@ -59,13 +93,21 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Logits], l
             expected[name] = model(tokens).logits.numpy()
         checkpoints[name] = str(directory / name)
         model.save_pretrained(checkpoints[name])
-    found = run_ranks(compute_logits, WORLD, str(directory / "rendezvous"), PADDED, checkpoints, tokens.tolist())
+    found = run_ranks(
+        compute_logits,
+        WORLD,
+        str(directory / "rendezvous"),
+        PADDED,
+        checkpoints,
+        tokens.tolist(),
+        MESHES | EXPERT_MESHES,
+        RUNS,
+    )
     return expected, found
 
 
-@pytest.mark.trap(4, 5, 13, 14)
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.trap(4, 5, 6, 13, 14)
+@pytest.mark.parametrize(("name", "mesh"), RUNS)
 def test_megatron_gives_the_logits_of_hugging_face(
     name: str, mesh: str, both: tuple[dict[str, Logits], list[dict[tuple[str, str], Logits]]]
 ) -> None:

@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from support.megatron_model import end_job, logits_of, stage_logits, start_job
+from support.megatron_spoiled import EXPERT_SPOIL, SPOIL
 from transformers import Qwen3Config
 
 from weft.contracts import Source, Target
@@ -51,9 +52,18 @@ def fill(layout: Layout, memory: Mapping[str, torch.Tensor], state: State) -> No
 
 
 def inspect(
-    rank: int, world: int, rendezvous: str, padded: int, cases: Mapping[str, tuple[Config, Config, str]]
+    rank: int,
+    world: int,
+    rendezvous: str,
+    padded: int,
+    cases: Mapping[str, tuple[Config, Config, str]],
+    experts: Config,
+    expert_sizes: Config,
 ) -> dict[str, Any]:
-    """Everything about live layouts: of each case's (config, sizes, kind), of spoiled models, of moved memory."""
+    """Everything about live layouts: of each case's (config, sizes, kind), of spoiled models, of moved memory.
+
+    `experts` is the config of a model with experts, for a mesh of `expert_sizes`.
+    """
     start_job(rank, world, rendezvous)
     try:
         answers: dict[str, Any] = {}
@@ -62,10 +72,15 @@ def inspect(
                 answers[case] = _describe(config, padded, kind)
         config = next(iter(cases.values()))[0]
         with mesh():
-            answers |= {f"spoiled: {name}": _faults(config, padded, spoil) for name, spoil in _SPOIL.items()}
+            answers |= {f"spoiled: {name}": _faults(config, padded, spoil) for name, spoil in SPOIL.items()}
             answers["moved"] = _moved(config, padded)
             answers["readme"] = _readme(config, padded)
             answers["gathers"] = _gathers(config, padded)
+        with mesh(**expert_sizes):
+            for name, spoil in EXPERT_SPOIL.items():
+                answers[f"spoiled experts: {name}"] = _faults(experts, padded, spoil)
+            answers["gathers of experts"] = _gathers(experts, padded)
+            answers["dtypes of a float32 router"] = _float32_router(experts, padded)
         return answers
     finally:
         end_job()
@@ -140,74 +155,63 @@ def _gathers(config: Config, padded: int) -> tuple[bool, bool]:
     )
     wrapped = DistributedDataParallel(transformer_config(config), overlapped, model)
     source = MegatronSource(wrapped, config)
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    flat = [bucket.param_data.view(-1) for group in wrapped.bucket_groups for bucket in group.buckets]
-    for data in flat:
-        own = slice(rank * data.numel() // size, (rank + 1) * data.numel() // size)
-        data.fill_(float("nan"))
-        data[own] = torch.arange(data.numel(), dtype=data.dtype)[own]
-    stale = any(bool(memory.isnan().any()) for memory in source.memory().values())
+    flat = []
+    for groups, place in (
+        (wrapped.bucket_groups, parallel_state.get_data_parallel_group()),
+        (wrapped.expert_parallel_bucket_groups, parallel_state.get_expert_data_parallel_group()),
+    ):
+        for data in [bucket.param_data.view(-1) for group in groups for bucket in group.buckets]:
+            share = data.numel() // place.size()
+            own = slice(place.rank() * share, (place.rank() + 1) * share)
+            data.fill_(float("nan"))
+            data[own] = torch.arange(data.numel(), dtype=data.dtype)[own]
+            flat.append(data)
+    stale = all(bool(data.isnan().any()) for data in flat)
     source.hold(1).release()
     return stale, all(torch.equal(data, torch.arange(data.numel(), dtype=data.dtype)) for data in flat)
 
 
+def _float32_router(config: Config, padded: int) -> tuple[str, str]:
+    """Dtypes of a router and of the expert beside it, as the layout has them."""
+    model = build_model(config, padded_vocabulary=padded, dtype=torch.bfloat16)
+    for layer in model.decoder.layers:
+        if hasattr(layer.mlp, "router"):
+            layer.mlp.router.float()
+    dtypes = {buffer.name: buffer.dtype for buffer in MegatronSource(model, config).layout().buffers}
+    expert = next(name for name in dtypes if ".local_experts." in name)
+    return dtypes["decoder.layers.0.mlp.router.weight"], dtypes[expert]
+
+
 def compute_logits(
-    rank: int, world: int, rendezvous: str, padded: int, checkpoints: Mapping[str, str], tokens: list[list[int]]
+    rank: int,
+    world: int,
+    rendezvous: str,
+    padded: int,
+    checkpoints: Mapping[str, str],
+    tokens: list[list[int]],
+    meshes: Mapping[str, Config],
+    runs: list[tuple[str, str]],
 ) -> dict[tuple[str, str], npt.NDArray[np.float32]]:
-    """Logits of every checkpoint at every mesh, by model and mesh, on the ranks of last stages.
+    """Logits of each of the `runs`, of a checkpoint and a mesh, by these, on the ranks of last stages.
 
     Each model is filled through the layout of a target.
     """
     start_job(rank, world, rendezvous)
     try:
         answers = {}
-        for name, tp, pp in (("tp1", 1, 1), ("tp2", 2, 1), ("tp4", 4, 1), ("tp2 pp2", 2, 2)):
-            with mesh(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp):
-                for model_name, path in checkpoints.items():
+        for name, sizes in meshes.items():
+            with mesh(**sizes):
+                for model_name in [model for model, place in runs if place == name]:
+                    path = checkpoints[model_name]
                     config = json.loads((Path(path) / "config.json").read_text())
                     model = build_model(config, padded_vocabulary=padded)
                     target = MegatronTarget(model, config)
                     fill(target.layout(), target.memory(), load_file(Path(path) / "model.safetensors"))
                     with torch.no_grad():
-                        stage = logits_of if pp == 1 else stage_logits
+                        stage = stage_logits if "pipeline_model_parallel_size" in sizes else logits_of
                         logits = stage(model, torch.tensor(tokens), config["vocab_size"])
                     if logits is not None:
                         answers[model_name, name] = logits.numpy()
         return answers
     finally:
         end_job()
-
-
-def _spoil_parameters(model: Any, config: Config) -> tuple[Any, Config]:
-    first, second = model.decoder.layers[0], model.decoder.layers[1]
-    first.mlp.linear_fc2.weight = torch.nn.Parameter(torch.zeros(3, 5))
-    first.input_layernorm.extra = torch.nn.Parameter(torch.zeros(2))
-    del first.pre_mlp_layernorm.weight
-    second.self_attention.linear_proj.weight.data = second.self_attention.linear_proj.weight.data.half()
-    second.mlp.linear_fc1.weight.data = second.mlp.linear_fc1.weight.data.t().contiguous().t()
-    second.register_buffer("expert_bias", torch.zeros(4))
-    return model, config
-
-
-def _add_cache(model: Any, config: Config) -> tuple[Any, Config]:
-    model.decoder.layers[1].register_buffer("cache", torch.zeros(4), persistent=False)
-    return model, config
-
-
-_SPOIL: Mapping[str, Callable[[Any, Config], tuple[Any, Config]]] = {
-    "parameters": _spoil_parameters,
-    "transient buffer": _add_cache,
-    "other heads": lambda model, config: (
-        model,
-        config | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": config["head_dim"] // 2},
-    ),
-    "untied config": lambda model, config: (model, config | {"tie_word_embeddings": False}),
-    "other family": lambda model, config: (model, config | {"model_type": "llama"}),
-    "mixture of experts": lambda model, config: (
-        model,
-        config | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
-    ),
-    "not a model": lambda model, config: (model.decoder, config),
-    "no chunks": lambda model, config: ([], config),
-    "a chunk twice": lambda model, config: ([model, model], config),
-}

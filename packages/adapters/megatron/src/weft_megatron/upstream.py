@@ -39,6 +39,9 @@ _EXPERT = re.compile(
 )
 """A parameter of one of a layer's local experts: `SequentialMLP` numbers modules, `TEGroupedMLP` parameters."""
 
+_LEGACY = "GroupedMLP"
+"""All local experts in two transposed tensors; needs the package grouped_gemm."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -177,6 +180,8 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
             f"the model was built with moe_layer_freq={config.moe_layer_freq!r}, {model.family} of this config has "
             f"experts in the layers {sorted(model.sparse_layers)}"
         )
+    if any(type(getattr(layer.mlp, "experts", None)).__name__ == _LEGACY for layer in chunk.module.decoder.layers):
+        faults.append(f"experts are in the legacy grouped layout ({_LEGACY}); build SequentialMLP or TEGroupedMLP")
     if bool(chunk.module.share_embeddings_and_output_weights) != model.tied:
         faults.append(
             f"the model was built with share_embeddings_and_output_weights="
@@ -203,7 +208,6 @@ def _expected_experts(model: DecoderModel) -> dict[str, object]:
         "moe_apply_probs_on_input": False,
         "moe_shared_expert_intermediate_size": None,
         "moe_latent_size": None,
-        "moe_use_legacy_grouped_gemm": False,
     }
 
 
