@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,8 +66,33 @@ def test_two_engines_are_two_replicas_and_cost_twice_the_bytes(plan: Plan) -> No
     assert two["fingerprint"] != one["fingerprint"]
 
 
+MIXTURE: dict[str, Any] = {
+    "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "num_experts": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": 256, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["megatron:tp2", "dtensor:fsdp2"])
+@pytest.mark.parametrize("target", ["vllm:tp2", "vllm:tp2,ep2"])
+def test_every_element_of_every_expert_is_written_once(plan: Plan, source: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    code, out, err = plan("--model", str(tmp_path), "--source", source, "--target", target, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    attention = (4 + 2 + 2) * 16 * 64 + 4 * 16 * 64
+    every_rank = 8 * 64 + 2 * 64 + 2 * 16
+    expected = 2 * (attention + 8 * 3 * 32 * 64 + 2 * every_rank) + 2 * 64 + 2 * 256 * 64
+    assert found["bytes"] == 2 * expected
+    assert found["targets"] == 2
+    assert found["tensors"] == 2 * (6 + 1 + 2 + 8 * 3) + 3
+
+
 @pytest.mark.trap(17)
 def test_sizes_that_do_not_factor_are_named(plan: Plan) -> None:
     code, _, err = plan("--model", "qwen3-0.6b", "--source", "megatron:tp2,dp2,ep3", "--target", "vllm:tp2")
     assert code == 2
     assert "ep 3" in err
+    code, _, err = plan("--model", "qwen3-0.6b", "--source", "megatron:tp2", "--target", "vllm:tp2,ep4")
+    assert code == 2
+    assert "ep 4 is not tp 2 · dp 1 = 2" in err
