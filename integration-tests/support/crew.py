@@ -32,8 +32,8 @@ class Crew:
     ) -> None:
         self._name, self._module, self._size, self._logs = name, module, size, logs
         folder = str(Path(__file__).parents[1])
-        path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._environment = {"PYTHONPATH": path, **environment}
+        paths = [folder, environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+        self._environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._start = start
         self._stack = ExitStack()
         self._children: list[Child] = []

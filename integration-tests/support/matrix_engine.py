@@ -25,14 +25,15 @@ class Engine:
         """By command name."""
         return {name: getattr(self, name) for name in ("start", "open", "receive", "greedy")}
 
-    def start(self, checkpoint: str, tp: int) -> None:
-        """Load a checkpoint into a new engine, in bfloat16."""
+    def start(self, checkpoint: str, tp: int, ep: bool, dtype: str) -> None:
+        """Load a checkpoint into a new engine."""
         self._llm = LLM(
             checkpoint,
             skip_tokenizer_init=True,
             enforce_eager=True,
-            dtype="bfloat16",
+            dtype=dtype,
             tensor_parallel_size=tp,
+            enable_expert_parallel=ep,
             max_model_len=64,
             max_num_seqs=16,
             weight_transfer_config={"backend": "weft"},
