@@ -102,7 +102,7 @@ def test_unknown_model_is_a_usage_error_that_lists_presets(weft, toy_framework: 
 
 
 def test_every_preset_is_a_config_with_sizes() -> None:
-    assert presets() == ["llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-4b"]
+    assert presets() == ["llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-30b-a3b", "qwen3-4b", "qwen3-moe-0.6b"]
     for name in presets():
         config = load_config(name)
         assert config["hidden_size"] > 0

@@ -48,7 +48,10 @@ def refit(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        Console().print(_table(rows))
+        output = Console()
+        if not output.is_terminal:  # into a file or a pipe: nothing is cut off
+            output = Console(width=120)
+        output.print(_table(rows))
     if any(row["wrong_bytes"] for row in rows):
         raise typer.Exit(1)
 
