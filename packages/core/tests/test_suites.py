@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from weft.testing.broken import Fault, encodings, sources, stores, targets, tran
 from weft.testing.sources import SourceSuite, Trainer
 from weft.testing.suite import Suite, within
 from weft.testing.targets import Engine, TargetSuite
+from weft.testing.transports import TransportSuite
 
 HEAD = """\
 import pytest
@@ -194,6 +196,17 @@ def test_an_expected_failure_runs_the_suites_own_test_strictly() -> None:
         assert set(marks) == {"trap", "parametrize", "xfail"}
         assert marks["xfail"] == {"reason": "numbers are hard", "strict": True}
     assert "xfail" not in {mark.name for mark in Example.test_numbers.pytestmark}  # type: ignore[attr-defined]
+
+
+class Later(TransportSuite):
+    @pytest.mark.xfail(reason="sends wait for one another until version 2")
+    def test_both_directions_at_once(self) -> None: ...
+
+
+def test_the_documentations_example_runs_the_suites_own_test() -> None:
+    marks = {mark.name for mark in Later.test_both_directions_at_once.pytestmark}  # type: ignore[attr-defined]
+    assert marks == {"xfail"}
+    assert "crew" in inspect.signature(Later.test_both_directions_at_once).parameters
 
 
 def test_a_call_that_does_not_end_is_an_error_that_says_which() -> None:
