@@ -209,6 +209,17 @@ def test_a_hole_and_an_overlap_of_equal_size_are_both_named() -> None:
     assert "claim" in str(error)
 
 
+def test_a_piece_with_gaps_does_not_pass_for_a_dense_one() -> None:
+    builder = LayoutBuilder()
+    builder.tensor("w", (12, 4), "bfloat16")
+    builder.buffer("b", "bfloat16", 48, group="g")
+    builder.view("w", Affine(0, (24,), (1,)), "b", Affine(0, (24,), (2,)))  # every second element of 0:47
+    builder.view("w", Affine(24, (24,), (1,)), "b", Affine(24, (24,), (1,)))
+    error = error_of(sides([rows(0, 12)], [builder.build()]))
+    assert "share memory" in str(error)
+    assert "12 are claimed by none" in str(error)
+
+
 def test_every_fault_is_reported_at_once() -> None:
     builder = LayoutBuilder()
     for name, shape, dtype in (("a", (4,), "uint8"), ("b", (5,), "uint8"), ("c", (4,), "int8"), ("d", (4,), "uint8")):

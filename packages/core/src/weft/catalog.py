@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from weft.box import Affine, Box, boxes_from_views
 from weft.errors import LayoutError
 from weft.layout import Kind, Layout
 from weft.policy import Policy
-from weft.table import Int64s, intersect, ragged_ranges, subtract
+from weft.table import Int64s, collapse, intersect, ragged_ranges, subtract
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +112,40 @@ def memory_faults(member: str, layout: Layout) -> list[str]:
     faults: list[str] = []
     views: dict[int, list[tuple[str, Affine]]] = defaultdict(list)
     numbers = {buffer.name: n for n, buffer in enumerate(layout.buffers)}
-    table = layout.pieces
+    table, tiled = layout.pieces, _tiled(layout)
     sizes = table.hi - table.lo
-    for n in range(len(table)):
+    for n in np.flatnonzero(~tiled[table.buffer]).tolist():
         view = Affine(int(table.offset[n]), tuple(map(int, sizes[n])), tuple(map(int, table.strides[n])))
         views[int(table.buffer[n])].append((layout.tensors[table.tensor[n]].name, view))
     for fill in layout.fills:
         views[numbers[fill.buffer]].append(("a fill", Affine(fill.offset, fill.sizes, fill.strides)))
-    for number, buffer in enumerate(layout.buffers):
+    for number in np.flatnonzero(~tiled).tolist():
+        buffer = layout.buffers[number]
         where = f"{member}: buffer {buffer.name} ({buffer.numel} elements)"
         faults += [f"{where}: {text}" for text in _claim_faults(buffer.numel, views.get(number, []))]
     return faults
+
+
+def _tiled(layout: Layout) -> npt.NDArray[np.bool_]:
+    """Which buffers consist of dense pieces, end to end, and nothing else: nearly all of them, so they go in bulk."""
+    table, count = layout.pieces, len(layout.buffers)
+    sizes, (strides,) = collapse(table.hi - table.lo, [table.strides])
+    dense = (strides[:, -1] == 1) | (sizes[:, -1] == 1) if sizes.shape[1] else np.ones(len(table), dtype=bool)
+    dense &= (sizes[:, :-1] == 1).all(axis=1)
+    order = np.lexsort((table.offset, table.buffer))
+    buffer, first = table.buffer[order], table.offset[order]
+    end = first + table.numel[order]
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = buffer[1:] != buffer[:-1]
+    ends = np.roll(begins, -1)
+    numel = np.array([each.numel for each in layout.buffers], dtype=np.int64)
+    joins = np.where(begins, first == 0, first == np.roll(end, 1)) & (~ends | (end == numel[buffer])) & dense[order]
+    tiled = np.zeros(count, dtype=bool)
+    tiled[buffer] = True
+    tiled[buffer[~joins]] = False
+    names = {each.name: n for n, each in enumerate(layout.buffers)}
+    tiled[[names[fill.buffer] for fill in layout.fills]] = False
+    return tiled
 
 
 def _claim_faults(numel: int, claims: Sequence[tuple[str, Affine]]) -> list[str]:
