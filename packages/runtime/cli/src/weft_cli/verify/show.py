@@ -16,16 +16,23 @@ _MOST_NAMES = 6
 
 
 def print_verification(console: Console, found: Verification, failures: Sequence[str], *, every: bool) -> None:
-    """Every tensor that is not equal, with `every` also those that are; then padding, what was left out, the sum."""
+    """Every tensor that is not equal, those of one reason together, with `every` also those that are; then padding,
+    what was left out, the sum.
+    """
     for line in _lines(found, failures, every=every):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _lines(found: Verification, failures: Sequence[str], *, every: bool) -> Iterator[str]:
+    grouped: dict[tuple[str, str], list[str]] = {}
     for each in found.tensors:
-        if every or each.state is not State.EQUAL:
+        if each.state is State.DIFFERENT or (every and each.state is State.EQUAL):
             yield f"{each.state.value:18} {each.name}  {each.reason or each.digest}"
             yield from (f"{'':18} {line}" for line in _places(each))
+        elif each.state is not State.EQUAL:
+            grouped.setdefault((each.state.value, each.reason), []).append(each.name)
+    for (state, reason), names in grouped.items():
+        yield f"{state:18} {', '.join(names)}: {reason}"
     yield from (f"{'padding':18} {fault}" for fault in found.padding)
     by_reason: dict[str, list[str]] = {}
     for name, reason in found.left_out:
