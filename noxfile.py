@@ -81,6 +81,15 @@ def pytest(session: nox.Session, python: Path, folder: Path) -> None:
     session.run(str(python), "-m", "pytest", str(folder), *session.posargs, external=True)
 
 
+def older_vllm(session: nox.Session) -> None:
+    """The series of vLLM before the one in `engines`: weft-vllm's unit tests, and refits of real engines over gloo."""
+    held = [each for each in discover() if each.short in ("core", "gloo", "vllm")]
+    python = environment(session, "vllm31", "vllm31", held, "test")
+    pytest(session, python, ROOT / "packages" / "adapters" / "vllm" / "tests")
+    refits = str(ROOT / "integration-tests" / "test_vllm_refit.py")
+    session.run(str(python), "-m", "pytest", refits, "-k", "gloo", *session.posargs, external=True)
+
+
 def run_all(session: nox.Session, commands: list[list[str]], env: dict[str, str]) -> None:
     """Runs all commands, then fails if one of them has failed."""
     failed = []
@@ -119,11 +128,16 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
-@nox.parametrize("package", [nox.param(name, id=name) for name in ("tools", *(each.short for each in discover()))])
+@nox.parametrize(
+    "package", [nox.param(name, id=name) for name in ("tools", "vllm31", *(each.short for each in discover()))]
+)
 def tests(session: nox.Session, package: str) -> None:
     """Unit tests of one package, in an environment that holds it, what it declares, its test extra and its engine."""
     if package == "tools":
         pytest(session, environment(session, "lint", "lint", []), ROOT / "tools" / "tests")
+        return
+    if package == "vllm31":
+        older_vllm(session)
         return
     (found,) = [each for each in discover() if each.short == package]
     constraints = package if (ROOT / "constraints" / f"{package}.txt").is_file() else "light"

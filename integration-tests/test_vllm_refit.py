@@ -1,4 +1,7 @@
-"""Refits of a live vLLM engine over NIXL, through vLLM's own weight-transfer calls. One engine start per case."""
+"""Refits of a live vLLM engine through vLLM's own weight-transfer calls, over NIXL. One engine start per case.
+
+Those over gloo run with an older vLLM too, in `tests(vllm31)`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,16 @@ from support.vllm_case import run_case
 from weft_vllm import adapter
 
 CASES: list[dict[str, Any]] = [
-    {"family": "qwen3", "tied": True, "kv_heads": 2, "tp": 1, "dtype": "float32", "cpu_linear": "plain", "cast": False},
+    {
+        "family": "qwen3",
+        "tied": True,
+        "kv_heads": 2,
+        "tp": 1,
+        "dtype": "float32",
+        "cpu_linear": "plain",
+        "cast": False,
+        "transport": "gloo",
+    },
     {
         "family": "qwen3",
         "tied": True,
@@ -51,6 +63,7 @@ CASES: list[dict[str, Any]] = [
         "dtype": "float32",
         "cpu_linear": "packed",
         "cast": False,
+        "transport": "gloo",
     },
     {
         "family": "qwen3_moe",
@@ -72,14 +85,15 @@ it."""
 def name(case: dict[str, Any]) -> str:
     tied = "tied" if case["tied"] else "untied"
     parallel = f"tp{case['tp']}" + "-ep" * case.get("ep", False)
-    return f"{case['family']}-{tied}-{parallel}-kv{case['kv_heads']}-{case['cpu_linear']}" + "-cast" * case["cast"]
+    extras = "-cast" * case["cast"] + "-gloo" * (case.get("transport") == "gloo")
+    return f"{case['family']}-{tied}-{parallel}-kv{case['kv_heads']}-{case['cpu_linear']}{extras}"
 
 
 @pytest.mark.trap(1, 5, 11, 13, 14, 29, 46, 47, 48, 53, 54, 55, 56, 57, 58)
 @pytest.mark.timeout(450)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_refits_serve_the_new_weights_whole_or_refuse(case: dict[str, Any], tmp_path: Path) -> None:
-    result = run_case("refit_case.py", {**case, "sources": 2, "transport": "nixl"}, tmp_path)
+    result = run_case("refit_case.py", {"transport": "nixl", **case, "sources": 2}, tmp_path)
     assert ties(result["first_gaps"])
     assert ties(result["serves_after_that"]), "a refit that could not begin leaves the engine as it was"
     assert result["opened"] == ["open", "open"]

@@ -20,6 +20,7 @@ def engine_config(backend: str | None, options: dict[str, Any] | None = None) ->
 
 
 def test_the_tested_series_neighbours_and_others() -> None:
+    assert compat.check("0.31.0").tested
     assert compat.check("0.32.1").tested
     assert not compat.check("0.33.0").tested
     with pytest.raises(PluginError, match=r"vLLM 0\.20\.0.*0\.32"):

