@@ -91,7 +91,9 @@ def messages() -> list[Message]:
 
 
 def _texts(tree: ast.Module, classes: set[str]) -> Iterator[tuple[ast.expr, str, str]]:
-    """(expression, class, format) of what errors are made with, of what lists of faults get, and of what is awaited."""
+    """(expression, class, format) of what errors are made with, of what lists of faults get, of what is awaited, and
+    of reasons for giving a refit up.
+    """
     lists = _fault_lists(tree, classes)
     for node in ast.walk(tree):
         match node:
@@ -101,6 +103,8 @@ def _texts(tree: ast.Module, classes: set[str]) -> Iterator[tuple[ast.expr, str,
                 yield from ((argument, "", "{}") for argument in given)
             case ast.Call(func=ast.Attribute(attr="wait" | "until"), args=[_, *given]):
                 yield from ((argument, "DeadlineError", _FORMS["DeadlineError"]) for argument in given)
+            case ast.Call(func=ast.Attribute(attr="withdraw" | "give_up" | "refuse"), args=given):
+                yield from ((argument, "RefitAbortedError", "{}") for argument in given)
             case ast.Call(func=function, args=given) if _name(function) in classes:
                 name = _name(function)
                 chosen = given[_ARGUMENT[name]] if name in _ARGUMENT else given
@@ -118,16 +122,21 @@ def _texts(tree: ast.Module, classes: set[str]) -> Iterator[tuple[ast.expr, str,
 
 
 def _fault_lists(tree: ast.Module, classes: set[str]) -> set[str]:
-    """Variables whose names say that they hold faults, or that errors are made with."""
+    """Variables whose names say that they hold faults, or that errors are made with, or that are added to such."""
     names = {_name(node) for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)}
-    made = {
-        argument.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and _name(node.func) in classes
-        for argument in node.args
-        if isinstance(argument, ast.Name)
-    }
-    return {name for name in names if _FAULTS.fullmatch(name)} | made
+    lists = {name for name in names if _FAULTS.fullmatch(name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _name(node.func) in classes:
+            lists |= {argument.id for argument in node.args if isinstance(argument, ast.Name)}
+    while True:
+        added = {
+            node.value.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.AugAssign) and _name(node.target) in lists and isinstance(node.value, ast.Name)
+        }
+        if added <= lists:
+            return lists
+        lists |= added
 
 
 def _gives_texts(node: ast.FunctionDef) -> bool:
