@@ -14,7 +14,7 @@ from weft.box import Affine, Box, boxes_from_views, common_factors, cuts_of, ref
 from weft.errors import LayoutError
 from weft.layout import Piece
 from weft.naive import elements_of
-from weft.testing.models import affine
+from weft.testing.assignments import affine
 
 randoms = st.randoms(use_true_random=False)
 
