@@ -43,7 +43,8 @@ class VllmTarget:
     def from_worker(cls, model: torch.nn.Module, config: VllmConfig, *, scratch_slots: int = 2) -> VllmTarget:
         """The target of a worker's `model`, by recording how it loads the checkpoint that vLLM's `config` names.
 
-        Not collective; takes milliseconds. Raises what `record_layout` and `compat.check_parallelism` raise.
+        Not collective; takes milliseconds for a dense model, seconds for thousands of experts. Raises what
+        `record_layout` and `compat.check_parallelism` raise.
         """
         check_parallelism(config)
         dtype = str(config.model_config.dtype).removeprefix("torch.")
