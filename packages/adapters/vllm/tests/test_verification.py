@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from weft.compare import Reference, compare
-from weft.errors import ConfigError
-from weft.layout import LayoutBuilder
+from weft.compare import RankComparison, Reference, compare
+from weft.errors import ConfigError, LayoutError
+from weft.layout import Kind, Layout, LayoutBuilder
 from weft.policy import Policy
 from weft.verification import Request, Verifier
-from weft_vllm import adapter, verification
+from weft_vllm import adapter, comparison, verification
+from weft_vllm.engine import WeftWeightTransferEngine
 
 WEIGHT = torch.arange(6, dtype=torch.float32)
 
@@ -60,3 +62,45 @@ def test_an_engine_is_started_by_tp_and_an_equal_ep_alone(parallel: dict[str, in
     assert isinstance(adapter, Verifier)
     with pytest.raises(ConfigError, match="an ep equal to it: found"):
         adapter.verify(Request(model="m", checkpoint="disk", parallel=parallel), print)
+
+
+def test_a_version_that_is_being_installed_is_not_compared() -> None:
+    engine = object.__new__(WeftWeightTransferEngine)
+    engine._installation = SimpleNamespace(version=3)  # type: ignore[assignment]
+    assert engine.verify("disk", []) == {"error": "version 3 is being installed: verify when it is finished"}
+
+
+class Derived:
+    """A rank whose one tensor goes through the engine's loader."""
+
+    recorded = SimpleNamespace(derived={"a": "-exp", "b": "-exp"})
+
+    def layout(self) -> Layout:
+        builder = LayoutBuilder()
+        builder.tensor("w", (6,), "float32")
+        builder.buffer("loader:w", "float32", 6, group="g", kind=Kind.SCRATCH)
+        builder.shard("w", "loader:w")
+        return builder.build()
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {"loader:w": WEIGHT}
+
+
+@pytest.mark.trap(70)
+def test_what_loading_computes_with_is_not_compared_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "reference", lambda path: Reference({"w": WEIGHT}, {}))
+    monkeypatch.setattr(comparison.VllmTarget, "from_worker", lambda *_, **__: Derived())
+    answer = comparison.verify_worker(torch.nn.Module(), None, "disk", [])
+    found = msgspec.convert(answer["comparison"], RankComparison, strict=False)
+    (tensor,) = found.tensors
+    assert tensor.unread == "loader:w: goes through the engine's own loader, which computes with it: -exp"
+    assert (tensor.parts, found.tensors[0].bytes) == ((), 0)
+
+
+def test_errors_of_a_worker_are_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LayoutError(["odd"])
+
+    monkeypatch.setattr(comparison.VllmTarget, "from_worker", refuse)
+    answer = comparison.verify_worker(torch.nn.Module(), None, "disk", [])
+    assert answer == {"error": "LayoutError: the layout is invalid: odd"}
