@@ -346,7 +346,7 @@ class Puppet:
                 self._process.kill()
                 self._process.join(_END_SECONDS)
             self._process.close()
-        elif self._thread is not None:
+        elif self._thread is not None and self.alive:
             self._thread.join(_END_SECONDS)
 
     def _death(self, command: str) -> AssertionError:

@@ -165,7 +165,7 @@ class TransportSuite(LossSuite):
             for at in (0, 1)
             for bucket, note in [(at, b""), *((None, bytes([i]) * nbytes) for i, nbytes in enumerate(sizes))]
         ]
-        assert [(tag[0], bucket, note) for _, tag, bucket, note in got] == expected
+        assert [(tag[0], bucket, note) for _, tag, bucket, note in got] == expected, "messages overtook one another"
 
     def test_what_a_peer_sends_before_this_side_connects_is_delivered(self, crew: Crew) -> None:
         a, b = open_members(crew, {"a": [10], "b": [10]}, connect=False).values()
@@ -194,7 +194,10 @@ class TransportSuite(LossSuite):
         open_members(crew, {"a": [20], "b": [20]})
         prepare_buckets(crew, {("a", "b"): buckets})
         crew["a"].call("post", KEY, 0, 1, b"gated", True)
-        move(crew, "a", "b", [1], 1)
+        crew["a"].call("post", KEY, 1, 1, b"ungated", False)
+        crew["a"].call("posted", 1, "b", crew.seconds)
+        early = [message[3] for message in crew["b"].call("collect", 1, crew.seconds)]
+        assert early == [b"ungated"], "a bucket left before its event"
         assert crew["b"].call("contents", 0)[:10] == bytes([POISON]) * 10
         crew["a"].call("fill", 1)
         crew["a"].call("open_gate")

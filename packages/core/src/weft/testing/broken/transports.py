@@ -116,12 +116,12 @@ _EVERY_BYTE = "test_every_byte_of_every_shape_arrives_and_no_other_byte_changes"
 FAULTS = (
     Fault("drops", f"{_EVERY_BYTE}[unaligned]", "never written"),
     Fault("repeats", "test_every_message_is_delivered_once", "delivered more than once"),
-    Fault("reorders", "test_signals_arrive_in_order_and_after_what_was_finished_before", "assert"),
+    Fault("reorders", "test_signals_arrive_in_order_and_after_what_was_finished_before", "overtook one another"),
     Fault("flips", f"{_EVERY_BYTE}[unaligned]", "1 changed on the way"),
     Fault("overruns", f"{_EVERY_BYTE}[unaligned]", "outside all segments"),
     Fault("lies", "test_a_bucket_is_announced_only_when_all_its_bytes_are_in_place", "announced before all bytes"),
     Fault(
         "forgets_deadlines", "test_a_peer_that_died_before_connecting_is_named", "has not answered within", seconds=1
     ),
-    Fault("ignores_events", "test_a_post_waits_for_its_event_without_blocking", "assert"),
+    Fault("ignores_events", "test_a_post_waits_for_its_event_without_blocking", "left before its event"),
 )
