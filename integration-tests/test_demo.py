@@ -94,6 +94,25 @@ def test_over_nixl_the_model_learns_and_the_engine_follows(tmp_path: Path) -> No
 
 
 @pytest.mark.timeout(SECONDS + 60)
+@pytest.mark.trap(4, 6, 13, 28, 29, 54)
+def test_a_mixture_of_experts_learns_and_the_engine_follows(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    demo = Demo("--model", "moe", "--steps", "4", "--json", str(result), directory=tmp_path)
+    assert demo.finish(SECONDS) == 0, demo.printed
+    found = json.loads(result.read_text())
+    assert (found["model"], found["versions"]) == ("moe", [1, 2, 3, 4])
+    assert found["tokens_equal"] is True
+    assert found["tokens_compared"] == 256
+    assert found["max_logprob_difference"] <= found["logprob_bound"]
+    assert found["compared_bytes"] >= found["bytes_per_refit"] > 15_000_000
+    assert (found["mismatched_bytes"], found["mismatched_parameters"]) == (0, [])
+    assert found["reward_last"] > found["reward_frozen"]
+    assert len(set(found["digests"])) == 4
+    assert (found["warm_registrations"], found["warm_allocations"]) == (0, 0)
+    demo.assert_nothing_is_left()
+
+
+@pytest.mark.timeout(SECONDS + 60)
 def test_one_damaged_byte_is_found_and_fails_the_demo_over_gloo(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     demo = Demo("--transport", "gloo", "--steps", "2", "--flip-byte", "--json", str(result), directory=tmp_path)

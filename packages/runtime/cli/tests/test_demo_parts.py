@@ -221,6 +221,21 @@ def test_slices_fuse_per_rank_and_pad_the_vocabulary_with_zeros() -> None:
     assert len(second) == 9
 
 
+def test_slices_of_experts_are_stacked_before_they_are_packed() -> None:
+    mlp = "model.layers.0.mlp"
+    whole = {f"{mlp}.gate.weight": torch.rand(3, 8)}
+    for expert in range(3):
+        whole |= {f"{mlp}.experts.{expert}.{part}_proj.weight": torch.rand(4, 8) for part in ("gate", "up")}
+        whole |= {f"{mlp}.experts.{expert}.down_proj.weight": torch.rand(8, 4)}
+    second = expected_parameters(whole, 1, 2)
+    assert second.keys() == {f"{mlp}.gate.weight", *(f"{mlp}.experts.routed_experts.w{n}_weight" for n in ("13", "2"))}
+    assert torch.equal(second[f"{mlp}.gate.weight"], whole[f"{mlp}.gate.weight"])
+    for expert in range(3):
+        gate, up, down = (whole[f"{mlp}.experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        assert torch.equal(second[f"{mlp}.experts.routed_experts.w13_weight"][expert], torch.cat([gate[2:], up[2:]]))
+        assert torch.equal(second[f"{mlp}.experts.routed_experts.w2_weight"][expert], down[:, 2:])
+
+
 def test_one_flipped_byte_is_found_and_named() -> None:
     expected = expected_parameters(state(), 0, 2)
     found = {name: tensor.clone() for name, tensor in expected.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -125,8 +126,18 @@ def bench_refit(
     bench_command.refit(model, source, target, transports or ["nixl"], chosen, cycles, as_json=as_json)
 
 
+class DemoModel(StrEnum):
+    """What `weft demo` trains."""
+
+    DENSE = "dense"
+    MOE = "moe"
+
+
 @application.command()
 def demo(
+    model: Annotated[DemoModel, typer.Option(help="A tiny Qwen3, or one with 8 experts in every layer.")] = (
+        DemoModel.DENSE
+    ),
     transport: Annotated[str, typer.Option(help="What moves the weights: nixl or gloo.")] = "nixl",
     steps: Annotated[int, typer.Option(min=1, help="Policy-gradient steps, each followed by a refit.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, prompts and sampling.")] = 0,
@@ -139,9 +150,9 @@ def demo(
 ) -> None:
     """Watch a model learn while an engine serves each new version of its weights.
 
-    Makes a tiny Qwen3, starts a real vLLM engine and real Megatron-Core ranks (tensor parallel 2 each where two cores
-    allow), and runs a small RL loop: vLLM samples, token ids are scored, Megatron takes a policy-gradient step, weft
-    refits the engine, vLLM samples again.
+    Makes a tiny model, starts a real vLLM engine and real Megatron-Core ranks (tensor parallel 2 each where two cores
+    allow; the trainer of a mixture of experts is expert and data parallel), and runs a small RL loop: vLLM samples,
+    token ids are scored, Megatron takes a policy-gradient step, weft refits the engine, vLLM samples again.
 
     One line per version: its reward, bytes moved, seconds paused, gathering, on the wire and landing, GB/s, digest. At
     the end the engine's greedy tokens, log-probabilities and every byte of its parameters are compared with Hugging
@@ -153,6 +164,8 @@ def demo(
     **Examples**
 
         weft demo
+
+        weft demo --model moe
 
         weft demo --transport gloo --steps 4 --json result.json
 
@@ -167,7 +180,7 @@ def demo(
         raise typer.Exit(USAGE)
     # Chosen at run time: the other commands work without the extra `demo`.
     run = importlib.import_module("weft_cli.demo.command").demo
-    raise typer.Exit(run(transport, steps, seed, json_file, flip_byte=flip_byte))
+    raise typer.Exit(run(model.value, transport, steps, seed, json_file, flip_byte=flip_byte))
 
 
 @application.command()

@@ -21,7 +21,7 @@ INTERRUPTED = 130
 """What shells call an end by Ctrl-C: 128 + SIGINT."""
 
 
-def demo(transport: str, steps: int, seed: int, json_file: Path | None, *, flip_byte: bool) -> int:
+def demo(model: str, transport: str, steps: int, seed: int, json_file: Path | None, *, flip_byte: bool) -> int:
     """Run it; returns the exit code: 0 all checks passed, 1 one failed or a child died, 130 interrupted."""
     began = time.perf_counter()
     available = cores()
@@ -33,6 +33,7 @@ def demo(transport: str, steps: int, seed: int, json_file: Path | None, *, flip_
         with tempfile.TemporaryDirectory(prefix="weft-demo-") as directory:
             settings = Settings(
                 directory,
+                model_name=model,
                 transport=transport,
                 steps=steps,
                 seed=seed,

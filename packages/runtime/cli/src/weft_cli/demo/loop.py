@@ -53,7 +53,8 @@ def run(settings: Settings, progress: Progress, *, flip_byte: bool) -> Result:
 
 
 def _start(settings: Settings, progress: Progress, engine: Child, trainers: list[Child], url: str) -> None:
-    progress.doing(f"starting vLLM (TP {settings.engine_ranks}) and Megatron (TP {settings.trainer_ranks})")
+    parallel = "EP" if settings.model.experts else "TP"
+    progress.doing(f"starting vLLM (TP {settings.engine_ranks}) and Megatron ({parallel} {settings.trainer_ranks})")
     made = msgspec.to_builtins(settings)
     engine.send("start", settings=made)
     for rank, trainer in enumerate(trainers):
@@ -137,11 +138,11 @@ class _Loop:
         prompts = self._draw_prompts(_CHECK_PROMPTS)
         greedy = ask([self._engine], CALL_SECONDS, "greedy", prompts=prompts, new_tokens=settings.new_tokens)[0]
         files = ask([self._engine], CALL_SECONDS, "dump", directory=directory)[0]["files"]
-        gathered = f"{directory}/trained.safetensors"
-        ask(self._trainers, CALL_SECONDS, "gather", path=gathered)
-        state = load_file(gathered)
+        config_of(settings).save_pretrained(settings.trained)
+        ask(self._trainers, CALL_SECONDS, "gather", directory=settings.trained)
+        state = load_file(f"{settings.trained}/model.safetensors")
         outputs = compare_outputs(
-            reference_model(config_of(settings), state), prompts, greedy["tokens"], greedy["log_probabilities"]
+            reference_model(settings.trained), prompts, greedy["tokens"], greedy["log_probabilities"]
         )
         memory = [
             compare(expected_parameters(state, rank, len(files)), load_file(file), rank)

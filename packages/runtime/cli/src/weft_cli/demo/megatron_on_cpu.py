@@ -101,10 +101,16 @@ def sparse_layers(config: Mapping[str, Any]) -> list[int]:
 
 
 def build_model(
-    config: Mapping[str, Any], *, padded_vocabulary: int, dtype: torch.dtype = torch.float32, chunk: int | None = None
+    config: Mapping[str, Any],
+    *,
+    padded_vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    chunk: int | None = None,
+    parallel_output: bool = False,
 ) -> GPTModel:
     """This rank's part of the model, or one of its virtual pipeline chunks; weights are Megatron's random ones.
 
+    With `parallel_output` every tensor-parallel rank gives its own part of the logits, which Megatron's loss needs.
     Collective: `parallel_state` is set up already.
     """
     transformer = transformer_config(config, dtype)
@@ -120,7 +126,7 @@ def build_model(
         max_sequence_length=config["max_position_embeddings"],
         pre_process=pp == 0 and chunk in (None, 0),
         post_process=pp == last and chunk in (None, chunks - 1),
-        parallel_output=False,
+        parallel_output=parallel_output,
         share_embeddings_and_output_weights=config["tie_word_embeddings"],
         position_embedding_type="rope",
         rotary_base=rope_theta(config),

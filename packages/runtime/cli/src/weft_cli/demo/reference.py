@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TIE = 1e-3
 """Where the reference's two best logits are closer than this, either token is right."""
@@ -34,16 +34,20 @@ class OutputComparison:
         )
 
 
-def reference_model(config: Qwen3Config, state: Mapping[str, torch.Tensor]) -> Qwen3ForCausalLM:
-    """The Hugging Face model with exactly these weights. Raises `RuntimeError` for a missing or unexpected name."""
-    model = Qwen3ForCausalLM(config)
-    model.load_state_dict(dict(state), strict=True)
+def reference_model(directory: str) -> PreTrainedModel:
+    """The Hugging Face model with exactly the weights of a checkpoint. Raises `ValueError` for names or shapes that
+    are not the model's.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    faults = {what: names for what, names in found.items() if names}
+    if faults:
+        raise ValueError(f"{directory} is not the model's checkpoint: {faults}")
     return model.eval()
 
 
 @torch.no_grad()
 def compare_outputs(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[Sequence[int]],
     log_probabilities: Sequence[Sequence[float]],

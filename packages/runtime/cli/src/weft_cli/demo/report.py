@@ -55,6 +55,7 @@ class Step(msgspec.Struct, frozen=True):
 class Result(msgspec.Struct, frozen=True):
     """What `--json` writes."""
 
+    model: str
     transport: str
     seed: int
     dtype: str
@@ -105,6 +106,7 @@ class Result(msgspec.Struct, frozen=True):
     ) -> Result:
         """From the finished loop, not yet checked."""
         return cls(
+            model=settings.model_name,
             transport=settings.transport,
             seed=settings.seed,
             dtype=settings.dtype,

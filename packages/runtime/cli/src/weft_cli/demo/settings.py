@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 
 class ModelSizes(msgspec.Struct, frozen=True):
-    """A Qwen3 small enough to train on two cores, with nothing that divides too conveniently: the vocabulary is padded
-    on both sides.
+    """A Qwen3 or Qwen3-MoE small enough to train on two cores, with nothing that divides too conveniently: the
+    vocabulary is padded on both sides.
     """
 
     vocabulary: int = 1000
@@ -20,6 +22,14 @@ class ModelSizes(msgspec.Struct, frozen=True):
     positions: int = 128
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-6
+    experts: int = 0
+    """Of every layer, in place of an MLP of width `feed_forward`; 0 for none."""
+    experts_per_token: int = 2
+    expert_feed_forward: int = 128
+
+
+MODELS: Mapping[str, ModelSizes] = {"dense": ModelSizes(), "moe": ModelSizes(experts=8)}
+"""By the names that `--model` takes."""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -31,7 +41,7 @@ class Settings(msgspec.Struct, frozen=True):
     steps: int = 10
     seed: int = 0
     trainer_ranks: int = 2
-    """Tensor-parallel size of the Megatron side."""
+    """Of the Megatron side: tensor parallel, or expert and data parallel where there are experts."""
     engine_ranks: int = 2
     """Tensor-parallel size of the vLLM side."""
     engine_cores: tuple[int, ...] = (0, 1)
@@ -44,12 +54,33 @@ class Settings(msgspec.Struct, frozen=True):
     prompt_tokens: int = 8
     new_tokens: int = 16
     learning_rate: float = 1.5e-3
-    model: ModelSizes = msgspec.field(default_factory=ModelSizes)
+    model_name: str = "dense"
+    """A key of `MODELS`."""
+
+    @property
+    def model(self) -> ModelSizes:
+        """Sizes of the model."""
+        return MODELS[self.model_name]
+
+    @property
+    def trainer_tensor_parallel(self) -> int:
+        """Ranks that divide each matrix. With experts every rank has all of the others, and its own prompts."""
+        return 1 if self.model.experts else self.trainer_ranks
+
+    @property
+    def trainer_expert_parallel(self) -> int:
+        """Ranks that divide the experts."""
+        return self.trainer_ranks // self.trainer_tensor_parallel
 
     @property
     def checkpoint(self) -> str:
         """Directory of the initial weights, Hugging Face format."""
         return f"{self.directory}/checkpoint"
+
+    @property
+    def trained(self) -> str:
+        """Directory of the trainer's last weights, in the same format."""
+        return f"{self.directory}/trained"
 
 
 JOB = "demo"

@@ -13,16 +13,19 @@ _VOCABULARY_STEP = 64
 """vLLM pads vocabularies to this (`model_executor/layers/vocab_parallel_embedding.py`, DEFAULT_VOCAB_PADDING_SIZE);
 padding rows are zero.
 """
-_REPLICATED = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "model.norm")
+_REPLICATED = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "model.norm", "mlp.gate.weight")
 
 
 def expected_parameters(state: Mapping[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """Every parameter of rank `rank` of a vLLM Qwen3 with `ranks` tensor-parallel ranks, by vLLM's names.
+    """Every parameter of rank `rank` of a vLLM Qwen3 or Qwen3-MoE with `ranks` tensor-parallel ranks, by vLLM's names;
+    experts stacked as they are before vLLM packs them.
 
     The key-value heads must divide by `ranks`.
     """
     expected: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
+        if ".experts." in name:
+            continue
         stem, _, _ = name.rpartition(".")
         if "embed_tokens" in name or "lm_head" in name:
             padding = -tensor.shape[0] % _VOCABULARY_STEP
@@ -42,7 +45,17 @@ def expected_parameters(state: Mapping[str, torch.Tensor], rank: int, ranks: int
             )
         elif not stem.endswith(("k_proj", "v_proj", "up_proj")):
             raise ValueError(f"{name}: no rule says where vLLM keeps it")
+    for mlp in sorted({name.partition(".experts.")[0] for name in state if ".experts." in name}):
+        experts = [_expert(state, f"{mlp}.experts.{n}", rank, ranks) for n in range(len(state[f"{mlp}.gate.weight"]))]
+        for stacked, each in zip(("w13_weight", "w2_weight"), zip(*experts, strict=True), strict=True):
+            expected[f"{mlp}.experts.routed_experts.{stacked}"] = torch.stack(each)
     return expected
+
+
+def _expert(state: Mapping[str, torch.Tensor], name: str, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate over up, and down, of one expert."""
+    gate, up, down = (state[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return torch.cat([_part(gate, 0, rank, ranks), _part(up, 0, rank, ranks)]), _part(down, 1, rank, ranks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from weft_cli.demo.channel import Handler, Reply, serve
 from weft_cli.demo.gather import gather_state
 from weft_cli.demo.megatron_on_cpu import answer_cuda_calls
 from weft_cli.demo.observe import Observer
-from weft_cli.demo.policy import Trainer, build_model, load_weights
+from weft_cli.demo.policy import Trainer, make_policy
 from weft_cli.demo.settings import JOB, Settings
 
 
@@ -28,6 +28,7 @@ class TrainerRank:
     def __init__(self) -> None:
         self._observer = Observer()
         self._settings: Settings
+        self._config: dict[str, Any] = {}
         self._model: Any = None
         self._trainer: Trainer
         self._refit: Any = None
@@ -56,18 +57,21 @@ class TrainerRank:
         dist.init_process_group(
             "gloo", init_method=f"file://{made.directory}/trainers", rank=rank, world_size=made.trainer_ranks
         )
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=made.trainer_ranks)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=made.trainer_tensor_parallel,
+            expert_model_parallel_size=made.trainer_expert_parallel,
+        )
         self._settings, self._rank = made, rank
-        self._model = build_model(made)
-        load_weights(self._model, load_file(f"{made.checkpoint}/model.safetensors"), made)
+        self._config = json.loads(Path(made.checkpoint, "config.json").read_text())
+        state = load_file(f"{made.checkpoint}/model.safetensors")
+        self._model = make_policy(self._config, state, getattr(torch, made.dtype))
         self._trainer = Trainer(self._model, made)
 
     def connect(self, store: str) -> None:
         """Meet the other ranks and the engine."""
         made = self._settings
-        config = json.loads(Path(made.checkpoint, "config.json").read_text())
         self._refit = weft.Refit(
-            source=weft_megatron.MegatronSource(self._model, config),
+            source=weft_megatron.MegatronSource(self._model, self._config),
             transport=made.transport,
             store=store,
             job=JOB,
@@ -95,19 +99,11 @@ class TrainerRank:
         """What was counted since."""
         return {"counts": [self._observer.stop()]}
 
-    def gather(self, path: str) -> None:
-        """Rank 0 writes the whole model under Hugging Face's names. Collective."""
-        sizes = self._settings.model
-        state = gather_state(
-            self._model,
-            vocabulary=sizes.vocabulary,
-            layers=sizes.layers,
-            heads=sizes.heads,
-            key_value_heads=sizes.key_value_heads,
-            head_dim=sizes.head_dim,
-        )
+    def gather(self, directory: str) -> None:
+        """Rank 0 writes the whole model as a Hugging Face checkpoint, without its configuration. Collective."""
+        state = gather_state(self._model, self._config)
         if self._rank == 0:
-            save_file(state, path)
+            save_file(state, f"{directory}/model.safetensors", metadata={"format": "pt"})
 
     def close(self) -> None:
         """Leave the job. Collective."""
