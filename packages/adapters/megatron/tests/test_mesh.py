@@ -40,6 +40,23 @@ def test_sizes_that_do_not_factor_are_an_error_that_names_them() -> None:
         adapter.world_size({"tp": 2, "dp": 3, "ep": 2})
 
 
+@pytest.mark.trap(2)
+def test_experts_are_counted_in_the_same_order_without_context_parallelism() -> None:
+    mesh = Mesh.from_sizes({"tp": 2, "cp": 2, "dp": 2, "ep": 2, "etp": 1})
+    places = [(place.tp, place.ep, place.etp) for place in (mesh.coordinates(rank) for rank in range(mesh.world))]
+    assert places == [(rank % 2, rank % 2, 0) for rank in range(8)]
+
+
+@pytest.mark.trap(17)
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [({"tp": 2, "dp": 2, "pp": 2, "cp": 2}, "tp-pp-cp-dp"), ({"tp": 2, "dp": 2, "pp": 2, "etp": 1}, "tp-pp-dp-ep")],
+)
+def test_an_order_in_which_experts_have_other_stages_is_refused(sizes: dict[str, int], order: str) -> None:
+    with pytest.raises(ConfigError, match="put pp last"):
+        Mesh.from_sizes(sizes, order)
+
+
 def test_expert_axes_divide_the_world_and_do_not_multiply_it() -> None:
     assert adapter.world_size({"tp": 4, "pp": 2, "dp": 2, "cp": 2, "ep": 4, "etp": 2}) == 32
 
@@ -53,11 +70,16 @@ def test_every_wrong_size_is_named_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("order", "fault"),
-    [("tp-dp", "axis pp is missing"), ("tp-tp-pp-dp", "axis tp comes twice"), ("xp-tp-pp-dp", "'xp'")],
+    [
+        ("tp-dp", "axis pp is missing"),
+        ("tp-pp-dp", "axis ep is missing"),
+        ("tp-tp-pp-dp", "axis tp comes twice"),
+        ("xp-tp-pp-dp", "'xp'"),
+    ],
 )
 def test_a_wrong_order_is_an_error(order: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
-        MegatronAdapter(order=order).world_size({"tp": 2, "pp": 2, "dp": 2})
+        MegatronAdapter(order=order).world_size({"tp": 2, "pp": 2, "dp": 2, "ep": 2})
 
 
 def test_data_parallel_ranks_of_a_job_are_one_replica() -> None:
