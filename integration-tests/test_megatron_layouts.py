@@ -10,7 +10,7 @@ from support.megatron_ranks import inspect
 from support.processes import run_ranks
 
 from weft.layout import Layout
-from weft_megatron import MegatronAdapter
+from weft_megatron import MegatronAdapter, Spec
 from weft_megatron.family import DecoderModel
 from weft_megatron.parameters import Part, Stage, parameters
 from weft_megatron.placement import layout_of
@@ -77,6 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tp2 ep2 etp2, float32 norms": (EXPERTS, TP2 | EP2, "bare-bfloat16"),
     "pp2 ep2": (EXPERTS, PP2 | EP2, "bare"),
     "ep2, all biases": (EXPERTS | {"attention_bias": True, "mlp_bias": True}, EP2, "bare"),
+    "ep2 etp2, renamed as grouped": (EXPERTS, EP2 | ETP2, "grouped"),
 }
 """Config, sizes of `initialize_model_parallel`, and how the model is built."""
 
@@ -101,10 +102,11 @@ def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[L
         order=sizes.get("order", MegatronAdapter().order),
         make_vocab_size_divisible_by=PADDED // tp,
         norm_dtype="float32" if kind == "bare-bfloat16" else None,
+        spec=Spec.GROUPED if kind == "grouped" else Spec.LOCAL,
     )
     parallel = {"tp": tp, "pp": pp, "dp": WORLD // (tp * pp), "ep": sizes.get("expert_model_parallel_size", 1)}
     parallel["etp"] = sizes.get("expert_tensor_parallel_size", tp)
-    return list(adapter.layouts(config, parallel, "float32" if kind == "bare" else "bfloat16"))
+    return list(adapter.layouts(config, parallel, "float32" if kind in ("bare", "grouped") else "bfloat16"))
 
 
 @pytest.mark.trap(2, 4, 6, 7, 8, 13, 14)

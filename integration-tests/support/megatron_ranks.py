@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from support.megatron_model import end_job, logits_of, stage_logits, start_job
-from support.megatron_spoiled import EXPERT_SPOIL, SPOIL
+from support.megatron_spoiled import EXPERT_SPOIL, SPOIL, rename_as_grouped
 from transformers import Qwen3Config
 
 from weft.contracts import Source, Target
@@ -87,11 +87,13 @@ def inspect(
 
 
 def _describe(config: Config, padded: int, kind: str) -> dict[str, Any]:
-    """This rank's live layout of a model of one kind: bare, bare-bfloat16, float16, chunks."""
-    dtype = torch.float32 if kind in ("bare", "chunks") else torch.bfloat16
+    """This rank's live layout of a model of one kind: bare, bare-bfloat16, float16, chunks, grouped."""
+    dtype = torch.float32 if kind in ("bare", "chunks", "grouped") else torch.bfloat16
     model: Any = build_model(config, padded_vocabulary=padded, dtype=dtype, chunk=0 if kind == "chunks" else None)
     if kind == "chunks":
         model = [model, build_model(config, padded_vocabulary=padded, chunk=1)]
+    if kind == "grouped":
+        rename_as_grouped(model)
     if kind == "float16":
         model = Float16Module(transformer_config(config, dtype), model)
     source, target = MegatronSource(model, config), MegatronTarget(model, config)

@@ -1,4 +1,4 @@
-"""Megatron models, or configs of them, that are wrong in some way, by what is wrong."""
+"""Megatron models, or configs of them, that are wrong in some way, by what is wrong; and renamed ones."""
 
 from __future__ import annotations
 
@@ -52,6 +52,24 @@ class GroupedMLP(torch.nn.Module):
         super().__init__()
         self.weight1 = torch.nn.Parameter(torch.zeros(32, 64))
         self.weight2 = torch.nn.Parameter(torch.zeros(32, 32))
+
+
+def rename_as_grouped(model: Any) -> None:
+    """Give the parameters of a model with experts the names of Transformer Engine's grouped layers (`TEGroupedMLP`),
+    which need a GPU. It does not run any more.
+    """
+    for layer in model.decoder.layers:
+        layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
+        layer.input_layernorm = torch.nn.Identity()
+        if not hasattr(layer.mlp, "experts"):
+            layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
+            layer.pre_mlp_layernorm = torch.nn.Identity()
+            continue
+        grouped = torch.nn.ModuleDict({name: torch.nn.Module() for name in ("linear_fc1", "linear_fc2")})
+        for number, expert in enumerate(layer.mlp.experts.local_experts):
+            for name, linear in grouped.items():
+                setattr(linear, f"weight{number}", getattr(expert, name).weight)
+        layer.mlp.experts = grouped
 
 
 def _number_anew(model: Any, config: Config) -> tuple[Any, Config]:
