@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from example_weft_sockets.wire import Channel, Frame, Header, hang_up, read_header
+from example_weft_sockets.wire import Channel, Frame, Header, hang_up, receive, receive_header
 from weft.contracts import Bucket, Capabilities, Event, Message, Prepared, Stream, TransferProgram, Work
 from weft.deadline import Deadline
 from weft.endpoint import Inbox, RegionBook, check_program, decode, encode
@@ -23,6 +23,8 @@ from weft.member import Member, Region, Tag
 CAPABILITIES = Capabilities(
     one_sided=True, devices=("cpu",), members_may_change=True, direct_run_bytes=64 << 10, max_segments=1 << 20
 )
+
+_END_SECONDS = 5.0
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,8 +102,9 @@ class SocketTransport:
         self._peers: dict[str, tuple[Address, Channel]] = {}
         self._waiting: list[SocketWork] = []
         self._lock = threading.Lock()
-        self._incoming: dict[str, socket.socket] = {}
+        self._incoming: dict[socket.socket, str] = {}  # connection -> identity of whoever is at its other end
         self._retired: set[str] = set()
+        self._threads: list[threading.Thread] = []
 
     def open(self, member: Member) -> None:
         """Listen on a free port. Raises `ConfigError` for a host that is not this machine's."""
@@ -112,7 +115,8 @@ class SocketTransport:
         self._listener.listen()
         identity = f"{member.name}#{member.incarnation}/{uuid.uuid4().hex}"
         self._own = Address(identity, self._options.host, self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, name=f"accept for {member.name}", daemon=True).start()
+        self._start(self._accept)
+        atexit.register(self.close)  # a thread that the interpreter finds at work when it goes may abort the process
 
     def register(self, region: Region, deadline: Deadline) -> SocketRegistration:
         """Let peers write this memory."""
@@ -143,6 +147,7 @@ class SocketTransport:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         channel = Channel(peer.name, connection, self._inbox.lose)
+        self._threads.append(channel.thread)
         channel.submit(Frame(Header(own.identity.encode())))
         self._peers[peer.name] = (theirs, channel)
         with self._lock:
@@ -157,9 +162,9 @@ class SocketTransport:
             known[1].close()
             with self._lock:
                 self._retired.add(known[0].identity)
-                incoming = self._incoming.pop(known[0].identity, None)
-            if incoming is not None:
-                hang_up(incoming)
+                ended = [connection for connection, who in self._incoming.items() if who == known[0].identity]
+            for connection in ended:
+                hang_up(connection)
 
     def prepare(self, program: TransferProgram, deadline: Deadline) -> SocketPrepared:
         """Check the program and write down where every bucket's bytes come from and go to."""
@@ -209,15 +214,23 @@ class SocketTransport:
                 work.cancel()
 
     def close(self) -> None:
-        """Hang up on everybody."""
+        """Hang up on everybody, and wait until the threads have noticed."""
         self._closed = True
+        atexit.unregister(self.close)
         for peer in list(self._peers):
             self.disconnect(peer)
         with self._lock:
-            incoming = list(self._incoming.values())
-        for connection in (*incoming, self._listener):
+            connections = [*self._incoming, self._listener]
+        for connection in connections:
             hang_up(connection)
+        while self._threads:
+            self._threads.pop().join(_END_SECONDS)
         self._waiting.clear()
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _accept(self) -> None:
         with self._listener:
@@ -226,40 +239,44 @@ class SocketTransport:
                     connection, _ = self._listener.accept()
                 except OSError:  # closed
                     return
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+                with self._lock:
+                    self._incoming[connection] = ""
+                self._start(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
         """Take in what one peer sends until it ends, and say so if this side still counts on it."""
         identity, why = "", "its connection has ended"
         try:
-            with connection, connection.makefile("rb") as stream:
-                hello = read_header(stream)
-                if hello is None:
-                    return
-                identity = hello.message.decode()
-                with self._lock:
-                    if self._closed or identity in self._retired:
+            with connection:
+                while (header := receive_header(connection)) is not None:
+                    if identity:
+                        self._take(connection, header)
+                        self._inbox.deliver(identity, decode(header.message, identity))
+                    elif not self._welcome(connection, identity := header.message.decode()):
                         return
-                    self._incoming[identity] = connection
-                while (header := read_header(stream)) is not None:
-                    self._take(stream, header)
-                    self._inbox.deliver(identity, decode(header.message, identity))
         except (OSError, WeftError) as error:
             why = str(error)
+        with self._lock:
+            self._incoming.pop(connection, None)
         for peer, (address, _) in list(self._peers.items()):
             if address.identity == identity:
                 self._inbox.lose(PeerLostError(peer, why))
 
-    def _take(self, stream: BufferedReader, header: Header) -> None:
+    def _welcome(self, connection: socket.socket, identity: str) -> bool:
+        """Note who is there, unless that life is over or this endpoint is closed."""
+        with self._lock:
+            welcome = not self._closed and identity not in self._retired
+            if welcome:
+                self._incoming[connection] = identity
+        return welcome
+
+    def _take(self, connection: socket.socket, header: Header) -> None:
         """Read a bucket's bytes to where they belong. Raises `TransportError` for memory that is not registered."""
         for place, size, offset, nbytes in np.frombuffer(header.places, np.int64).reshape(-1, 4).tolist():
             region = self._regions.find("cpu", place, size)
             if region is None or not 0 <= offset <= offset + nbytes <= size:
-                raise TransportError(
-                    f"it writes {nbytes} bytes at {offset} of {place:#x}+{size}, which are not registered"
-                )
-            view = region.memory.numpy().data[offset : offset + nbytes]
-            if stream.readinto(view) != nbytes:
+                raise TransportError(f"wrote {nbytes} bytes at {offset} of {place:#x}+{size}, which are not registered")
+            if not receive(connection, region.memory.numpy().data[offset : offset + nbytes]):
                 raise TransportError("its connection has ended in the middle of a bucket")
 
     def _channel(self, peer: str) -> Channel:

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BufferedReader, BufferedWriter
 
 import msgspec
 
@@ -36,25 +35,37 @@ class Frame:
     error: PeerLostError | None = None
 
 
-def write_frame(stream: BufferedWriter, frame: Frame) -> None:
+def send_frame(connection: socket.socket, frame: Frame) -> None:
     """Length of the header, header, bytes."""
     header = msgspec.msgpack.encode(frame.header)
-    stream.write(len(header).to_bytes(8, "little"))
-    stream.write(header)
+    connection.sendall(len(header).to_bytes(8, "little") + header)
     for view in frame.memory:
-        stream.write(view)
-    stream.flush()
+        connection.sendall(view)
 
 
-def read_header(stream: BufferedReader) -> Header | None:
-    """The next header, or None at the end of the stream. Raises `RecordError` for what is none."""
-    length = int.from_bytes(stream.read(8), "little")
-    if not length:
+def receive(connection: socket.socket, view: memoryview) -> bool:
+    """Fill `view`; False when the connection has ended before. No buffer: what is read goes where it belongs."""
+    while view:
+        count = connection.recv_into(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+def receive_header(connection: socket.socket) -> Header | None:
+    """The next header, or None at the end. Raises `RecordError` for what is none."""
+    size = bytearray(8)
+    if not receive(connection, memoryview(size)):
         return None
+    length = int.from_bytes(size, "little")
     if length > _HEADER_LIMIT_BYTES:
         raise RecordError(f"a header of {length} bytes, at most {_HEADER_LIMIT_BYTES} are allowed")
+    data = bytearray(length)
+    if not receive(connection, memoryview(data)):
+        return None
     try:
-        return msgspec.msgpack.decode(stream.read(length), type=Header)
+        return msgspec.msgpack.decode(data, type=Header)
     except msgspec.MsgspecError as error:
         raise RecordError(f"{length} bytes that are not a header: {error}") from error
 
@@ -68,7 +79,8 @@ class Channel:
         """Why nothing is sent any more."""
         self._connection, self._lost = connection, lost
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=f"send to {peer}", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name=f"send to {peer}", daemon=True)
+        self.thread.start()
 
     def submit(self, frame: Frame) -> None:
         """Send a frame after those that were submitted before."""
@@ -80,13 +92,13 @@ class Channel:
         hang_up(self._connection)
 
     def _run(self) -> None:
-        with self._connection, self._connection.makefile("wb") as stream:
+        with self._connection:
             while (frame := self._frames.get()) is not None:
                 if frame.cancelled:
                     continue
                 if self.error is None:
                     try:
-                        write_frame(stream, frame)
+                        send_frame(self._connection, frame)
                     except OSError as error:
                         self.error = PeerLostError(self.peer, f"sending failed: {error}")
                         self._lost(self.error)
