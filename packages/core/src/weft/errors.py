@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 
 class WeftError(Exception):
-    """Base of every error that weft raises on purpose."""
+    """Base of every error that weft raises on purpose. All of them survive pickling, so that pools and actors that
+    carry exceptions between processes deliver them whole.
+    """
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Words and attributes, without the class's own constructor, which takes something else than the words."""
+        return _restored, (type(self), self.args), self.__dict__
 
 
 class LayoutError(WeftError):
@@ -76,6 +82,12 @@ class RefitAbortedError(WeftError):
     def __init__(self, version: int, reasons: Sequence[str]) -> None:
         self.version, self.reasons = version, tuple(reasons)
         super().__init__(_numbered(f"version {version} was not installed", self.reasons))
+
+
+def _restored(kind: type[WeftError], words: tuple[object, ...]) -> WeftError:
+    error = kind.__new__(kind)
+    error.args = words
+    return error
 
 
 def _numbered(head: str, faults: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from multiprocessing.connection import Connection
 
@@ -23,6 +24,7 @@ from weft_cli.bench.settings import Case, MemberResult
 
 def run_member(role: str, rank: int, url: str, encoded: bytes, results: Connection) -> None:
     """Take part with rank `rank` of one side; sends an encoded `MemberResult` when done."""
+    os.dup2(2, 1)  # NIXL says hello on the standard output, which is for figures
     torch.set_num_threads(1)
     case = msgspec.msgpack.decode(encoded, type=Case)
     framework, parallel = case.source if role == "source" else case.target

@@ -1,0 +1,35 @@
+"""Errors cross process boundaries whole."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from weft.errors import (
+    ConfigError,
+    DeadlineError,
+    LayoutError,
+    PeerLostError,
+    PlanError,
+    RefitAbortedError,
+    WeftError,
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("a port is a number"),
+        LayoutError(["one", "two"]),
+        PlanError(["one"]),
+        PeerLostError("trainer/3", "its link is gone"),
+        DeadlineError("an offer", 30.0, ["trainer/0"]),
+        RefitAbortedError(7, ["rollout0/1: a digest differs"]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_survives_pickling_with_its_words_and_attributes(error: WeftError) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is type(error)
+    assert (str(found), found.args, vars(found)) == (str(error), error.args, vars(error))
