@@ -101,9 +101,11 @@ def test_unknown_model_is_a_usage_error_that_lists_presets(weft, toy_framework: 
     assert "qwen3-0.6b" in err
 
 
-def test_every_preset_is_a_config_with_sizes() -> None:
+def test_every_preset_is_a_config_with_sizes_and_in_the_help(weft) -> None:
     assert presets() == ["llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-30b-a3b", "qwen3-4b", "qwen3-moe-0.6b"]
+    _, words, _ = weft("plan", "--help")
     for name in presets():
+        assert name in words
         config = load_config(name)
         assert config["hidden_size"] > 0
         assert config["vocab_size"] > 0
