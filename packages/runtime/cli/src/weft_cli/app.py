@@ -80,7 +80,8 @@ def plan(
     The plan is proven to write every element of every target once; a plan that cannot be is refused with every fault,
     and exit code 1.
 
-    Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b, qwen3-30b-a3b, and qwen3-moe-0.6b, which is for `weft bench`.
+    Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b, qwen3-30b-a3b, and qwen3-moe-0.6b, made up for `weft
+    bench`.
 
     **Examples**
 
