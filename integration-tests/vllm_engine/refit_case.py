@@ -36,14 +36,14 @@ class Case:
             name: save_checkpoint(directory / name, seed=seed, **options) for seed, name in enumerate("ABC", 1)
         }
         casts = (("bfloat16", "float32"),) if case["cast"] else ()
-        self.policy = {"casts": [list(cast) for cast in casts]}
+        self.policy = {"casts": [list(cast) for cast in casts], "digests": case.get("digests", True)}
         self.init = {
             "store": store, "job": "case", "replica": "rollout0", "sources": case["sources"],
             "transport": case["transport"], "deadlines": DEADLINES, "policy": self.policy,
         }  # fmt: skip
         self.sources = SourceProcesses(
-            case["sources"], self.weights("A"), transport=case["transport"], store=store, job="case", casts=casts,
-            deadlines=DEADLINES,
+            case["sources"], self.weights("A"), transport=case["transport"], store=store, job="case",
+            policy=self.policy, deadlines=DEADLINES,
         )  # fmt: skip
         self.llm = LLM(
             str(directory / "A"), skip_tokenizer_init=True, enforce_eager=True, dtype=case["dtype"], max_model_len=128,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgspec
 import torch
 from safetensors.torch import load_file
 
@@ -107,8 +108,8 @@ def _serve(pipe: Connection, path: str, number: int, count: int, options: dict[s
     source = CheckpointSource(path, number, count)
     refit = Refit(
         source=source, transport=options["transport"], store=options["store"], job=options["job"],
-        name=f"trainer/{number}", expect=Expect(sources=count, replicas=1), policy=Policy(casts=options["casts"]),
-        deadlines=Deadlines(**options["deadlines"]),
+        name=f"trainer/{number}", expect=Expect(sources=count, replicas=1),
+        policy=msgspec.convert(options["policy"], Policy), deadlines=Deadlines(**options["deadlines"]),
     )  # fmt: skip
     while True:
         command, *arguments = pipe.recv()

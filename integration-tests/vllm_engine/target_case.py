@@ -78,7 +78,8 @@ def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
             want = cpu_prepack_moe_weight(want, module.quant_method.moe_kernel.fused_experts.isa)
         for tensor in held:
             compared += tensor.numel() * tensor.element_size()
-            if tensor.shape != want.shape or not torch.equal(tensor.view(torch.uint8), want.view(torch.uint8)):
+            found = tensor.cpu()
+            if found.shape != want.shape or not torch.equal(found.view(torch.uint8), want.view(torch.uint8)):
                 wrong.append(name)
     return {"wrong": wrong, "compared_bytes": compared}
 
