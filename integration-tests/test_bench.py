@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from weft.layout import LayoutBuilder
+from weft.builder import LayoutBuilder
 from weft.testing.members import MemoryTarget
 from weft_cli.app import application
 from weft_cli.bench import pattern

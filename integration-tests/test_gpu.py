@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import weft
-from weft.layout import Layout, LayoutBuilder
+from weft.builder import LayoutBuilder
+from weft.layout import Layout
 from weft.testing.members import MemorySource, MemoryTarget
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from weft.builder import LayoutBuilder
 from weft.deadline import Deadlines
 from weft.errors import WeftError
-from weft.layout import LayoutBuilder
 from weft.policy import Policy
 from weft.refit import Refit
 from weft.roster import Expect

@@ -11,9 +11,10 @@ import msgspec
 import torch
 from safetensors.torch import load_file
 
+from weft.builder import LayoutBuilder
 from weft.contracts import Event, Group, Lease, Stream
 from weft.deadline import Deadlines
-from weft.layout import Layout, LayoutBuilder
+from weft.layout import Layout
 from weft.policy import Policy
 from weft.refit import Refit
 from weft.roster import Expect

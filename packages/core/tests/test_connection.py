@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import weft
-from weft.layout import LayoutBuilder
+from weft.builder import LayoutBuilder
 from weft.local import LocalHub
 from weft.testing.members import MemorySource
 

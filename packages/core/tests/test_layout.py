@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.box import Affine, Box
+from weft.builder import LayoutBuilder
 from weft.errors import LayoutError, RecordError
-from weft.layout import Kind, Layout, LayoutBuilder, Piece
+from weft.layout import Kind, Layout, Piece
 from weft.naive import elements_of, fill_elements
 from weft.testing.models import random_case
 

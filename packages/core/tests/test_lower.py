@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from weft.builder import LayoutBuilder
 from weft.errors import ConfigError, PlanError
-from weft.layout import ITEM_BYTES, Layout, LayoutBuilder
+from weft.layout import ITEM_BYTES, Layout
 from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, lower, segments
 from weft.member import Member
 from weft.plan import Plan, plan

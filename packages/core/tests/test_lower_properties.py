@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from weft.box import Affine
-from weft.layout import ITEM_BYTES, Int64s, Layout, LayoutBuilder
+from weft.builder import LayoutBuilder
+from weft.layout import ITEM_BYTES, Int64s, Layout
 from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, lower, segments
 from weft.member import Member
 from weft.naive import Bits, bits_dtype, expected_memory, poisoned_memory

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.box import Affine, Box
-from weft.layout import Layout, LayoutBuilder, Piece
+from weft.builder import LayoutBuilder
+from weft.layout import Layout, Piece
 from weft.naive import (
     bits_dtype,
     elements_of,

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from weft.box import Affine
+from weft.builder import LayoutBuilder
 from weft.errors import PlanError
-from weft.layout import Layout, LayoutBuilder
+from weft.layout import Layout
 from weft.member import Member
 from weft.naive import Bits, expected_memory, poisoned_memory
 from weft.plan import Plan, plan

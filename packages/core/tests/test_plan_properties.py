@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.box import Box
+from weft.builder import LayoutBuilder
 from weft.errors import PlanError
-from weft.layout import ITEM_BYTES, Int64s, Layout, LayoutBuilder
+from weft.layout import ITEM_BYTES, Int64s, Layout
 from weft.naive import (
     Bits,
     all_ties,

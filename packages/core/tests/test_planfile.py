@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weft.builder import LayoutBuilder
 from weft.errors import PlanError, RecordError
-from weft.layout import Layout, LayoutBuilder
+from weft.layout import Layout
 from weft.member import Member
 from weft.plan import Copies, Plan, plan
 from weft.planfile import load_plan, save_plan

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import weft
-from weft.layout import LayoutBuilder
+from weft.builder import LayoutBuilder
 from weft.testing.members import MemorySource
 
 

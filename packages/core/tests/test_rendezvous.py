@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from weft.builder import LayoutBuilder
 from weft.contracts import Store
 from weft.deadline import Deadline
 from weft.errors import ConfigError, DeadlineError, RecordError, RendezvousError, WeftError
-from weft.layout import Layout, LayoutBuilder
+from weft.layout import Layout
 from weft.member import Member, RemoteRegion
 from weft.rendezvous import EndpointRecord, Rendezvous
 from weft.roster import Expect

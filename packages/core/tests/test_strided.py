@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from weft.box import Box
-from weft.layout import Layout, LayoutBuilder
+from weft.builder import LayoutBuilder
+from weft.layout import Layout
 from weft.policy import Policy
 from weft.refit import Refit
 from weft.report import Report

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weft.builder import LayoutBuilder
 from weft.compare import RankComparison, Reference, compare
 from weft.digest import Digest, digest_array
 from weft.errors import ConfigError
-from weft.layout import Kind, Layout, LayoutBuilder
+from weft.layout import Kind, Layout
 from weft.naive import Bits, elements_of, expected_memory, fill_elements
 from weft.policy import Policy
 from weft.testing.models import Case, Rank, random_case

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 import torch
 
+from weft.builder import LayoutBuilder
 from weft.compare import RankComparison, Reference, compare
 from weft.errors import ConfigError, LayoutError
-from weft.layout import Kind, Layout, LayoutBuilder
+from weft.layout import Kind, Layout
 from weft.policy import Policy
 from weft.verification import Request, Verifier
 from weft_vllm import adapter, comparison, verification

@@ -5,6 +5,7 @@ Start with `Refit`: one handle per member of a job. Layouts are made with `Layou
 """
 
 from weft.box import Affine, Box
+from weft.builder import LayoutBuilder
 from weft.contracts import ReplicaControl, Source, Target, Transport
 from weft.deadline import Deadline, Deadlines
 from weft.errors import (
@@ -23,7 +24,7 @@ from weft.errors import (
     WeftError,
 )
 from weft.installation import Installation
-from weft.layout import Kind, Layout, LayoutBuilder
+from weft.layout import Kind, Layout
 from weft.member import Member
 from weft.names import NameMap
 from weft.offer import Offer

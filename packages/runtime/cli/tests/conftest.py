@@ -11,7 +11,7 @@ from weft_cli.app import main
 
 _ADAPTER = """
 from weft.errors import ConfigError
-from weft.layout import LayoutBuilder
+from weft.builder import LayoutBuilder
 
 class Toy:
     axes = ("tp", "dp")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from weft.builder import LayoutBuilder
 from weft.errors import ConfigError, LayoutError
-from weft.layout import ITEM_BYTES, Layout, LayoutBuilder
+from weft.layout import ITEM_BYTES, Layout
 from weft.live import LiveSource
 from weft_dtensor.headers import StoredTensor, read_checkpoint
 from weft_dtensor.pieces import group_of

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import product
 
 from weft.box import Box
+from weft.builder import LayoutBuilder
 from weft.errors import LayoutError, NotSupportedError
-from weft.layout import Layout, LayoutBuilder
+from weft.layout import Layout
 from weft.names import NameMap
 from weft_dtensor.shards import Ranges
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 from weft.box import Box
-from weft.layout import Layout, LayoutBuilder
+from weft.builder import LayoutBuilder
+from weft.layout import Layout
 from weft_megatron.family import DecoderModel
 from weft_megatron.parameters import Parameter, Stage
 from weft_megatron.table import EMBEDDING, HEAD, Split

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.box import Affine, row_major
+from weft.builder import LayoutBuilder
 from weft.errors import ConfigError, NotSupportedError
-from weft.layout import Layout, LayoutBuilder
+from weft.layout import Layout
 from weft.verification import Request, Verification
 from weft_vllm.verification import start_and_verify
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from weft.box import Affine
+from weft.builder import LayoutBuilder
 from weft.errors import LayoutError, NotSupportedError
-from weft.layout import Kind, Layout, LayoutBuilder, LogicalTensor
+from weft.layout import Kind, Layout, LogicalTensor
 from weft_vllm import compat
 from weft_vllm.overlay import Placed, overlay
 from weft_vllm.recorder import Read, SlotRecord, dense_numel, record

@@ -10,7 +10,8 @@ from random import Random
 import numpy as np
 
 from weft.box import Affine
-from weft.layout import Int64s, Layout, LayoutBuilder, LogicalTensor
+from weft.builder import LayoutBuilder
+from weft.layout import Int64s, Layout, LogicalTensor
 from weft.naive import Bits
 
 _CAPACITY = 1 << 16

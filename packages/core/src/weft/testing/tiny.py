@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.layout import Kind, Layout, LayoutBuilder
+from weft.builder import LayoutBuilder
+from weft.layout import Kind, Layout
 from weft.views import torch_dtype
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from weft.builder import LayoutBuilder
 from weft.contracts import Event, Group, Lease, Stream
-from weft.layout import Kind, Layout, LayoutBuilder
+from weft.layout import Kind, Layout
 from weft.live import HeldVersion
 from weft.streams import Finished
 from weft.testing.broken import Fault

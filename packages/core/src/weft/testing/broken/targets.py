@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from weft.builder import LayoutBuilder
 from weft.contracts import Event, Group, Stream
-from weft.layout import Kind, Layout, LayoutBuilder
+from weft.layout import Kind, Layout
 from weft.streams import Finished
 from weft.testing.broken import Fault
 from weft.testing.broken.sources import Never
