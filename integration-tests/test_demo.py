@@ -30,6 +30,8 @@ class Demo:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "TMPDIR": str(directory)},
+                # Where the tests run in a shell's background, SIGINT is ignored, and so it would be here.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self._started: dict[int, psutil.Process] = {}
         self.shared: set[str] = set()
