@@ -31,18 +31,20 @@ def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def engine_elements(config: dict[str, Any], tensor_parallel: int) -> int:
-    """Elements of all ranks of an engine, padding left out: sharded ones once, norms on every rank."""
+    """Elements of all ranks of an engine, padding left out: sharded ones once, norms and routers on every rank."""
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     groups = config["num_key_value_heads"]
     head = config.get("head_dim", hidden // heads)
     fused_rows = (heads + 2 * groups) * head
-    sharded = fused_rows * hidden + heads * head * hidden + 3 * hidden * config["intermediate_size"]
+    experts = config.get("num_experts", 0)
+    inner = experts * config["moe_intermediate_size"] if experts else config["intermediate_size"]
+    sharded = fused_rows * hidden + heads * head * hidden + 3 * hidden * inner
     if config["model_type"] == "qwen2":
         sharded += fused_rows
-    norms = 2 * hidden + (2 * head if config["model_type"] == "qwen3" else 0)
+    whole = 2 * hidden + (2 * head if config["model_type"] in ("qwen3", "qwen3_moe") else 0) + experts * hidden
     vocabularies = 1 if config["tie_word_embeddings"] else 2
     embedded = vocabularies * config["vocab_size"] * hidden
-    return embedded + layers * sharded + tensor_parallel * (layers * norms + hidden)
+    return embedded + layers * sharded + tensor_parallel * (layers * whole + hidden)
 
 
 @pytest.mark.trap(10, 13)
