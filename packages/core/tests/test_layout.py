@@ -323,3 +323,15 @@ def test_a_column_of_broken_numbers_is_a_record_error() -> None:
 def test_fields_that_later_versions_add_are_passed_over() -> None:
     record = [*record_of(variant()), "from the future"]
     assert Layout.decode(msgspec.msgpack.encode(record)) == variant()
+
+
+@pytest.mark.trap(13)
+def test_a_tied_name_is_no_tensor_of_its_own() -> None:
+    builder = LayoutBuilder()
+    for name in ("embed", "head"):
+        builder.tensor(name, (2,), "float32")
+        builder.buffer(name, "float32", 2, group="g")
+        builder.shard(name, name)
+    builder.tie("head", "embed")
+    with pytest.raises(LayoutError, match="head: tied to embed and declared as a tensor of its own"):
+        builder.build()

@@ -221,6 +221,22 @@ def test_a_piece_with_gaps_does_not_pass_for_a_dense_one() -> None:
     assert "12 are claimed by none" in str(error)
 
 
+def test_one_element_that_is_claimed_twice_is_named() -> None:
+    builder = LayoutBuilder()
+    for name in ("scale", "other"):
+        builder.tensor(name, (), "float32")
+    builder.buffer("b", "float32", 1, group="g")
+    builder.shard("scale", "b")
+    builder.shard("other", "b")
+    held = LayoutBuilder()
+    for name in ("scale", "other"):
+        held.tensor(name, (), "float32")
+        held.buffer(name, "float32", 1, group="g")
+        held.shard(name, name)
+    error = error_of(sides([held.build()], [builder.build()]))
+    assert "other and scale share memory" in str(error)
+
+
 def test_every_fault_is_reported_at_once() -> None:
     builder = LayoutBuilder()
     for name, shape, dtype in (("a", (4,), "uint8"), ("b", (5,), "uint8"), ("c", (4,), "int8"), ("d", (4,), "uint8")):

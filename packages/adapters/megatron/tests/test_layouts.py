@@ -338,3 +338,8 @@ def test_every_missing_size_of_a_config_is_named() -> None:
         "vocab_size",
     ):
         assert word in str(caught.value)
+
+
+def test_shared_experts_are_refused_by_name() -> None:
+    with pytest.raises(NotSupportedError, match="shared experts"):
+        adapter.layouts(make_experts(shared_expert_intermediate_size=64), {}, "bfloat16")

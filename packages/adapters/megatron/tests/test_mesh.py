@@ -93,3 +93,12 @@ def test_data_parallel_ranks_of_a_job_are_one_replica() -> None:
 )
 def test_the_vocabulary_is_padded_as_megatron_pads_it(vocabulary: int, divisor: int, tp: int, padded: int) -> None:
     assert padded_vocabulary(vocabulary, divisor, tp) == padded
+
+
+@pytest.mark.trap(17)
+@pytest.mark.parametrize(
+    ("order", "sizes"), [("cp-ep-dp-pp", {"dp": 2, "etp": 2}), ("tp-ep-pp", {"tp": 4, "ep": 2, "etp": 1})]
+)
+def test_an_axis_that_only_experts_have_must_be_in_the_order(order: str, sizes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="is missing from order"):
+        Mesh.from_sizes(sizes, order)

@@ -156,3 +156,10 @@ def test_what_does_not_divide_or_is_not_known_is_named() -> None:
         adapter.layouts(config("mixtral"), {}, "bfloat16")
     with pytest.raises(ConfigError, match="vocab_size"):
         adapter.layouts({**config("llama"), "vocab_size": None}, {}, "bfloat16")
+
+
+def test_what_the_engine_would_refuse_or_add_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ep 4 of a model without experts"):
+        adapter.layouts(config("qwen3"), {"tp": 2, "dp": 2, "ep": 4}, "bfloat16")
+    with pytest.raises(NotSupportedError, match="shared experts"):
+        adapter.layouts(config("qwen3_moe", shared_expert_intermediate_size=64), {"tp": 1}, "bfloat16")

@@ -149,6 +149,8 @@ class LayoutBuilder:
         for tie in self._ties:
             if tie.alias == tie.name or tied.setdefault(tie.alias, tie.name) != tie.name:
                 faults.append(f"{tie.alias}: tied to {tie.name} and to {tied.get(tie.alias, 'itself')}")
+            if tie.alias in self._tensors:
+                faults.append(f"{tie.alias}: tied to {tie.name} and declared as a tensor of its own")
         if self._scratch_slots < 1:
             faults.append(f"scratch_slots is {self._scratch_slots}, it must be at least 1")
         if faults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -97,11 +98,10 @@ def _aliases(sources: Mapping[str, Layout], targets: Mapping[str, Layout], fault
     for alias, name in aliases.items():
         if name in aliases:
             faults.append(f"{alias}: tied to {name}, which is itself tied to {aliases[name]}; name the tensor on disk")
-        if alias in tied_by_source:
-            continue
         holders = [member for member, layout in sources.items() if any(t.name == alias for t in layout.tensors)]
         if holders:
-            faults.append(f"{alias}: targets tie it to {name}, source {holders[0]} holds it as a tensor of its own")
+            who = "some sources" if alias in tied_by_source else "targets"
+            faults.append(f"{alias}: {who} tie it to {name}, source {holders[0]} holds it as a tensor of its own")
     return aliases
 
 
@@ -186,6 +186,8 @@ def _clashes(boxes: Sequence[Box]) -> list[tuple[int, int]]:
     """Pairs of boxes of one split that meet."""
     if len(boxes) < 2:
         return []
+    if not boxes[0].factors:  # of one element: all of them are the same
+        return list(combinations(range(len(boxes)), 2))
     lo, hi = (np.array(ends, dtype=np.int64) for ends in ([b.lo for b in boxes], [b.hi for b in boxes]))
     order = np.argsort(lo[:, 0], kind="stable")
     left, right = _neighbours(lo[order, 0], hi[order, 0])

@@ -278,6 +278,8 @@ def _damage(layout: Layout) -> str | None:
     names = {tensor.name for tensor in layout.tensors}
     if len(buffers) < len(layout.buffers) or len(names) < len(layout.tensors):
         return "two buffers or two tensors have one name"
+    if any(tie.alias in names for tie in layout.ties):
+        return "a tied name is a tensor of its own"
     if any(t.dtype not in ITEM_BYTES or min(t.shape, default=0) < 0 for t in layout.tensors):
         return "a tensor has an unknown dtype or a negative size"
     if any(buffer_fault(b) or not 0 <= b.group < len(layout.groups) for b in layout.buffers):

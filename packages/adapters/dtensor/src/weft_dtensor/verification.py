@@ -40,7 +40,7 @@ def load_and_verify(request: Request, report: Callable[[str], None]) -> Verifica
     if request.parallel:
         raise ConfigError(f"a module is loaded whole, in one process: it has no {', '.join(request.parallel)}")
     dtype = getattr(torch, request.dtype, None) if request.dtype else "auto"
-    if dtype is None:
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype {request.dtype!r}: expected one of torch's, such as bfloat16")
     try:
         transformers = importlib.import_module("transformers")
@@ -52,7 +52,7 @@ def load_and_verify(request: Request, report: Callable[[str], None]) -> Verifica
     options = {"dtype": dtype, "local_files_only": True, **request.options}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(request.model, **options)
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # of Transformers, safetensors or torch: each has classes of its own for bad files
         raise ConfigError(f"Transformers cannot load {request.model}: {error}") from error
     report(f"comparing with {request.checkpoint}")
     return verify_module(model, request.checkpoint, casts=request.casts, ignore=request.ignore)

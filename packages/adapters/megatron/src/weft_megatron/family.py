@@ -129,6 +129,8 @@ def _check_sizes(config: Mapping[str, Any], family: str) -> None:
 
 def _experts(config: Mapping[str, Any]) -> Experts | None:
     """The rule of `Qwen3MoeDecoderLayer` in transformers. None when no layer is left for experts."""
+    if config.get("shared_expert_intermediate_size"):
+        raise NotSupportedError(f"{config.get('model_type')} with shared experts is not mapped yet")
     step, without = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
     layers = [n for n in range(int(config["num_hidden_layers"])) if n not in without and (n + 1) % step == 0]
     if not layers:

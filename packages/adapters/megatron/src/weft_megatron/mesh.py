@@ -64,6 +64,9 @@ class Mesh:
                 f"parallel sizes: {mesh.world} ranks (tp {tp} x pp {pp} x cp {cp} x dp {dp}) do not divide into "
                 f"etp {mesh.etp} x ep {mesh.ep} x pp {pp} = {mesh.ep * mesh.etp * mesh.pp}"
             )
+        lacking = [name for name, size in mesh._expert_sizes.items() if size > 1 and name not in given]
+        if lacking:
+            raise ConfigError(f"parallel sizes: axis {', '.join(lacking)} is missing from order {order!r}")
         if not mesh._same_stages():
             raise ConfigError(
                 f"parallel sizes: in order {order!r} experts (etp {mesh.etp} x ep {mesh.ep} x dp "

@@ -164,6 +164,9 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         "multi_latent_attention": False,
         "mtp_num_layers": None,
         "attention_output_gate": False,
+        "activation_func": torch.nn.functional.silu,
+        "activation_func_clamp_value": None,
+        "glu_linear_offset": 0.0,
         **_expected_experts(model),
     }
     if model.has_dense_layers:
@@ -180,6 +183,8 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
             f"the model was built with moe_layer_freq={config.moe_layer_freq!r}, {model.family} of this config has "
             f"experts in the layers {sorted(model.sparse_layers)}"
         )
+    if model.experts and config.moe_router_load_balancing_type == "sinkhorn":
+        faults.append("moe_router_load_balancing_type='sinkhorn' routes in a way that no checkpoint can express")
     if any(type(getattr(layer.mlp, "experts", None)).__name__ == _LEGACY for layer in chunk.module.decoder.layers):
         faults.append(f"experts are in the legacy grouped layout ({_LEGACY}); build SequentialMLP or TEGroupedMLP")
     if bool(chunk.module.share_embeddings_and_output_weights) != model.tied:

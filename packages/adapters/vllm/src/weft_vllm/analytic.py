@@ -97,6 +97,8 @@ class _Model:
                 f"weft-vllm maps {', '.join(_FAMILIES)} without an engine, not {family!r}; start one and record it"
             )
         mixture = family.endswith("_moe")
+        if mixture and config.get("shared_expert_intermediate_size"):
+            raise NotSupportedError(f"{family} with shared experts is not mapped yet; start an engine and record it")
         # Transformers writes the number of experts under another name than it reads
         experts = config.get("num_experts", config.get("num_local_experts")) if mixture else 0
         needed = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
@@ -120,6 +122,8 @@ class _Model:
                 f"dp {replicas} without ep: vLLM then cuts every expert over all tp {tp} · dp {replicas} ranks, which "
                 f"is not mapped; say ep{tp * replicas} for expert parallelism"
             )
+        if ep > 1 and not experts:
+            faults.append(f"ep {ep} of a model without experts")
         if experts and ep > experts:
             faults.append(f"experts {experts} over ep {ep}")
         if max(kv_heads, tp) % min(kv_heads, tp):

@@ -34,7 +34,8 @@ class Suite:
         for name in sorted({name for kind in cls.__mro__ for name in vars(kind) if name.startswith("test_")}):
             definitions = [vars(kind)[name] for kind in cls.__mro__ if name in vars(kind)]
             mine, original = definitions[0], definitions[-1]
-            if getattr(mine, "__code__", None) is original.__code__:
+            code = getattr(original, "__code__", None)
+            if mine is original or (code is not None and getattr(mine, "__code__", None) is code):
                 continue
             reason, fault = _expected_failure(mine)
             if fault:
