@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,9 +215,14 @@ class SocketTransport:
                 work.cancel()
 
     def close(self) -> None:
-        """Hang up on everybody, and wait until the threads have noticed."""
+        """Send what is on its way, as long as somebody takes it; hang up on everybody; wait for the threads."""
         self._closed = True
         atexit.unregister(self.close)
+        channels, until = [channel for _, channel in self._peers.values()], time.monotonic() + _END_SECONDS
+        for channel in channels:
+            channel.finish()
+        for channel in channels:
+            channel.thread.join(max(0.0, until - time.monotonic()))
         for peer in list(self._peers):
             self.disconnect(peer)
         with self._lock:

@@ -86,6 +86,10 @@ class Channel:
         """Send a frame after those that were submitted before."""
         self._frames.put(frame)
 
+    def finish(self) -> None:
+        """End the connection once everything has been sent that was submitted before."""
+        self._frames.put(None)
+
     def close(self) -> None:
         """End the connection; what has not been sent fails."""
         self._frames.put(None)
