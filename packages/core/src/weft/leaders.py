@@ -86,8 +86,8 @@ class SourceLeader:
             if limit.expired():
                 self._expire(replica, limit)
             needed = {self._leaders[replica], *(set(self._sources) - self._offered)}
-            for error in self._wire.lost(needed):
-                self._abort(replica, str(error))
+            if lost := self._wire.lost(needed):
+                self._abort(replica, "; ".join(map(str, lost)))
 
     def _expire(self, replica: str, limit: Deadline) -> None:
         """Withdraw, and go by the answer of the replica's leader, who knows more; without one, abort."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from weft.contracts import SEGMENT, Bucket
+from weft.contracts import SEGMENT, Bucket, TransferProgram
 from weft.deadline import Deadline
-from weft.errors import ConfigError
+from weft.errors import ConfigError, DeadlineError
 from weft.member import Member, Region
 from weft_gloo import GlooOptions, factory
 from weft_gloo.messages import messages_of
@@ -78,6 +78,21 @@ def test_members_that_pack_differently_refuse_each_other_and_no_default_group_is
         with pytest.raises(ConfigError, match=r"1048576.*12345.*make them equal"):
             one.connect(members[1], two.address(), Deadline.after(1))
         assert not dist.is_initialized()
+    finally:
+        one.close()
+        two.close()
+
+
+@pytest.mark.trap(40, 48)
+def test_prepare_waits_for_peers_without_buckets_too_for_a_connection_that_is_not_up_cannot_break() -> None:
+    members = [Member(name, None, None, None, 0, "here", "here", "cpu") for name in "ab"]
+    one, two = factory({}), factory({})
+    try:
+        one.open(members[0])
+        two.open(members[1])
+        one.connect(members[1], two.address(), Deadline.after(20))
+        with pytest.raises(DeadlineError, match=r"connecting: not within 0\.2 s; late: b"):
+            one.prepare(TransferProgram(b"key", (), (), (), {}), Deadline.after(0.2))
     finally:
         one.close()
         two.close()

@@ -198,16 +198,20 @@ class GlooTransport:
             known[1].close()
 
     def prepare(self, program: TransferProgram, deadline: Deadline) -> GlooPrepared:
-        """Divide buckets into messages, and wait until every peer of the program is connected."""
+        """Divide buckets into messages, and wait until every connection is up: one that is not cannot be seen to break.
+
+        Raises what broke a connection of the program; the loss of another peer is said by `poll`.
+        """
         self._require_open()
         check_program(program, self._regions, CAPABILITIES)
         sends, receives = self._messages(program, program.sends), self._messages(program, program.receives)
         prepared = GlooPrepared(program, sends, receives, {})
         links = [self._link(peer) for peer in sorted({b.peer for b in (*program.sends, *program.receives)})]
+        others = [link for _, link in self._links.values() if link not in links]
         deadline.wait(
-            lambda: all(link.ready() for link in links),
+            lambda: all(link.ready() for link in links) and all(link.up or link.error for link in others),
             "connecting",
-            lambda: [link.peer for link in links if not link.up],
+            lambda: [link.peer for link in (*links, *others) if not link.up],
         )
         with self._programs_changed:
             self._programs[program.key] = prepared
