@@ -112,7 +112,7 @@ def memory_faults(member: str, layout: Layout) -> list[str]:
     faults: list[str] = []
     views: dict[int, list[tuple[str, Affine]]] = defaultdict(list)
     numbers = {buffer.name: n for n, buffer in enumerate(layout.buffers)}
-    table, tiled = layout.pieces, _tiled(layout)
+    table, tiled = layout.pieces, _tiled(layout, [numbers[fill.buffer] for fill in layout.fills])
     sizes = table.hi - table.lo
     for n in np.flatnonzero(~tiled[table.buffer]).tolist():
         view = Affine(int(table.offset[n]), tuple(map(int, sizes[n])), tuple(map(int, table.strides[n])))
@@ -126,9 +126,12 @@ def memory_faults(member: str, layout: Layout) -> list[str]:
     return faults
 
 
-def _tiled(layout: Layout) -> npt.NDArray[np.bool_]:
-    """Which buffers consist of dense pieces, end to end, and nothing else: nearly all of them, so they go in bulk."""
-    table, count = layout.pieces, len(layout.buffers)
+def _tiled(layout: Layout, filled: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Which buffers consist of dense pieces, end to end, and nothing else: nearly all of them, so they go in bulk.
+
+    `filled` are the numbers of buffers that have fills.
+    """
+    table = layout.pieces
     sizes, (strides,) = collapse(table.hi - table.lo, [table.strides])
     dense = (strides[:, -1] == 1) | (sizes[:, -1] == 1) if sizes.shape[1] else np.ones(len(table), dtype=bool)
     dense &= (sizes[:, :-1] == 1).all(axis=1)
@@ -140,11 +143,10 @@ def _tiled(layout: Layout) -> npt.NDArray[np.bool_]:
     ends = np.roll(begins, -1)
     numel = np.array([each.numel for each in layout.buffers], dtype=np.int64)
     joins = np.where(begins, first == 0, first == np.roll(end, 1)) & (~ends | (end == numel[buffer])) & dense[order]
-    tiled = np.zeros(count, dtype=bool)
+    tiled = np.zeros(len(numel), dtype=bool)
     tiled[buffer] = True
     tiled[buffer[~joins]] = False
-    names = {each.name: n for n, each in enumerate(layout.buffers)}
-    tiled[[names[fill.buffer] for fill in layout.fills]] = False
+    tiled[filled] = False
     return tiled
 
 

@@ -29,26 +29,30 @@ class HeldVersion:
         self.released = True
 
 
-class LiveSource:
+class _Live:
+    """One rank's weights where they are."""
+
+    def __init__(self, layout: Layout, memory: Mapping[str, torch.Tensor], settle: Callable[[], None]) -> None:
+        self._layout, self._memory, self._settle = layout, memory, settle
+
+    def layout(self) -> Layout:
+        """One live buffer per parameter and persistent buffer; equal ranks have equal layouts."""
+        return self._layout
+
+    def memory(self) -> Mapping[str, torch.Tensor]:
+        """Dense one-dimensional views of this rank's memory, by buffer name. They alias the weights."""
+        return self._memory
+
+
+class LiveSource(_Live):
     """One rank that has weights (`weft.contracts.Source`), read where they are.
 
     `memory` holds a dense one-dimensional tensor per buffer of `layout`. `settle` is called by `hold`; what it raises
     goes to the caller.
     """
 
-    def __init__(self, layout: Layout, memory: Mapping[str, torch.Tensor], settle: Callable[[], None]) -> None:
-        self._layout, self._memory, self._settle = layout, memory, settle
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._layout!r})"
-
-    def layout(self) -> Layout:
-        """What this rank holds: one live buffer per tensor; equal ranks have equal layouts."""
-        return self._layout
-
-    def memory(self) -> Mapping[str, torch.Tensor]:
-        """Dense one-dimensional views of this rank's memory, by buffer name. They alias the weights."""
-        return self._memory
 
     def hold(self, version: int) -> Lease:
         """Settle, then promise that bytes do not change until release. Collective where settling is."""
@@ -62,7 +66,7 @@ class LiveSource:
         return Finished()
 
 
-class LiveTarget:
+class LiveTarget(_Live):
     """One rank that receives weights (`weft.contracts.Target`), in place.
 
     `layout`, `memory` and `settle` are as for `LiveSource`. `reload` is called in `prepare_commit` when the new bytes
@@ -78,20 +82,13 @@ class LiveTarget:
         settle: Callable[[], None],
         reload: Callable[[], object] | None = None,
     ) -> None:
-        self._layout, self._memory, self._settle, self._reload = layout, memory, settle, reload
+        super().__init__(layout, memory, settle)
+        self._reload = reload
         self.version: int | None = None
         self.failure: BaseException | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._layout!r}, version={self.version})"
-
-    def layout(self) -> Layout:
-        """What this rank wants: every parameter and persistent buffer."""
-        return self._layout
-
-    def memory(self) -> Mapping[str, torch.Tensor]:
-        """Dense one-dimensional views of this rank's memory, by buffer name. Writing to them changes the model."""
-        return self._memory
 
     def begin(self, version: int) -> int:
         """Settle, collectively where that is. Returns layout epoch 0: live weights have only one."""

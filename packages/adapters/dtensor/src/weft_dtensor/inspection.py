@@ -12,6 +12,7 @@ from torch import nn
 from weft.errors import LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft.names import NameMap
+from weft.streams import settle
 from weft_dtensor.naming import default_names
 from weft_dtensor.pieces import LocalTensor, layout_of
 from weft_dtensor.shards import held_ranges
@@ -43,8 +44,7 @@ class Inspection:
         ]
         if faults:
             raise LayoutError(faults)
-        for device in {memory.device for memory in self.memory.values() if memory.is_cuda}:
-            torch.cuda.synchronize(device)
+        settle({memory.device for memory in self.memory.values()})
 
 
 def inspect_module(module: nn.Module, names: NameMap | None, *, written: bool) -> Inspection:
