@@ -16,6 +16,7 @@ import weft
 from weft import Member, Refit, plan, serve_store
 from weft.testing.job import Job, Part
 from weft.testing.members import poison
+from weft.views import piece_view
 from weft_dtensor import CheckpointSource, ModuleSource, ModuleTarget, adapter
 
 COMMON: dict[str, Any] = {
@@ -107,8 +108,7 @@ def test_a_modules_names_and_boxes_are_those_on_disk(saved: tuple[str, Path]) ->
     stored = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert {t.name: t.shape for t in source.layout().tensors} == {n: tuple(t.shape) for n, t in stored.items()}
     for piece in source.layout():
-        found = source.memory()[piece.buffer]
-        view = found.as_strided(piece.box.sizes, piece.strides, found.storage_offset() + piece.offset)
+        view = piece_view(piece, source.memory())
         assert torch.equal(view.reshape(-1), stored[piece.tensor].reshape(-1)), piece
 
 

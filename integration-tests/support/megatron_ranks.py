@@ -23,6 +23,8 @@ from transformers import Qwen3Config
 from weft.contracts import Source, Target
 from weft.errors import LayoutError, WeftError
 from weft.layout import Layout
+from weft.testing.memory import box_of
+from weft.views import fill_view, piece_view
 from weft_cli.demo.megatron_on_cpu import build_model, transformer_config
 from weft_megatron import MegatronSource, MegatronTarget, member_name
 
@@ -44,11 +46,9 @@ def fill(layout: Layout, memory: Mapping[str, torch.Tensor], state: State) -> No
     for buffer in memory.values():
         buffer.fill_(float("nan"))
     for piece in layout:
-        box = state[piece.tensor].reshape(piece.box.factors)
-        box = box[tuple(slice(low, high) for low, high in zip(piece.box.lo, piece.box.hi, strict=True))]
-        memory[piece.buffer].as_strided(box.shape, piece.strides, piece.offset).copy_(box)
+        piece_view(piece, memory).copy_(box_of(state[piece.tensor], piece.box))
     for pad in layout.fills:
-        memory[pad.buffer].as_strided(pad.sizes, pad.strides, pad.offset).fill_(pad.value)
+        fill_view(pad, memory[pad.buffer]).fill_(pad.value)
 
 
 def inspect(

@@ -18,6 +18,8 @@ from vllm import LLM, SamplingParams
 from vllm._custom_ops import cpu_prepack_moe_weight
 
 from weft.contracts import Group
+from weft.testing.memory import box_of
+from weft.views import piece_view
 from weft_vllm import adapter
 from weft_vllm.target import VllmTarget
 
@@ -46,11 +48,7 @@ def refit(worker: Any, path: str, version: int) -> None:
             memory[buffer.name].view(torch.uint8).fill_(0xA5)
         for piece in layout:
             if piece.buffer in {buffer.name for buffer in buffers}:
-                box = state[piece.tensor].reshape(piece.box.factors)
-                for axis, (low, high) in enumerate(zip(piece.box.lo, piece.box.hi, strict=True)):
-                    box = box.narrow(axis, low, high - low)
-                first = piece.offset + memory[piece.buffer].storage_offset()
-                memory[piece.buffer].as_strided(piece.box.sizes, piece.strides, first).copy_(box)
+                piece_view(piece, memory).copy_(box_of(state[piece.tensor], piece.box))
         target.land(Group(index, name, tuple(buffer.name for buffer in buffers)), None)
     target.prepare_commit(version)
     target.commit(version)

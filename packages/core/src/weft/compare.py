@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import torch
 
 from weft.box import Box, row_major
@@ -14,7 +15,7 @@ from weft.digest import Digest, Runs, tensor_seed
 from weft.errors import ConfigError
 from weft.layout import Kind, Layout, LogicalTensor, Piece
 from weft.policy import Policy
-from weft.views import byte_view, fill_view, torch_dtype
+from weft.views import box_view, byte_view, fill_view, piece_view, torch_dtype
 
 _EXAMPLES = 3
 """Differing elements that are shown with their values, per box."""
@@ -185,9 +186,8 @@ def _tensor(
             unread[f"{piece.buffer}: {reasons[piece.buffer]}"] = None
             unread_parts.append(Part(box.factors, box.lo, box.hi, ""))
             continue
-        buffer = memory[piece.buffer]
-        found = _dense(buffer.as_strided(box.sizes, piece.strides, buffer.storage_offset() + piece.offset))
-        expected = _dense(_box_of(whole, box).to(found.dtype))
+        found = _dense(piece_view(piece, memory))
+        expected = _dense(box_view(box, whole).to(found.dtype))
         digest = _digest(on_disk, found, box)
         parts.append(Part(box.factors, box.lo, box.hi, digest.hex()))
         nbytes += found.nbytes
@@ -211,10 +211,6 @@ def _mismatch(tensor: LogicalTensor, whole: torch.Tensor | None, policy: Policy)
             "rounding is meant"
         )
     return ""
-
-
-def _box_of(whole: torch.Tensor, box: Box) -> torch.Tensor:
-    return whole.as_strided(box.sizes, box.flat_strides, whole.storage_offset() + box.flat_start)
 
 
 def _dense(view: torch.Tensor) -> torch.Tensor:
@@ -246,7 +242,7 @@ def _difference(shape: tuple[int, ...], piece: Piece, found: torch.Tensor, expec
 
 def _place(flat: int, sizes: Sequence[int]) -> tuple[int, ...]:
     """The index of element `flat` of a dense array."""
-    return tuple(flat // step % size for size, step in zip(sizes, row_major(sizes), strict=True))
+    return tuple(map(int, np.unravel_index(flat, sizes)))
 
 
 def _value(element: torch.Tensor) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from weft.layout import Fill, Layout
+from weft.box import Box
+from weft.layout import Fill, Layout, Piece
 from weft.plan import Copies, Plan
 
 Memory = Mapping[str, torch.Tensor]
@@ -37,6 +38,17 @@ def target_view(copies: Copies, n: int, buffer: torch.Tensor) -> torch.Tensor:
         copies.target_strides[n].tolist(),
         buffer.storage_offset() + int(copies.target_offset[n]),
     )
+
+
+def piece_view(piece: Piece, memory: Memory) -> torch.Tensor:
+    """Where a piece's box sits in memory, as a strided view of shape `piece.box.sizes`."""
+    buffer = memory[piece.buffer]
+    return buffer.as_strided(piece.box.sizes, piece.strides, buffer.storage_offset() + piece.offset)
+
+
+def box_view(box: Box, whole: torch.Tensor) -> torch.Tensor:
+    """A box of a dense whole tensor, as a strided view of shape `box.sizes`."""
+    return whole.as_strided(box.sizes, box.flat_strides, whole.storage_offset() + box.flat_start)
 
 
 def fill_view(fill: Fill, buffer: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from weft.contracts import Group, Stream
 from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.streams import Finished
-from weft.views import Memory, torch_dtype
+from weft.views import Memory, box_view, piece_view, torch_dtype
 
 POISON = 0xFF
 """What every byte of fresh memory holds: NaN in every floating dtype."""
@@ -80,9 +80,7 @@ def poison(tensors: Sequence[torch.Tensor]) -> None:
 def write(layout: Layout, memory: Memory, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put logical tensors (whole, in the layout's dtypes) where the layout's pieces say."""
     for piece in layout:
-        box, buffer = piece.box, memory[piece.buffer]
-        part = tensors[piece.tensor].contiguous().as_strided(box.sizes, box.flat_strides, box.flat_start)
-        buffer.as_strided(box.sizes, piece.strides, buffer.storage_offset() + piece.offset).copy_(part)
+        piece_view(piece, memory).copy_(box_view(piece.box, tensors[piece.tensor].contiguous()))
 
 
 class MemoryLease:

@@ -1,7 +1,4 @@
-"""What the suites of sources and of targets share: layouts, the memory they speak of, and what it holds.
-
-Needs pytest.
-"""
+"""What the suites of sources and of targets share: layouts, the memory they speak of, and what it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from weft.box import Box
 from weft.contracts import Group
 from weft.layout import Layout
-from weft.views import Memory, torch_dtype
+from weft.views import Memory, piece_view, torch_dtype
 
 
 def check_layouts(one: Layout, again: Layout, other: Layout) -> None:
@@ -45,21 +42,16 @@ def groups(layout: Layout) -> list[Group]:
 
 
 def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """A box of a whole logical tensor, by slicing it in its split."""
+    """A view of a box of a dense whole tensor, by slicing it in its split: independent of how boxes count elements."""
     part = tensor.reshape(box.factors)
     for axis, (low, high) in enumerate(zip(box.lo, box.hi, strict=True)):
         part = part.narrow(axis, low, high - low)
     return part
 
 
-def view_of(memory: Memory, buffer: str, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
-    """A strided view of a buffer, `offset` elements from its start."""
-    return memory[buffer].as_strided(sizes, strides, memory[buffer].storage_offset() + offset)
-
-
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor's bytes, one row per element."""
-    dense = tensor.detach().contiguous().clone()
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
     return dense.view(-1).view(torch.uint8).view(dense.numel(), dense.element_size())
 
 
@@ -86,7 +78,6 @@ def piece_faults(layout: Layout, memory: Memory, tensors: Mapping[str, torch.Ten
     """In words, every piece whose memory does not hold its box of the whole tensors; empty when all do."""
     faults = []
     for piece in layout:
-        found = view_of(memory, piece.buffer, piece.offset, piece.box.sizes, piece.strides)
-        if fault := unequal(found, box_of(tensors[piece.tensor], piece.box)):
+        if fault := unequal(piece_view(piece, memory), box_of(tensors[piece.tensor], piece.box)):
             faults.append(f"{piece.tensor} {piece.box} in buffer {piece.buffer}: {fault}")
     return "; ".join(faults)

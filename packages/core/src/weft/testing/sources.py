@@ -27,7 +27,7 @@ import torch
 from weft.contracts import Lease, Source
 from weft.layout import Kind, Layout
 from weft.testing.members import poison
-from weft.testing.memory import all_unequal, check_layouts, check_memory, groups, piece_faults
+from weft.testing.memory import all_unequal, box_of, check_layouts, check_memory, groups, piece_faults
 from weft.testing.suite import Suite, within
 
 
@@ -165,8 +165,5 @@ def _holes(layout: Layout) -> dict[str, int]:
     """By tensor, the number of elements that lie in no piece."""
     seen = {tensor.name: torch.zeros(tensor.shape, dtype=torch.bool) for tensor in layout.tensors}
     for piece in layout:
-        split = seen[piece.tensor].view(piece.box.factors)
-        for axis, (low, high) in enumerate(zip(piece.box.lo, piece.box.hi, strict=True)):
-            split = split.narrow(axis, low, high - low)
-        split.fill_(True)
+        box_of(seen[piece.tensor], piece.box).fill_(True)
     return {name: int((~mask).sum()) for name, mask in seen.items()}

@@ -28,9 +28,9 @@ from weft.catalog import memory_faults
 from weft.contracts import Target
 from weft.layout import ITEM_BYTES, Kind
 from weft.testing.members import poison
-from weft.testing.memory import all_unequal, bits, box_of, check_layouts, check_memory, groups, view_of
+from weft.testing.memory import all_unequal, bits, box_of, check_layouts, check_memory, groups
 from weft.testing.suite import Suite, within
-from weft.views import apply_fills, torch_dtype
+from weft.views import apply_fills, piece_view, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,7 @@ class TargetSuite(Suite):
             poison([memory[name] for name in group.buffers])
             for piece in layout:
                 if piece.buffer in group.buffers:
-                    view = view_of(memory, piece.buffer, piece.offset, piece.box.sizes, piece.strides)
-                    view.copy_(box_of(tensors[piece.tensor], piece.box))
+                    piece_view(piece, memory).copy_(box_of(tensors[piece.tensor], piece.box))
             apply_fills(layout, memory, group.index)
             event = within(self.seconds, f"landing group {group.name}", partial(target.land, group, None))
             within(self.seconds, f"the event of group {group.name}", event.synchronize)

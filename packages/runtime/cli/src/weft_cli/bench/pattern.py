@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from weft.layout import ITEM_BYTES, Layout
+from weft.views import box_view, piece_view
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,10 +37,7 @@ def _visit(layout: Layout, memory: Mapping[str, torch.Tensor], version: int, *, 
         if piece.tensor != name:
             name = piece.tensor
             whole = logical(name, tensors[name].shape, tensors[name].dtype, version)
-        box = piece.box
-        part = whole.as_strided(box.sizes, box.flat_strides, box.flat_start)
-        buffer = memory[piece.buffer].view(whole.dtype)
-        place = buffer.as_strided(box.sizes, piece.strides, buffer.storage_offset() + piece.offset)
+        part, place = box_view(piece.box, whole), piece_view(piece, memory).view(whole.dtype)
         if compare:
             wrong += int((place != part).sum()) * part.element_size()
         else:
