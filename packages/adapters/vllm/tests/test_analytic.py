@@ -9,7 +9,7 @@ import pytest
 
 from weft.errors import ConfigError, NotSupportedError
 from weft.layout import Layout
-from weft_vllm import adapter
+from weft_vllm import adapter, vllm_layout
 
 HIDDEN, HEAD, INNER, VOCABULARY = 8, 4, 24, 67
 EXPERTS, EXPERT_INNER = 5, 16
@@ -105,6 +105,72 @@ def test_experts_are_cut_or_spread_whole(parallel: dict[str, int]) -> None:
         assert np.array_equal(held[f"{mlp}.experts.routed_experts.w2_weight"], np.concatenate(w2))
 
 
+LATENT = {
+    "q_lora_rank": 12, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3,
+    "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "topk_method": "noaux_tc",
+}  # fmt: skip
+
+
+@pytest.mark.trap(1, 2, 6, 17)
+@pytest.mark.parametrize("query_rank", [12, None])
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tp": 4}, {"tp": 2, "ep": 2}, {"dp": 4, "ep": 4}, {"tp": 2, "dp": 4, "ep": 8, "replicas": 2}]
+)
+def test_latent_attention_and_shared_experts(parallel: dict[str, int], query_rank: int | None) -> None:
+    tp, dp, ep = (parallel.get(axis, 1) for axis in ("tp", "dp", "ep"))
+    asked = config("kimi_k2", **{**LATENT, "q_lora_rank": query_rank})
+    layouts = adapter.layouts(asked, parallel, "bfloat16")
+    replicas = parallel.get("replicas", 1)
+    assert (len(layouts), adapter.replicas(parallel)) == (tp * dp * replicas, replicas)
+    assert len({id(layout) for layout in layouts}) == len({layout.address for layout in layouts}) == tp * dp
+    for rank, layout in enumerate(layouts):
+        assert vllm_layout(asked, parallel, rank).address == layout.address
+        values = numbered(layout)
+        held = executed(layout, values)
+        assert all((memory != -1).all() for memory in held.values())
+        attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+
+        def mine(name: str, axis: int, whole: bool = False, prefix: str = attention, turn: int = rank) -> Any:
+            tensor = values[f"{prefix}.{name}.weight"]  # noqa: B023 - called at once
+            return tensor if whole else np.split(tensor, tp, axis=axis)[turn % tp]
+
+        first = [mine("kv_a_proj_with_mqa", 0, whole=True)]
+        if query_rank:
+            first.insert(0, mine("q_a_proj", 0, whole=True))
+        fused = "fused_qkv_a_proj" if query_rank else "kv_a_proj_with_mqa"
+        assert np.array_equal(held[f"{attention}.{fused}.weight"], np.concatenate(first).ravel())
+        for name, axis in (("q_b_proj" if query_rank else "q_proj", 0), ("kv_b_proj", 0), ("o_proj", 1)):
+            assert np.array_equal(held[f"{attention}.{name}.weight"], mine(name, axis).ravel())
+        whole = ep > 1 and tp > 1 and dp > 1  # tokens are spread over the tensor-parallel ranks
+        shared = f"{mlp}.shared_experts"
+        gate_up = np.concatenate([mine(f"{part}_proj", 0, whole, shared) for part in ("gate", "up")])
+        assert values[f"{shared}.gate_proj.weight"].shape == (2 * EXPERT_INNER, HIDDEN)
+        assert np.array_equal(held[f"{shared}.gate_up_proj.weight"], gate_up.ravel())
+        assert np.array_equal(held[f"{shared}.down_proj.weight"], mine("down_proj", 1, whole, shared).ravel())
+        assert held[f"{mlp}.experts.routed_experts.w2_weight"].size == 8 // ep * EXPERT_INNER * HIDDEN // (
+            tp if ep == 1 else 1
+        )
+        correction = f"{mlp}.gate.e_score_correction_bias"
+        assert {tensor.name: tensor.dtype for tensor in layout.tensors}[correction] == "float32"
+        assert np.array_equal(held[correction], values[correction])
+        assert "model.layers.0.mlp.gate_up_proj.weight" in held
+
+
+def test_a_trillion_parameters_on_128_ranks() -> None:
+    kimi = {
+        "model_type": "kimi_k2", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "num_attention_heads": 64, "vocab_size": 163840, **LATENT, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 384, "n_shared_experts": 1,
+    }  # fmt: skip
+    layouts = adapter.layouts(kimi, {"dp": 128, "ep": 128, "replicas": 8}, "bfloat16")
+    assert (len(layouts), len({id(layout) for layout in layouts})) == (1024, 128)
+    tensors = {tensor.name: tensor.numel for layout in layouts[:128] for tensor in layout.tensors}
+    assert 69_000 < len(tensors) < 71_000
+    assert 1.02e12 < sum(tensors.values()) < 1.03e12
+    assert {len(layout.pieces) for layout in layouts} == {1395}
+
+
 def test_the_number_of_experts_as_transformers_writes_it() -> None:
     written = config("qwen3_moe", num_local_experts=EXPERTS)
     del written["num_experts"]
@@ -150,8 +216,8 @@ def test_what_does_not_divide_or_is_not_known_is_named() -> None:
         adapter.layouts(config("qwen3_moe"), {"tp": 8, "ep": 8}, "bfloat16")
     with pytest.raises(ConfigError, match="num_experts"):
         adapter.layouts({**config("qwen3_moe"), "num_experts": None}, {}, "bfloat16")
-    with pytest.raises(ConfigError, match="pp: vllm has tp, dp"):
-        adapter.world_size({"tp": 2, "pp": 2})
+    with pytest.raises(ConfigError, match="cp: vllm has tp, pp, dp"):
+        adapter.world_size({"tp": 2, "cp": 2})
     with pytest.raises(NotSupportedError, match="mixtral"):
         adapter.layouts(config("mixtral"), {}, "bfloat16")
     with pytest.raises(ConfigError, match="vocab_size"):

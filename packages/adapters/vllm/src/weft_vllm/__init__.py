@@ -3,7 +3,7 @@
 Importing it needs no vLLM; whatever drives an engine says what to install where it is missing.
 """
 
-from weft_vllm.analytic import VllmAdapter, adapter
+from weft_vllm.analytic import VllmAdapter, adapter, vllm_layout
 from weft_vllm.replica_control import RefusedError, ReplicaReport, VllmControl, control
 
-__all__ = ["RefusedError", "ReplicaReport", "VllmAdapter", "VllmControl", "adapter", "control"]
+__all__ = ["RefusedError", "ReplicaReport", "VllmAdapter", "VllmControl", "adapter", "control", "vllm_layout"]

@@ -1,0 +1,210 @@
+"""What a Hugging Face config says of a model, as far as the layouts of vLLM ranks depend on it.
+
+Sources: `vllm/model_executor/models/{llama,qwen2,qwen3,qwen3_moe,mixtral,glm4_moe,deepseek_v2}.py`, for what each
+family's modules are and what they read from the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weft.errors import ConfigError, NotSupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQuery:
+    """Attention with key and value heads of its own."""
+
+    heads: int
+    kv_heads: int
+    head: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-latent attention: queries, and keys with values, go through narrow projections that every rank has."""
+
+    heads: int
+    query_rank: int | None
+    """None when queries are projected at once."""
+    value_rank: int
+    """Width of what keys and values are made from (`kv_lora_rank`)."""
+    plain_head: int
+    """Part of a query and key head without positions (`qk_nope_head_dim`)."""
+    rotary_head: int
+    value_head: int
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The layers of a mixture."""
+
+    count: int
+    width: int
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router_dtype: str | None = None
+    """When it is not the engine's."""
+    corrected: bool = False
+    """Whether the router has a float32 `e_score_correction_bias`."""
+    shared_width: int = 0
+    """Of the experts that every token goes through, together; 0 when there are none."""
+    shared_whole: bool = False
+    """Whether shared experts are whole on every rank where tokens are spread over tensor-parallel ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A decoder."""
+
+    family: str
+    hidden: int
+    layers: int
+    vocabulary: int
+    tied: bool
+    attention: GroupedQuery | Latent
+    mlp: str
+    """Name of a layer's feed-forward module."""
+    inner: int
+    """Width of layers without experts."""
+    mlp_bias: bool
+    experts: Experts | None
+    dense_layers: frozenset[int]
+    """Layers without experts."""
+    ends_everywhere: bool = False
+    """Whether every pipeline stage has the embedding, the last norm and the output layer."""
+
+
+def read_model(config: Mapping[str, Any]) -> Model:
+    """The model that a config describes. Raises `NotSupportedError` for a family that is not mapped and `ConfigError`
+    with everything that the config lacks.
+    """
+    family = str(config.get("model_type"))
+    if family not in _FAMILIES:
+        raise NotSupportedError(
+            f"weft-vllm maps {', '.join(_FAMILIES)} without an engine, not {family!r}; start one and record it"
+        )
+    fields = _Fields(config)
+    model = _FAMILIES[family](family, fields)
+    if fields.missing:
+        raise ConfigError(f"config of {family} lacks {', '.join(fields.missing)}")
+    return model
+
+
+class _Fields:
+    """A config, and the sizes that were asked of it in vain."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self.missing: list[str] = []
+
+    def size(self, name: str, *others: str) -> int:
+        """An integer, under the first of several names that has one; 1 where none has."""
+        for key in (name, *others):
+            if isinstance(self._config.get(key), int):
+                return int(self._config[key])
+        self.missing.append(name)
+        return 1
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Anything that has a default; null counts as not given."""
+        found = self._config.get(name)
+        return default if found is None else found
+
+    def flag(self, *names: str) -> bool:
+        """Whether any of them is set."""
+        return any(bool(self._config.get(name)) for name in names)
+
+
+def _decoder(
+    family: str, fields: _Fields, attention: GroupedQuery | Latent, experts: Experts | None = None,
+    dense: Callable[[int], bool] = lambda _: True, **more: Any,
+) -> Model:  # fmt: skip
+    """What all families have in common; `dense` says whether a layer has no experts."""
+    layers = fields.size("num_hidden_layers")
+    options = {"mlp": "mlp", "mlp_bias": False, **more}
+    return Model(
+        family=family,
+        hidden=fields.size("hidden_size"),
+        layers=layers,
+        vocabulary=fields.size("vocab_size"),
+        tied=fields.flag("tie_word_embeddings"),
+        attention=attention,
+        inner=fields.size("intermediate_size"),
+        experts=experts,
+        dense_layers=frozenset(layer for layer in range(layers) if not experts or dense(layer)),
+        **options,
+    )
+
+
+def _grouped_query(fields: _Fields, head: int | None = None, **more: bool) -> GroupedQuery:
+    heads = fields.size("num_attention_heads")
+    return GroupedQuery(
+        heads=heads,
+        kv_heads=fields.get("num_key_value_heads", heads),
+        head=fields.get("head_dim") or head or fields.size("hidden_size") // heads,
+        **more,
+    )
+
+
+def _llama(family: str, fields: _Fields) -> Model:
+    bias = fields.flag("attention_bias", "bias")
+    attention = _grouped_query(fields, qkv_bias=bias, out_bias=bias)
+    return _decoder(family, fields, attention, mlp_bias=fields.flag("mlp_bias"))
+
+
+def _qwen2(family: str, fields: _Fields) -> Model:
+    return _decoder(family, fields, _grouped_query(fields, qkv_bias=True))
+
+
+def _qwen3(family: str, fields: _Fields) -> Model:
+    return _decoder(family, fields, _grouped_query(fields, 128, qkv_bias=fields.flag("attention_bias"), qk_norm=True))
+
+
+def _qwen3_moe(family: str, fields: _Fields) -> Model:
+    if fields.flag("shared_expert_intermediate_size"):
+        raise NotSupportedError(f"{family} with shared experts is not mapped yet; start an engine and record it")
+    # Transformers writes the number of experts under another name than it reads
+    experts = Experts(fields.size("num_experts", "num_local_experts"), fields.size("moe_intermediate_size"))
+    step, plain = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
+    attention = _grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=True)
+    return _decoder(family, fields, attention, experts, lambda layer: layer in plain or bool((layer + 1) % step))
+
+
+def _deepseek(family: str, fields: _Fields) -> Model:
+    attention = Latent(
+        heads=fields.size("num_attention_heads"),
+        query_rank=fields.get("q_lora_rank"),
+        value_rank=fields.size("kv_lora_rank"),
+        plain_head=fields.size("qk_nope_head_dim"),
+        rotary_head=fields.size("qk_rope_head_dim"),
+        value_head=fields.size("v_head_dim"),
+    )
+    experts = _routed(fields, shared_whole=True, corrected=fields.get("topk_method") == "noaux_tc")
+    first, step = fields.get("first_k_dense_replace", 0), fields.get("moe_layer_freq", 1)
+    return _decoder(family, fields, attention, experts, lambda layer: layer < first or bool(layer % step))
+
+
+def _routed(fields: _Fields, **more: Any) -> Experts:
+    """Experts as DeepSeek's configs name them."""
+    width = fields.size("moe_intermediate_size")
+    return Experts(
+        count=fields.size("n_routed_experts"),
+        width=width,
+        shared_width=width * int(fields.get("n_shared_experts", 0)),
+        **more,
+    )
+
+
+_FAMILIES: Mapping[str, Callable[[str, _Fields], Model]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "deepseek_v3": _deepseek,
+    "kimi_k2": _deepseek,
+}
