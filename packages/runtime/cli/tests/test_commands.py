@@ -135,7 +135,7 @@ def test_plugins_prints_every_group(weft, toy_framework: Path, monkeypatch: pyte
         assert word in out
 
 
-@pytest.mark.parametrize("command", ["plan", "plugins", "demo", "verify"])
+@pytest.mark.parametrize("command", ["plan", "explain", "diff", "plugins", "demo", "verify"])
 def test_help_teaches_with_examples(weft, command: str) -> None:
     code, out, _ = weft(command, "--help")
     assert code == 0

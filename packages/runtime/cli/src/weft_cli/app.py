@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from weft.errors import ConfigError, WeftError
-from weft_cli import plan_command, plugins_command
+from weft_cli import plan_app, plugins_command
 from weft_cli.bench import command as bench_command
 from weft_cli.sides import parse_side
 from weft_cli.verify import command as verify_command
@@ -33,7 +33,8 @@ application = typer.Typer(
     help="""weft: weights from trainer. Moves the weights of a model in training into live inference engines.
 
 Start with `weft demo`, look at what is installed with `weft plugins`, and see what a refit of your model would move
-with `weft plan`. Whether an engine holds what a checkpoint holds, `weft verify` says.
+with `weft plan`; `weft explain` and `weft diff` look into plans. Whether an engine holds what a checkpoint holds,
+`weft verify` says.
 
 Exit codes: 0 done, 1 refused or a check failed, 2 used wrongly.""",
 )
@@ -54,45 +55,8 @@ def plugins(
     plugins_command.show(as_json=as_json)
 
 
-@application.command()
-def plan(
-    model: Annotated[
-        str, typer.Option(help="A preset (see below), a Hugging Face config.json, or a directory that holds one.")
-    ],
-    source: Annotated[str, typer.Option(help="The trainer: framework and parallel sizes, such as megatron:tp2,pp2.")],
-    target: Annotated[str, typer.Option(help="The engines: framework and parallel sizes, such as vllm:tp2,dp4.")],
-    dtype: Annotated[str, typer.Option(help="Dtype of the engine's weights.")] = "bfloat16",
-    source_dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the trainer's weights, if it differs: then a cast is declared.")
-    ] = None,
-    ranks_per_host: Annotated[
-        int, typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")
-    ] = 8,
-    save: Annotated[Path | None, typer.Option(help="Write the plan to this file.", dir_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
-) -> None:
-    """Show what a refit would move, without trainer, engine or GPU.
-
-    Each side is `framework:axisN,axisM`, with the framework's own flag names: `tp`, `pp`, `cp`, `dp`, `ep`, `etp` for
-    Megatron. Its ranks are tp·pp·cp·dp; ep and etp divide the same ranks again. Frameworks are the adapters in `weft
-    plugins`.
-
-    The plan is proven to write every element of every target once; a plan that cannot be is refused with every fault,
-    and exit code 1.
-
-    Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b, qwen3-30b-a3b, and qwen3-moe-0.6b, made up for `weft
-    bench`.
-
-    **Examples**
-
-        weft plan --model qwen3-0.6b --source megatron:tp2,pp2 --target vllm:tp2
-
-        weft plan --model ./checkpoint --source megatron:tp8,dp4 --source-dtype float32 --target vllm:tp4 --json
-
-        weft plan --model llama-3.1-8b --source megatron:tp4,pp4 --target vllm:tp8 --save llama.plan
-    """
-    request = plan_command.Request(model, source, target, (source_dtype or dtype, dtype), ranks_per_host, save)
-    plan_command.show(request, as_json=as_json)
+for command in (plan_app.plan, plan_app.explain, plan_app.diff):
+    application.command()(command)
 
 
 bench_commands = typer.Typer(no_args_is_help=True, help="Measure what refits cost on this machine.")

@@ -15,7 +15,7 @@ from rich.table import Table
 from weft.planfile import save_plan
 from weft.policy import Policy
 from weft_cli.models import load_config
-from weft_cli.planning import Figures, Report, figures, make_plan, members_of
+from weft_cli.planning import Figures, Report, Sides, figures, make_plan, members_of
 from weft_cli.sides import parse_side
 
 _MOST_ROWS = 16
@@ -24,7 +24,7 @@ _MOST_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked on the command line."""
+    """A model and two sides, as given on the command line."""
 
     model: str
     source: str
@@ -32,36 +32,48 @@ class Request:
     dtypes: tuple[str, str]
     """The source's and the target's."""
     ranks_per_host: int
-    save: Path | None
+
+    @property
+    def casts(self) -> tuple[tuple[str, str], ...]:
+        """The cast that two dtypes declare."""
+        return (self.dtypes,) if self.dtypes[0] != self.dtypes[1] else ()
 
 
-def show(request: Request, *, as_json: bool) -> None:
-    """Plan and print. Raises `ConfigError`, `PlanError`, `NotSupportedError` and `PluginError` as they come."""
+def describe(request: Request, report: Report) -> Sides:
+    """Members and layouts of both sides. Raises `ConfigError`, `NotSupportedError` and `PluginError` as they come."""
     source, target = parse_side(request.source), parse_side(request.target)
-    config = load_config(request.model)
-    casts = (request.dtypes,) if request.dtypes[0] != request.dtypes[1] else ()
-    with _progress() as report:
-        sides = members_of(config, source, target, request.dtypes, request.ranks_per_host, report)
+    return members_of(load_config(request.model), source, target, request.dtypes, request.ranks_per_host, report)
+
+
+def show(request: Request, save: Path | None, *, as_json: bool) -> None:
+    """Plan and print. Raises `PlanError` with every fault, and what `describe` raises."""
+    with progress() as report:
+        sides = describe(request, report)
         report(f"planning {len(sides.sources)} sources and {len(sides.targets)} targets")
-        plan = make_plan(sides, Policy(casts=casts))
+        plan = make_plan(sides, Policy(casts=request.casts))
         found = figures(plan, sides, report)
-        if request.save is not None:
-            report(f"saving {request.save}")
-            save_plan(plan, request.save)
+        if save is not None:
+            report(f"saving {save}")
+            save_plan(plan, save)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
         return
-    console = Console()
-    console.print(_summary(request, found))
-    console.print(_members(found))
+    output = console()
+    output.print(_summary(request, found))
+    output.print(_members(found))
 
 
 @contextmanager
-def _progress() -> Iterator[Report]:
+def progress() -> Iterator[Report]:
     """Say what is going on, on a terminal only, and on standard error, so that standard output stays clean."""
-    console = Console(stderr=True)
-    with console.status("reading") as status:
+    with Console(stderr=True).status("reading") as status:
         yield lambda what: status.update(what)
+
+
+def console() -> Console:
+    """Standard output; into a file or a pipe nothing is cut off."""
+    output = Console()
+    return output if output.is_terminal else Console(width=240)
 
 
 def _summary(request: Request, found: Figures) -> Table:
