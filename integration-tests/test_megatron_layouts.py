@@ -11,7 +11,7 @@ from support.processes import run_ranks
 
 from weft.layout import Layout
 from weft_megatron import MegatronAdapter, Spec
-from weft_megatron.family import DecoderModel
+from weft_megatron.configs import read_config
 from weft_megatron.parameters import Part, Stage, parameters
 from weft_megatron.placement import layout_of
 
@@ -94,7 +94,7 @@ def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[L
     tp, pp = sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1)
     if kind == "chunks":
         # Stage s has the chunks s and s + 2, of one layer each.
-        model = DecoderModel.from_config(config)
+        model = read_config(config)
         stages = [Stage(Part(), (s, s + 2), s == 0, s == 1, PADDED) for s in (0, 0, 1, 1)]
         held = [parameters(model, stage) for stage in stages]
         return [layout_of(model, s, h, {p.name: "float32" for p in h}) for s, h in zip(stages, held, strict=True)]

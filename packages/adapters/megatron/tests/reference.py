@@ -35,82 +35,146 @@ def places(sizes: Mapping[str, int]) -> list[Place]:
     ]
 
 
+def experts_of(config: Mapping[str, Any]) -> int:
+    """How many experts a sparse layer has."""
+    return int(config.get("num_experts") or config.get("n_routed_experts") or 0)
+
+
 def sparse(config: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer has experts."""
-    if config["model_type"] != "qwen3_moe" or layer in config.get("mlp_only_layers", []):
-        return False
-    return bool((layer + 1) % config.get("decoder_sparse_step", 1) == 0)
+    match config["model_type"]:
+        case "qwen3_moe":
+            step = config.get("decoder_sparse_step", 1)
+            return layer not in config.get("mlp_only_layers", []) and (layer + 1) % step == 0
+        case "deepseek_v3" | "kimi_k2":
+            return bool(layer >= config["first_k_dense_replace"])
+    return False
 
 
 def logical_state(config: Mapping[str, Any], seed: int = 0) -> State:
     """A random checkpoint: every element of every tensor differs from all others."""
-    hidden, wide, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key = config["num_key_value_heads"] * config["head_dim"]
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    count = config["num_hidden_layers"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, hidden),
         "model.norm.weight": (hidden,),
     }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocabulary, hidden)
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(count + config.get("num_nextn_predict_layers", 0)):
         at = f"model.layers.{layer}."
-        shapes |= {
-            at + "input_layernorm.weight": (hidden,),
-            at + "post_attention_layernorm.weight": (hidden,),
-            at + "self_attn.q_proj.weight": (query, hidden),
-            at + "self_attn.k_proj.weight": (key, hidden),
-            at + "self_attn.v_proj.weight": (key, hidden),
-            at + "self_attn.o_proj.weight": (hidden, query),
-        }
-        mlps = {at + "mlp.": wide}
-        if sparse(config, layer):
-            count = config["num_experts"]
-            mlps = {f"{at}mlp.experts.{expert}.": config["moe_intermediate_size"] for expert in range(count)}
-            shapes[at + "mlp.gate.weight"] = (count, hidden)
-            if config.get("mlp_bias"):
-                shapes[at + "mlp.gate.bias"] = (count,)
-        for mlp, width in mlps.items():
-            shapes |= {f"{mlp}{half}_proj.weight": (width, hidden) for half in ("gate", "up")}
-            shapes |= {mlp + "down_proj.weight": (hidden, width)}
-            if config.get("mlp_bias"):
-                shapes |= {mlp + "gate_proj.bias": (width,), mlp + "up_proj.bias": (width,)}
-                shapes |= {mlp + "down_proj.bias": (hidden,)}
-        if config["model_type"] == "qwen2" or config.get("attention_bias"):
-            shapes |= {at + f"self_attn.{part}_proj.bias": (query if part == "q" else key,) for part in "qkv"}
-        if config.get("attention_bias"):
-            shapes |= {at + "self_attn.o_proj.bias": (hidden,)}
-        if config["model_type"] in ("qwen3", "qwen3_moe"):
-            shapes |= {at + f"self_attn.{part}_norm.weight": (config["head_dim"],) for part in "qk"}
+        if layer >= count:
+            shapes |= {at + f"{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
+            shapes[at + "eh_proj.weight"] = (hidden, 2 * hidden)
+        shapes |= {at + name + ".weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        attention = latent_shapes(config) if "kv_lora_rank" in config else attention_shapes(config)
+        shapes |= {f"{at}self_attn.{name}": shape for name, shape in attention.items()}
+        shapes |= {f"{at}mlp.{name}": shape for name, shape in mlp_shapes(config, sparse(config, layer)).items()}
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     values = torch.randperm(total, generator=torch.Generator().manual_seed(seed)) + 1
     parts = values.to(torch.int32).view(torch.float32).split([torch.Size(shape).numel() for shape in shapes.values()])
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def megatron_shard(config: Mapping[str, Any], state: State, place: Place, padded: int) -> State:
-    """What Megatron holds on one rank, by its names with global layer and expert numbers; padding rows are zero."""
-    hidden, groups, head = config["hidden_size"], config["num_key_value_heads"], config["head_dim"]
-    tp_rank, tp = place.tp
-    pp_rank, pp = place.pp
+def attention_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensors of grouped-query attention."""
+    hidden, head = config["hidden_size"], config["head_dim"]
+    query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"o_proj.weight": (hidden, query), "q_proj.weight": (query, hidden)}
+    shapes |= {f"{part}_proj.weight": (key, hidden) for part in "kv"}
+    if config["model_type"] == "qwen2" or config.get("attention_bias"):
+        shapes |= {f"{part}_proj.bias": (query if part == "q" else key,) for part in "qkv"}
+    if config.get("attention_bias"):
+        shapes |= {"o_proj.bias": (hidden,)}
+    if config["model_type"] in ("qwen3", "qwen3_moe"):
+        shapes |= {f"{part}_norm.weight": (head,) for part in "qk"}
+    return shapes
 
-    def rows(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.chunk(tp)[tp_rank]
 
-    def vocabulary(tensor: torch.Tensor) -> torch.Tensor:
-        return rows(torch.cat([tensor, torch.zeros(padded - len(tensor), hidden)]))
+def latent_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensors of multi-latent attention."""
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    plain, rotary, value = (config[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    shapes: dict[str, tuple[int, ...]] = {
+        "kv_a_proj_with_mqa.weight": (rank + rotary, hidden),
+        "kv_a_layernorm.weight": (rank,),
+        "kv_b_proj.weight": (heads * (plain + value), rank),
+        "o_proj.weight": (hidden, heads * value),
+    }
+    queries = heads * (plain + rotary)
+    if config["q_lora_rank"] is None:
+        return shapes | {"q_proj.weight": (queries, hidden)}
+    rank = config["q_lora_rank"]
+    return shapes | {
+        "q_a_proj.weight": (rank, hidden),
+        "q_a_layernorm.weight": (rank,),
+        "q_b_proj.weight": (queries, rank),
+    }
 
-    def qkv(at: str, kind: str) -> torch.Tensor:
-        query, key, value = (state[f"{at}self_attn.{part}_proj.{kind}"] for part in "qkv")
+
+def mlp_shapes(config: Mapping[str, Any], with_experts: bool) -> dict[str, tuple[int, ...]]:
+    """Tensors of a layer's MLP, or of its router and experts."""
+    hidden, count = config["hidden_size"], experts_of(config)
+    if not with_experts:
+        return gated_shapes(config, "", config["intermediate_size"])
+    shapes: dict[str, tuple[int, ...]] = {"gate.weight": (count, hidden)}
+    if config.get("mlp_bias"):
+        shapes["gate.bias"] = (count,)
+    for expert in range(count):
+        shapes |= gated_shapes(config, f"experts.{expert}.", config["moe_intermediate_size"])
+    if config["model_type"] in ("deepseek_v3", "kimi_k2"):
+        shapes["gate.e_score_correction_bias"] = (count,)
+        if config["n_shared_experts"]:
+            shared = config["n_shared_experts"] * config["moe_intermediate_size"]
+            shapes |= gated_shapes(config, "shared_experts.", shared)
+    return shapes
+
+
+def gated_shapes(config: Mapping[str, Any], at: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of one gated MLP."""
+    hidden = config["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {f"{at}{half}_proj.weight": (width, hidden) for half in ("gate", "up")}
+    shapes |= {at + "down_proj.weight": (hidden, width)}
+    if config.get("mlp_bias"):
+        shapes |= {at + "gate_proj.bias": (width,), at + "up_proj.bias": (width,), at + "down_proj.bias": (hidden,)}
+    return shapes
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Cuts a checkpoint as Megatron's modules do, for one rank."""
+
+    config: Mapping[str, Any]
+    state: State
+    place: Place
+    padded: int
+    """Rows of the vocabulary with padding; padding rows are zero."""
+    engine: bool = False
+    """Whether modules are Transformer Engine's, which give every rank all of the projections to short vectors."""
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(self.place.tp[1])[self.place.tp[0]]
+
+    def columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(self.place.tp[1], 1)[self.place.tp[0]]
+
+    def vocabulary(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.rows(torch.cat([tensor, torch.zeros(self.padded - len(tensor), tensor.shape[1])]))
+
+    def qkv(self, at: str, kind: str) -> torch.Tensor:
+        groups, head = self.config["num_key_value_heads"], self.config["head_dim"]
+        query, key, value = (self.state[f"{at}{part}_proj.{kind}"] for part in "qkv")
         per_group = len(query) // groups
         grouped = []
         for group in range(groups):
             grouped.append(query[group * per_group : (group + 1) * per_group])
             grouped.append(key[group * head : (group + 1) * head])
             grouped.append(value[group * head : (group + 1) * head])
-        return rows(torch.cat(grouped))
+        return self.rows(torch.cat(grouped))
 
-    def mlp(at: str, local: str, rank: int, ranks: int) -> State:
+    def mlp(self, at: str, local: str, rank: int, ranks: int) -> State:
+        state = self.state
+
         def gated(kind: str) -> torch.Tensor:
             return torch.cat([state[f"{at}{half}_proj.{kind}"].chunk(ranks)[rank] for half in ("gate", "up")])
 
@@ -120,52 +184,103 @@ def megatron_shard(config: Mapping[str, Any], state: State, place: Place, padded
             found |= {local + "linear_fc1.bias": gated("bias"), local + "linear_fc2.bias": state[at + "down_proj.bias"]}
         return found
 
-    held: State = {}
-    block = config["num_hidden_layers"] // pp
-    if pp_rank == 0:
-        held["embedding.word_embeddings.weight"] = vocabulary(state["model.embed_tokens.weight"])
-    for layer in range(pp_rank * block, (pp_rank + 1) * block):
-        at, local = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        held[local + "input_layernorm.weight"] = state[at + "input_layernorm.weight"]
-        held[local + "pre_mlp_layernorm.weight"] = state[at + "post_attention_layernorm.weight"]
-        held[local + "self_attention.linear_qkv.weight"] = qkv(at, "weight")
-        held[local + "self_attention.linear_proj.weight"] = state[at + "self_attn.o_proj.weight"].chunk(tp, 1)[tp_rank]
-        if sparse(config, layer):
-            held[local + "mlp.router.weight"] = state[at + "mlp.gate.weight"]
-            if at + "mlp.gate.bias" in state:
-                held[local + "mlp.router.bias"] = state[at + "mlp.gate.bias"]
-            for expert in torch.arange(config["num_experts"]).chunk(place.ep[1])[place.ep[0]].tolist():
-                name = f"{local}mlp.experts.local_experts.{expert}."
-                held |= mlp(f"{at}mlp.experts.{expert}.", name, *place.etp)
-        else:
-            held |= mlp(at + "mlp.", local + "mlp.", tp_rank, tp)
-        if at + "self_attn.q_proj.bias" in state:
-            held[local + "self_attention.linear_qkv.bias"] = qkv(at, "bias")
+    def experts(self, at: str, local: str) -> State:
+        state, (rank, ranks) = self.state, self.place.ep
+        found = {local + "router.weight": state[at + "gate.weight"]}
+        if at + "gate.bias" in state:
+            found[local + "router.bias"] = state[at + "gate.bias"]
+        if at + "gate.e_score_correction_bias" in state:
+            found[local + "router.expert_bias"] = state[at + "gate.e_score_correction_bias"]
+        if at + "shared_experts.down_proj.weight" in state:
+            found |= self.mlp(at + "shared_experts.", local + "shared_experts.", *self.place.tp)
+        for expert in torch.arange(experts_of(self.config)).chunk(ranks)[rank].tolist():
+            found |= self.mlp(f"{at}experts.{expert}.", f"{local}experts.local_experts.{expert}.", *self.place.etp)
+        return found
+
+    def attention(self, at: str, local: str) -> State:
+        state = self.state
+        found = {local + "linear_qkv.weight": self.qkv(at, "weight")}
+        if at + "q_proj.bias" in state:
+            found[local + "linear_qkv.bias"] = self.qkv(at, "bias")
+        if at + "q_norm.weight" in state:
+            found[local + "q_layernorm.weight"] = state[at + "q_norm.weight"]
+            found[local + "k_layernorm.weight"] = state[at + "k_norm.weight"]
+        return found
+
+    def latent_attention(self, at: str, local: str) -> State:
+        state = self.state
+        down = (lambda tensor: tensor) if self.engine else self.rows
+        found = {
+            local + "linear_kv_down_proj.weight": down(state[at + "kv_a_proj_with_mqa.weight"]),
+            local + "linear_kv_up_proj.weight": self.rows(state[at + "kv_b_proj.weight"]),
+            local + "kv_layernorm.weight": state[at + "kv_a_layernorm.weight"],
+        }
+        if at + "q_proj.weight" in state:
+            return found | {local + "linear_q_proj.weight": self.rows(state[at + "q_proj.weight"])}
+        return found | {
+            local + "linear_q_down_proj.weight": down(state[at + "q_a_proj.weight"]),
+            local + "linear_q_up_proj.weight": self.rows(state[at + "q_b_proj.weight"]),
+            local + "q_layernorm.weight": state[at + "q_a_layernorm.weight"],
+        }
+
+    def layer(self, layer: int, local: str) -> State:
+        state, at = self.state, f"model.layers.{layer}."
+        attention = self.latent_attention if "kv_lora_rank" in self.config else self.attention
+        found = attention(at + "self_attn.", local + "self_attention.")
+        found[local + "self_attention.linear_proj.weight"] = self.columns(state[at + "self_attn.o_proj.weight"])
         if at + "self_attn.o_proj.bias" in state:
-            held[local + "self_attention.linear_proj.bias"] = state[at + "self_attn.o_proj.bias"]
-        if at + "self_attn.q_norm.weight" in state:
-            held[local + "self_attention.q_layernorm.weight"] = state[at + "self_attn.q_norm.weight"]
-            held[local + "self_attention.k_layernorm.weight"] = state[at + "self_attn.k_norm.weight"]
-    if pp_rank == pp - 1:
+            found[local + "self_attention.linear_proj.bias"] = state[at + "self_attn.o_proj.bias"]
+        found[local + "input_layernorm.weight"] = state[at + "input_layernorm.weight"]
+        found[local + "pre_mlp_layernorm.weight"] = state[at + "post_attention_layernorm.weight"]
+        if sparse(self.config, layer):
+            return found | self.experts(at + "mlp.", local + "mlp.")
+        return found | self.mlp(at + "mlp.", local + "mlp.", *self.place.tp)
+
+    def predictor(self, number: int) -> State:
+        layer, local = self.config["num_hidden_layers"] + number, f"mtp.layers.{number}."
+        at = f"model.layers.{layer}."
+        found = {local + f"{name}.weight": self.state[at + f"{name}.weight"] for name in ("enorm", "hnorm")}
+        found[local + "eh_proj.weight"] = self.rows(self.state[at + "eh_proj.weight"])
+        found[local + "final_layernorm.weight"] = self.state[at + "shared_head.norm.weight"]
+        return found | self.layer(layer, local + "transformer_layer.")
+
+
+def megatron_shard(
+    config: Mapping[str, Any], state: State, place: Place, padded: int, *, engine: bool = False
+) -> State:
+    """What Megatron holds on one rank, by its names with global layer and expert numbers; stages are equal."""
+    shard = Sharding(config, state, place, padded, engine)
+    stage, stages = place.pp
+    predictors = config.get("num_nextn_predict_layers", 0) if stage == stages - 1 else 0
+    held: State = {}
+    if stage == 0 or predictors:
+        held["embedding.word_embeddings.weight"] = shard.vocabulary(state["model.embed_tokens.weight"])
+    for layer in torch.arange(config["num_hidden_layers"]).chunk(stages)[stage].tolist():
+        held |= shard.layer(layer, f"decoder.layers.{layer}.")
+    for number in range(predictors):
+        held |= shard.predictor(number)
+    if stage == stages - 1:
         held["decoder.final_layernorm.weight"] = state["model.norm.weight"]
         if not config["tie_word_embeddings"]:
-            held["output_layer.weight"] = vocabulary(state["lm_head.weight"])
-        elif pp > 1:
-            held["output_layer.weight"] = vocabulary(state["model.embed_tokens.weight"])
+            held["output_layer.weight"] = shard.vocabulary(state["lm_head.weight"])
+        elif stages > 1:
+            held["output_layer.weight"] = shard.vocabulary(state["model.embed_tokens.weight"])
     return held
 
 
-def engine_names(config: Mapping[str, Any], held: State, *, grouped: bool) -> State:
+def engine_names(held: State, *, grouped: bool) -> State:
     """The same under the names of Transformer Engine's layers."""
     renamed = {}
     for name, tensor in held.items():
-        parts = name.split(".")
-        if parts[-2] == "input_layernorm":
-            parts[-2:] = ["self_attention", "linear_qkv", "layer_norm_weight"]
-        elif parts[-2] == "pre_mlp_layernorm" and not sparse(config, int(parts[2])):
-            parts[-2:] = ["mlp", "linear_fc1", "layer_norm_weight"]
-        elif grouped and "local_experts" in parts:
-            _, expert, linear, kind = parts[5:]
-            parts[5:] = [linear, kind + expert]
-        renamed[".".join(parts)] = tensor
+        *before, module, kind = name.split(".")
+        at = ".".join(before)
+        if module == "input_layernorm" and f"{at}.self_attention.linear_qkv.weight" in held:
+            name = f"{at}.self_attention.linear_qkv.layer_norm_weight"
+        elif module in ("q_layernorm", "kv_layernorm") and f"{at}.linear_kv_up_proj.weight" in held:
+            name = f"{at}.linear_{module.removesuffix('_layernorm')}_up_proj.layer_norm_weight"
+        elif module == "pre_mlp_layernorm" and f"{at}.mlp.linear_fc1.weight" in held:
+            name = f"{at}.mlp.linear_fc1.layer_norm_weight"
+        elif grouped and "local_experts" in before:
+            name = ".".join([*before[:-2], module, kind + before[-1]])
+        renamed[name] = tensor
     return renamed

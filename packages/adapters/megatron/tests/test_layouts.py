@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from weft.errors import ConfigError, NotSupportedError
 from weft.layout import Layout
 from weft_megatron import MegatronAdapter, Spec, adapter
-from weft_megatron.family import DecoderModel
+from weft_megatron.configs import read_config
 from weft_megatron.mesh import padded_vocabulary
 from weft_megatron.table import name_map
 
@@ -41,6 +41,24 @@ def make_config(**changes: Any) -> dict[str, Any]:
 def make_experts(**changes: Any) -> dict[str, Any]:
     experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
     return make_config(**(experts | changes))
+
+
+def make_latent(**changes: Any) -> dict[str, Any]:
+    latent = {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 6,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 5,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+    }
+    return make_config(**(latent | changes))
 
 
 def divisors(number: int) -> list[int]:
@@ -83,6 +101,37 @@ def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
 
+@st.composite
+def latent_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
+    """The same of multi-latent attention, shared experts and prediction layers."""
+    tp, pp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = {"tp": tp, "pp": pp, "dp": dp, "etp": draw(st.sampled_from(divisors(tp * dp)))}
+    sizes["ep"] = draw(st.sampled_from(divisors(tp * dp // sizes["etp"])))
+    rotary = 2 * draw(st.integers(1, 2))
+    layers = pp * draw(st.integers(1, 2))
+    config = make_latent(
+        model_type=draw(st.sampled_from(["deepseek_v3", "kimi_k2"])),
+        hidden_size=tp * draw(st.integers(1, 3)),
+        num_hidden_layers=layers,
+        num_attention_heads=tp * draw(st.integers(1, 2)),
+        num_key_value_heads=tp,
+        q_lora_rank=draw(st.sampled_from([None, tp, 3 * tp])),
+        kv_lora_rank=tp * (rotary + draw(st.integers(1, 3))) - rotary,
+        qk_nope_head_dim=draw(st.integers(1, 3)),
+        qk_rope_head_dim=rotary,
+        v_head_dim=draw(st.integers(1, 3)),
+        intermediate_size=tp * draw(st.integers(1, 5)),
+        n_routed_experts=sizes["ep"] * draw(st.integers(1, 3)),
+        n_shared_experts=draw(st.integers(0, 2)),
+        moe_intermediate_size=math.lcm(tp, sizes["etp"]) * draw(st.integers(1, 2)),
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        num_nextn_predict_layers=draw(st.integers(0, 2)),
+        vocab_size=draw(st.integers(1, 40)),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
+
+
 def write(layout: Layout, state: State) -> State:
     """Copy logical tensors into poisoned memory through the pieces, and write the fills."""
     memory = {b.name: torch.full((b.numel,), POISON, dtype=torch.int32).view(torch.float32) for b in layout.buffers}
@@ -105,21 +154,21 @@ def bits(tensor: torch.Tensor) -> list[int]:
 
 @pytest.mark.trap(1, 2, 3, 4, 5, 6, 7, 14)
 @settings(max_examples=200, deadline=None)
-@given(jobs(), st.sampled_from(Spec))
+@given(jobs() | latent_jobs(), st.sampled_from(Spec))
 def test_every_rank_holds_what_independent_slicing_gives(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
     config, sizes, divisor = job
     state, padded = logical_state(config), padded_vocabulary(config["vocab_size"], divisor, sizes["tp"])
-    if DecoderModel.from_config(config).experts is None:
+    if read_config(config).experts is None:
         sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
     layouts = MegatronAdapter(make_vocab_size_divisible_by=divisor, spec=spec).layouts(config, sizes, "float32")
     holders = {name: torch.zeros(tensor.shape, dtype=torch.int32) for name, tensor in state.items()}
     assert len(layouts) == sizes["tp"] * sizes["pp"] * sizes["dp"]
     for place, layout in zip(places(sizes), layouts, strict=True):
-        expected = megatron_shard(config, state, place, padded)
+        expected = megatron_shard(config, state, place, padded, engine=spec is not Spec.LOCAL)
         if spec is not Spec.LOCAL:
-            expected = engine_names(config, expected, grouped=spec is Spec.GROUPED)
+            expected = engine_names(expected, grouped=spec is Spec.GROUPED)
         found = write(layout, state)
         assert sorted(found) == sorted(expected)
         for name, tensor in expected.items():
@@ -138,12 +187,12 @@ def test_every_rank_holds_what_independent_slicing_gives(
 
 @pytest.mark.trap(6)
 @settings(max_examples=50, deadline=None)
-@given(jobs(), st.sampled_from(Spec))
+@given(jobs() | latent_jobs(), st.sampled_from(Spec))
 def test_names_of_all_ranks_together_are_those_of_the_map(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
     config, sizes, divisor = job
-    model = DecoderModel.from_config(config)
+    model = read_config(config)
     if model.experts is None:
         sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
     layouts = MegatronAdapter(make_vocab_size_divisible_by=divisor, spec=spec).layouts(config, sizes, "float32")
@@ -294,7 +343,7 @@ def test_norms_may_have_a_dtype_of_their_own() -> None:
     assert dtypes["linear_qkv"] == dtypes["word_embeddings"] == "bfloat16"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "gemma2", ""])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "gemma2", ""])
 def test_a_family_that_is_not_mapped_is_refused_by_name(family: str) -> None:
     with pytest.raises(NotSupportedError, match=f"model_type '{family}'"):
         adapter.layouts(make_config(model_type=family), {}, "bfloat16")
@@ -316,8 +365,8 @@ def test_every_size_that_does_not_divide_is_named() -> None:
         adapter.layouts(config, {"tp": 4}, "float32")
     for word in ("attention heads 10", "intermediate size 9", "key-value heads 5", "tp=4"):
         assert word in str(caught.value)
-    with pytest.raises(ConfigError, match="3 layers do not divide into pp=2"):
-        adapter.layouts(make_config(num_hidden_layers=3), {"pp": 2}, "float32")
+    with pytest.raises(ConfigError, match="6 layers do not divide into pp=4"):
+        adapter.layouts(make_config(num_hidden_layers=6), {"pp": 4}, "float32")
 
 
 def test_every_missing_size_of_experts_is_named() -> None:

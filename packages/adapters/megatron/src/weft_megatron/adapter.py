@@ -8,11 +8,13 @@ from typing import Any
 
 from weft.errors import NotSupportedError
 from weft.layout import Layout
+from weft_megatron.configs import read_config
 from weft_megatron.family import DecoderModel
 from weft_megatron.mesh import AXES, DEFAULT_ORDER, Mesh, padded_vocabulary
 from weft_megatron.parameters import Part, Stage, parameters
 from weft_megatron.placement import layout_of
-from weft_megatron.table import Spec
+from weft_megatron.stages import Pipeline, Share
+from weft_megatron.table import EXPERT_BIAS, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,10 @@ class MegatronAdapter:
     spec: Spec = Spec.LOCAL
     norm_dtype: str | None = None
     """Dtype of norm weights where it differs, such as `float32` for a bfloat16 model outside `Float16Module`."""
+    pipeline_layout: str | None = None
+    """As `pipeline_model_parallel_layout`: what each chunk of each stage holds, such as `Et*3|(tt|)*29,m|L`."""
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
 
     def world_size(self, parallel: Mapping[str, int]) -> int:
         """Number of ranks, `tp·pp·cp·dp`. Raises `ConfigError` for sizes that do not factor, naming them."""
@@ -43,33 +49,51 @@ class MegatronAdapter:
         `config` is a Hugging Face config, `dtype` the dtype of the parameters, such as `bfloat16`. Raises `ConfigError`
         for sizes that do not fit and `NotSupportedError` for a family or an axis that is not mapped.
         """
-        mesh, model = Mesh.from_sizes(parallel, self.order), DecoderModel.from_config(config)
+        mesh, model = Mesh.from_sizes(parallel, self.order), read_config(config)
         if mesh.ep > 1 and model.experts is None:
             raise NotSupportedError(f"ep={mesh.ep}: {model.family} of this config has no experts to divide")
         padded = padded_vocabulary(model.vocabulary, self.make_vocab_size_divisible_by, mesh.tp)
+        shares = self._pipeline(mesh).deal(model.layers, model.predictors)
         built: dict[Stage, Layout] = {}
         result = []
         for rank in range(mesh.world):
-            stage = _stage(mesh, model, rank, padded)
+            stage = _stage(mesh, model, shares, rank, padded)
             if stage not in built:
                 built[stage] = self._layout(model, stage, dtype)
             result.append(built[stage])
         return result
 
+    def _pipeline(self, mesh: Mesh) -> Pipeline:
+        return Pipeline(
+            mesh.pp,
+            mesh.vpp,
+            mesh.first,
+            mesh.last,
+            self.account_for_embedding_in_pipeline_split,
+            self.account_for_loss_in_pipeline_split,
+            self.pipeline_layout,
+        )
+
     def _layout(self, model: DecoderModel, stage: Stage, dtype: str) -> Layout:
         held = parameters(model, stage, self.spec)
-        norm = self.norm_dtype or dtype
-        return layout_of(model, stage, held, {p.name: norm if is_norm(p.name) else dtype for p in held})
+        return layout_of(model, stage, held, {parameter.name: self._dtype(parameter.name, dtype) for parameter in held})
+
+    def _dtype(self, name: str, dtype: str) -> str:
+        if name.endswith(EXPERT_BIAS):
+            return "float32"
+        return self.norm_dtype or dtype if is_norm(name) else dtype
 
 
-def _stage(mesh: Mesh, model: DecoderModel, rank: int, padded: int) -> Stage:
+def _stage(mesh: Mesh, model: DecoderModel, shares: Sequence[Share], rank: int, padded: int) -> Stage:
     """What a rank holds; equal for ranks that differ in data and context parallelism only."""
     at = mesh.coordinates(rank)
+    share = shares[at.pp]
+    predictors = tuple(range(model.layers, model.layers + model.predictors)) if share.predictors else ()
     return Stage(
         tensor=Part(at.tp, mesh.tp),
-        layers=mesh.stage_layers(model.layers, at.pp),
-        first=at.pp == 0,
-        last=at.pp == mesh.pp - 1,
+        layers=share.layers + predictors,
+        first=share.first,
+        last=share.last,
         padded_vocabulary=padded,
         experts=Part(at.ep, mesh.ep) if model.experts else Part(),
         expert_tensor=Part(at.etp, mesh.etp) if model.experts else Part(),
@@ -78,4 +102,4 @@ def _stage(mesh: Mesh, model: DecoderModel, rank: int, padded: int) -> Stage:
 
 def is_norm(name: str) -> bool:
     """Whether a parameter is a norm's weight, by Megatron's name."""
-    return "layernorm" in name or "layer_norm" in name
+    return name.endswith(("norm.weight", "layer_norm_weight"))

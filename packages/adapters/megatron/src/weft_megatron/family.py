@@ -1,17 +1,24 @@
-"""What a Hugging Face config says about a decoder that Megatron-Core trains: sizes, biases, norms, ties, experts."""
+"""What weft-megatron knows about a decoder that Megatron-Core trains: sizes, biases, norms, ties, experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from weft.errors import ConfigError, NotSupportedError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Values of `model_type` that are mapped."""
-SPARSE_FAMILIES = ("qwen3_moe",)
-"""Those whose layers may have experts."""
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-latent attention: queries, keys and values are projected up from short vectors (DeepSeek-V2 and later)."""
+
+    query_rank: int | None
+    """`q_lora_rank`: length of the vector that queries come from; None where they come from the hidden state."""
+    key_rank: int
+    """`kv_lora_rank`: length of the one that keys and values come from."""
+    plain: int
+    """`qk_nope_head_dim`: elements of a query or key head without a position."""
+    rotary: int
+    """`qk_rope_head_dim`: elements with one; those of the key are shared by all heads."""
+    value: int
+    """`v_head_dim`: elements of a value head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +34,28 @@ class Experts:
     normalized: bool
     """Whether the chosen experts' weights add up to one (`norm_topk_prob`)."""
     layers: frozenset[int]
-    """The layers that have experts instead of one MLP, from 0."""
+    """The layers that have experts instead of one MLP, from 0; prediction layers have the numbers after the last."""
+    shared: int = 0
+    """Width of the MLP that every token goes to besides; 0 without one."""
+    sigmoid: bool = False
+    """Whether scores are sigmoids of the router's outputs, and not a softmax over them."""
+    corrected: bool = False
+    """Whether the choice, not the weight, of experts adds a float32 bias that balances them."""
+    scale: float | None = None
+    """Factor on the weights of the chosen experts."""
+    groups: tuple[int, int] | None = None
+    """Groups of experts, and from how many of them one token's experts come."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderModel:
-    """A decoder of grouped-query attention and gated MLPs or experts, in the words of its Hugging Face config."""
+    """A decoder of attention and gated MLPs or experts, in the words of its Hugging Face config."""
 
     family: str
     """`model_type` of the config."""
     hidden: int
     layers: int
+    """Decoder layers, without those that predict further tokens."""
     heads: int
     """Query heads."""
     groups: int
@@ -55,6 +73,10 @@ class DecoderModel:
     """Whether o, gate, up and down projections and routers have biases (Megatron's `add_bias_linear`)."""
     qk_norm: bool
     experts: Experts | None = None
+    latent: LatentAttention | None = None
+    """Sizes of multi-latent attention where it takes the place of grouped queries."""
+    predictors: int = 0
+    """Layers after the last that predict one further token each (multi-token prediction)."""
 
     @property
     def queries(self) -> int:
@@ -72,78 +94,6 @@ class DecoderModel:
         return self.experts.layers if self.experts else frozenset()
 
     @property
-    def has_dense_layers(self) -> bool:
-        """Whether some layer has one MLP and no experts."""
-        return len(self.sparse_layers) < self.layers
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DecoderModel:
-        """Read a Hugging Face config given as a mapping (`config.json`, or `PretrainedConfig.to_dict()`).
-
-        Defaults are those of transformers' configuration classes. Raises `NotSupportedError` for a family or a bias
-        combination that weft does not map, and `ConfigError` with every missing or contradictory size.
-        """
-        family = str(config.get("model_type", ""))
-        if family not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise NotSupportedError(f"weft-megatron does not map model_type {family!r}; it maps {known}")
-        _check_sizes(config, family)
-        heads = int(config["num_attention_heads"])
-        groups = int(config.get("num_key_value_heads") or heads)
-        head = int(config.get("head_dim") or (128 if family == "qwen3" else int(config["hidden_size"]) // heads))
-        if heads % groups:
-            raise ConfigError(f"config of {family}: {heads} query heads do not divide into {groups} key-value heads")
-        attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-        if attention_bias != mlp_bias:
-            raise NotSupportedError(
-                f"{family} with attention_bias={attention_bias} and mlp_bias={mlp_bias}: Megatron's add_bias_linear "
-                "gives both or neither, so only equal values are mapped"
-            )
-        return cls(
-            family=family,
-            hidden=int(config["hidden_size"]),
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            groups=groups,
-            head=head,
-            intermediate=int(config["intermediate_size"]),
-            vocabulary=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2" or attention_bias,
-            linear_bias=mlp_bias,
-            qk_norm=family in ("qwen3", "qwen3_moe"),
-            experts=_experts(config) if family in SPARSE_FAMILIES else None,
-        )
-
-
-def _check_sizes(config: Mapping[str, Any], family: str) -> None:
-    required = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
-    found = {key: config.get(key) for key in required}
-    if family in SPARSE_FAMILIES:
-        found |= {key: config.get(key) for key in ("num_experts_per_tok", "moe_intermediate_size")}
-        found["num_experts"] = _expert_count(config)
-    missing = [f"{key} is {value!r}" for key, value in found.items() if not (isinstance(value, int) and value > 0)]
-    if missing:
-        raise ConfigError(f"config of {family}, expected positive integers: {', '.join(missing)}")
-
-
-def _experts(config: Mapping[str, Any]) -> Experts | None:
-    """The rule of `Qwen3MoeDecoderLayer` in transformers. None when no layer is left for experts."""
-    if config.get("shared_expert_intermediate_size"):
-        raise NotSupportedError(f"{config.get('model_type')} with shared experts is not mapped yet")
-    step, without = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
-    layers = [n for n in range(int(config["num_hidden_layers"])) if n not in without and (n + 1) % step == 0]
-    if not layers:
-        return None
-    return Experts(
-        count=int(_expert_count(config)),
-        chosen=int(config["num_experts_per_tok"]),
-        intermediate=int(config["moe_intermediate_size"]),
-        normalized=bool(config.get("norm_topk_prob", False)),
-        layers=frozenset(layers),
-    )
-
-
-def _expert_count(config: Mapping[str, Any]) -> Any:
-    """Files say `num_experts`; transformers 5 has also called it `num_local_experts`."""
-    return config.get("num_experts", config.get("num_local_experts"))
+    def dense_layers(self) -> frozenset[int]:
+        """The layers that have one MLP and no experts."""
+        return frozenset(range(self.layers + self.predictors)) - self.sparse_layers

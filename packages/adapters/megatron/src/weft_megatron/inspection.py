@@ -11,7 +11,7 @@ import torch
 from weft.errors import ConfigError, LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft_megatron.adapter import is_norm
-from weft_megatron.family import DecoderModel
+from weft_megatron.configs import read_config
 from weft_megatron.parameters import Parameter, Part, Stage, parameters
 from weft_megatron.placement import layout_of
 from weft_megatron.table import Spec, name_map
@@ -52,10 +52,10 @@ def inspect_model(model: Any, hf_config: Mapping[str, Any] | HasToDict) -> Inspe
 
     Ranks come from the process groups that the model was built with, never from the global rank (trap 2). Each buffer
     has its parameter's dtype, so norms and routers may be float32 beside bfloat16 weights. Raises `LayoutError` with
-    every difference of configuration, name, shape and dtype, and what `chunks_of` and `DecoderModel.from_config` raise.
+    every difference of configuration, name, shape and dtype, and what `chunks_of` and `read_config` raise.
     """
     config = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
-    decoder, chunks = DecoderModel.from_config(config), chunks_of(model)
+    decoder, chunks = read_config(config), chunks_of(model)
     faults = list(dict.fromkeys(fault for chunk in chunks for fault in config_faults(chunk, decoder)))
     layers = [layer for chunk in chunks for layer in chunk.layers]
     if len(set(layers)) < len(layers) or any(layer >= decoder.layers for layer in layers):

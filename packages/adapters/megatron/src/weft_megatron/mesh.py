@@ -1,4 +1,4 @@
-"""Megatron's parallel sizes, rank order and pipeline stages, as `megatron/core/parallel_state.py` defines them."""
+"""Megatron's parallel sizes and rank order, as `megatron/core/parallel_state.py` defines them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from weft.errors import ConfigError
 
-AXES = ("tp", "pp", "cp", "dp", "ep", "etp")
-"""Tensor, pipeline, context, data, expert and expert-tensor parallel size."""
+AXES = ("tp", "pp", "cp", "dp", "ep", "etp", "vpp", "first", "last")
+"""Tensor, pipeline, context, data, expert and expert-tensor parallel size; chunks per pipeline stage (virtual pipeline
+parallelism) and layers in the first and last stage, where it differs from the others."""
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 """Default of `initialize_model_parallel(order=...)`: the first axis varies fastest with the rank."""
 _RANKED = ("tp", "cp", "dp", "pp")
@@ -40,6 +41,9 @@ class Mesh:
     ep: int
     etp: int
     order: str = DEFAULT_ORDER
+    vpp: int = 1
+    first: int | None = None
+    last: int | None = None
 
     @classmethod
     def from_sizes(cls, sizes: Mapping[str, int], order: str = DEFAULT_ORDER) -> Mesh:
@@ -58,7 +62,8 @@ class Mesh:
         if faults:
             raise ConfigError(f"parallel sizes: {'; '.join(faults)}")
         tp, pp, cp, dp, ep = (int(sizes.get(name, 1)) for name in ("tp", "pp", "cp", "dp", "ep"))
-        mesh = cls(tp, pp, cp, dp, ep, int(sizes.get("etp", tp)), order)
+        uneven = (int(sizes[name]) if name in sizes else None for name in ("first", "last"))
+        mesh = cls(tp, pp, cp, dp, ep, int(sizes.get("etp", tp)), order, int(sizes.get("vpp", 1)), *uneven)
         if mesh.world % (mesh.ep * mesh.etp * mesh.pp):
             raise ConfigError(
                 f"parallel sizes: {mesh.world} ranks (tp {tp} x pp {pp} x cp {cp} x dp {dp}) do not divide into "
@@ -103,17 +108,6 @@ class Mesh:
         before = self.order.partition("pp")[0].split("-")
         strides = {math.prod(each.get(name, 1) for name in before) for each in (sizes, expert_sizes)}
         return len(strides) == 1 and sizes["dp"] == expert_sizes["dp"]
-
-    def stage_layers(self, layers: int, stage: int) -> tuple[int, ...]:
-        """Global numbers, from 0, of the layers of one pipeline stage: equal consecutive blocks.
-
-        Megatron's default split (`get_num_layers_to_build` in `transformer_block.py`); its uneven and virtual splits
-        are read from the live model instead. Raises `ConfigError` when the stages do not divide the layers (trap 3).
-        """
-        if layers % self.pp:
-            raise ConfigError(f"{layers} layers do not divide into pp={self.pp} stages")
-        block = layers // self.pp
-        return tuple(range(stage * block, (stage + 1) * block))
 
 
 def _place(rank: int, sizes: Mapping[str, int], order: str) -> dict[str, int]:

@@ -30,9 +30,10 @@ class Stage:
     tensor: Part
     """Its place among the tensor-parallel ranks."""
     layers: tuple[int, ...]
-    """Global numbers of its decoder layers, from 0, of all its virtual pipeline chunks."""
+    """Global numbers of its layers, from 0, of all its virtual pipeline chunks; those of prediction layers follow the
+    last decoder layer's."""
     first: bool
-    """Whether it holds the embedding."""
+    """Whether it holds the embedding as the first stage does."""
     last: bool
     """Whether it holds the final norm and the output projection."""
     padded_vocabulary: int
@@ -66,12 +67,13 @@ def parameters(model: DecoderModel, stage: Stage, spec: Spec = Spec.LOCAL) -> tu
 
     Raises `ConfigError` with every size that a parallel size does not divide; Megatron refuses them too.
     """
-    _check_divisible(model, stage)
+    _check_divisible(model, stage, spec)
     return tuple(_instances(model, stage, spec))
 
 
 def _instances(model: DecoderModel, stage: Stage, spec: Spec) -> Iterator[Parameter]:
-    if stage.first:
+    # Layers that predict further tokens embed these again.
+    if stage.first or any(layer >= model.layers for layer in stage.layers):
         yield from (_instance(model, stage, row, "embedding") for row in embedding_rows(model))
     for layer in stage.layers:
         for row in layer_rows(model, spec, layer):
@@ -105,6 +107,8 @@ def _local_shape(model: DecoderModel, stage: Stage, row: Row, size: int) -> tupl
             return shape
         case Split.VOCABULARY:
             return (stage.padded_vocabulary // size, *shape[1:])
+        case Split.ROWS:
+            return (shape[0] // size, *shape[1:])
         case Split.GROUPED:
             return (model.groups * model.group_rows // size, *shape[1:])
         case Split.GATED:
@@ -113,25 +117,33 @@ def _local_shape(model: DecoderModel, stage: Stage, row: Row, size: int) -> tupl
             return (shape[0], shape[1] // size)
 
 
-def _check_divisible(model: DecoderModel, stage: Stage) -> None:
+def _check_divisible(model: DecoderModel, stage: Stage, spec: Spec) -> None:
     size = stage.tensor.size
+    faults = []
     divided = [
         ("attention heads", model.heads, "tp", size),
         ("padded vocabulary", stage.padded_vocabulary, "tp", size),
-        ("rows of linear_qkv", model.groups * model.group_rows, "tp", size),
     ]
-    if model.has_dense_layers:
+    if model.latent is None:
+        divided += [("rows of linear_qkv", model.groups * model.group_rows, "tp", size)]
+        if model.groups % size and size % model.groups:
+            faults.append(f"key-value heads {model.groups} are neither a multiple nor a divisor of tp={size}")
+    elif spec is Spec.LOCAL:
+        divided += [("kv_lora_rank + qk_rope_head_dim", model.latent.key_rank + model.latent.rotary, "tp", size)]
+        divided += [("q_lora_rank", model.latent.query_rank or 0, "tp", size)]
+    if model.predictors:
+        divided += [("hidden size", model.hidden, "tp", size)]
+    if model.dense_layers:
         divided += [("intermediate size", model.intermediate, "tp", size)]
     if model.experts:
         divided += [
             ("experts", model.experts.count, "ep", stage.experts.size),
+            ("shared expert intermediate size", model.experts.shared, "tp", size),
             ("expert intermediate size", model.experts.intermediate, "etp", stage.expert_tensor.size),
         ]
-    faults = [
+    faults += [
         f"{what} {number} is not a multiple of {axis}={size}" for what, number, axis, size in divided if number % size
     ]
-    if model.groups % size and size % model.groups:
-        faults.append(f"key-value heads {model.groups} are neither a multiple nor a divisor of tp={size}")
     if stage.padded_vocabulary < model.vocabulary:
         faults.append(f"padded vocabulary {stage.padded_vocabulary} is smaller than the vocabulary {model.vocabulary}")
     if model.linear_bias and model.experts and stage.expert_tensor.size > 1:

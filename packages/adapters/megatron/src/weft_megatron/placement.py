@@ -11,7 +11,7 @@ from weft.builder import LayoutBuilder
 from weft.layout import Layout
 from weft_megatron.family import DecoderModel
 from weft_megatron.parameters import Parameter, Stage
-from weft_megatron.table import EMBEDDING, HEAD, Split
+from weft_megatron.table import Split, ties
 
 
 def layout_of(
@@ -30,8 +30,10 @@ def layout_of(
         dtype = dtypes[parameter.name]
         builder.buffer(parameter.name, dtype, math.prod(parameter.shape), group=parameter.group)
         _PLACE[parameter.split](builder, model, parameter, dtype)
-    if model.tied and (stage.first or stage.last):
-        builder.tie(HEAD, EMBEDDING)
+    tensors = {name for parameter in held for name in parameter.logical}
+    for alias, name in ties(model).items():
+        if name in tensors:
+            builder.tie(alias, name)
     for name, reason in skipped:
         builder.skip(name, reason)
     return builder.build()
@@ -41,6 +43,13 @@ def _replicated(builder: LayoutBuilder, model: DecoderModel, parameter: Paramete
     (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
     builder.tensor(tensor, shape, dtype)
     builder.shard(tensor, parameter.name)
+
+
+def _rows(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
+    start = parameter.shape[0] * parameter.part.rank
+    builder.tensor(tensor, shape, dtype)
+    builder.shard(tensor, parameter.name, start=start, stop=start + parameter.shape[0])
 
 
 def _columns(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
@@ -98,6 +107,7 @@ def _grouped(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, 
 
 _PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], None]] = {
     Split.REPLICATED: _replicated,
+    Split.ROWS: _rows,
     Split.COLUMNS: _columns,
     Split.VOCABULARY: _vocabulary,
     Split.GATED: _gated,

@@ -169,7 +169,7 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         "glu_linear_offset": 0.0,
         **_expected_experts(model),
     }
-    if model.has_dense_layers:
+    if model.dense_layers:
         expected["ffn_hidden_size"] = model.intermediate
     # add_bias_linear implies the qkv biases whatever add_qkv_bias says.
     ignored = {"add_qkv_bias"} if model.linear_bias else set()

@@ -34,14 +34,14 @@ def plan(
     """Show what a refit would move, without trainer, engine or GPU.
 
     Each side is `framework:axisN,axisM`, with the framework's own flag names: `tp`, `pp`, `cp`, `dp`, `ep`, `etp` for
-    Megatron. Its ranks are tp·pp·cp·dp; ep and etp divide the same ranks again. Frameworks are the adapters in `weft
-    plugins`.
+    Megatron. Its ranks are tp·pp·cp·dp; ep and etp divide the same ranks again, and vpp, first and last say which
+    stage has which layers. Frameworks are the adapters in `weft plugins`.
 
     The plan is proven to write every element of every target once; a plan that cannot be is refused with every fault,
     and exit code 1.
 
-    Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b, qwen3-30b-a3b, and qwen3-moe-0.6b, made up for `weft
-    bench`.
+    Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b, qwen3-30b-a3b, deepseek-v3, kimi-k2, and qwen3-moe-0.6b,
+    made up for `weft bench`.
 
     **Examples**
 
