@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from weft.box import Affine
 from weft.builder import LayoutBuilder
+from weft.copies import Copies
 from weft.layout import ITEM_BYTES, Int64s, Layout
 from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, lower, segments
 from weft.member import Member
 from weft.naive import Bits, bits_dtype, expected_memory, poisoned_memory
-from weft.plan import Copies, Plan, plan
+from weft.plan import Plan, plan
 from weft.policy import Policy
 from weft.testing.models import Case, Rank, random_case
 

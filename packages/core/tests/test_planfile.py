@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weft.builder import LayoutBuilder
+from weft.copies import Copies
 from weft.errors import PlanError, RecordError
 from weft.layout import Layout
 from weft.member import Member
-from weft.plan import Copies, Plan, plan
+from weft.plan import Plan, plan
 from weft.planfile import load_plan, save_plan
 from weft.policy import Policy
 
@@ -58,7 +59,7 @@ def test_another_format_version_is_named(made: Plan, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[8] = 99
     path.write_bytes(data)
-    with pytest.raises(RecordError, match="format version 99, this weft reads 1"):
+    with pytest.raises(RecordError, match="format version 99, this weft reads 2"):
         load_plan(path)
 
 

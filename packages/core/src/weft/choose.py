@@ -1,63 +1,145 @@
-"""Choosing the sender of every copy, in closed form: nearest holders first, then bytes in equal shares, then few
-peers.
-"""
+"""Choosing the sender of every copy: nearest holders, bytes as even as can be, then few peers."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from weft.member import Member
-from weft.table import Int64s, unique_rows
+from weft.balance import fill_level, quotas
+from weft.holders import Shares
+from weft.table import Int64s, Ragged, pairs_by_key
+
+_TOLERANCE = 64
+"""A copy between two senders' quotas goes to one of them when that shifts at most 1/64 of the mean load."""
 
 
-def locality(source: Member, target: Member) -> int:
-    """How far apart two members are: 0 same process, 1 same device, 2 same host, 3 same fabric domain, 4 further."""
-    if source.name == target.name:
-        return 0
-    if source.host == target.host:
-        return 1 if source.device == target.device else 2
-    return 3 if source.domain == target.domain else 4
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A copy that several members send, in ranges of its bytes."""
+
+    copy: int
+    ends: tuple[int, ...]
+    """Where each range ends, in bytes from the copy's beginning; the last is its size."""
+    senders: tuple[int, ...]
 
 
-def choose_senders(
-    classes: Int64s, targets: Int64s, nbytes: Int64s, holders: Sequence[tuple[int, ...]], members: Sequence[Member]
-) -> Int64s:
-    """The member that sends each copy.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Who sends what."""
 
-    Copy i is of box class `classes[i]` for member `targets[i]` and `nbytes[i]` long; `holders[c]` are the members
-    (indices into `members`, ascending) that hold class c. Copies come in plan order. Among the k nearest holders of
-    a set, the copies of that set are laid end to end by target and cut into k equal shares of bytes: loads differ by
-    at most one copy, and each target meets about (holders + targets) / targets of them. Integers only, so every
-    machine decides alike (trap 73).
+    sender: Int64s
+    """Member per copy; of a copy that is cut, its first one."""
+    cuts: tuple[Cut, ...]
+    """In the order of copies."""
+    bound: int
+    """Bytes that the busiest sender sends at least, whatever is chosen."""
+
+
+def choose_senders(shares: Shares, target: Int64s, nbytes: Int64s, sources: Int64s, least_cut: int) -> Choice:
+    """Choose for copies in plan order: copy i is for member `target[i]` and `nbytes[i]` > 0 long.
+
+    `sources` are all members that could send at all. Shares of few candidates come first: they decide which members
+    meet anyway, and the others follow them as far as quotas go (trap 74). What is left of a share is laid end to end by
+    target and cut by quotas; a copy across a cut goes to the sender that has more of it, or is divided between them
+    where that would tip the balance and both parts have `least_cut` bytes.
     """
-    sets: dict[tuple[int, ...], int] = {}
-    set_of_class = np.array([sets.setdefault(members_of, len(sets)) for members_of in holders], dtype=np.int64)
-    pairs = np.stack([set_of_class[classes], targets], axis=1)
-    first, pair_of_copy = unique_rows(pairs)
-    ordered_sets = list(sets)
-    nearest: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, copy in enumerate(first.tolist()):
-        candidates = ordered_sets[int(pairs[copy, 0])]
-        target = members[int(pairs[copy, 1])]
-        distance = [locality(members[m], target) for m in candidates]
-        best = min(distance)
-        nearest[tuple(m for m, d in zip(candidates, distance, strict=True) if d == best)].append(number)
-    share_of_pair = np.empty(len(first), dtype=np.int64)
-    for number, pairs_in in enumerate(nearest.values()):
-        share_of_pair[pairs_in] = number
-    share = share_of_pair[pair_of_copy]
-    chosen = np.empty(len(classes), dtype=np.int64)
-    order = np.lexsort((np.arange(len(classes)), targets, share))
-    starts = np.searchsorted(share[order], np.arange(len(nearest) + 1))
-    for number, candidates in enumerate(nearest):
-        rows = order[starts[number] : starts[number + 1]]
-        size = nbytes[rows]
-        total = max(1, int(size.sum()))
-        middle = np.cumsum(size) - (size + 1) // 2
-        chosen[rows] = np.array(candidates, dtype=np.int64)[
-            np.minimum(middle * len(candidates) // total, len(candidates) - 1)
-        ]
-    return chosen
+    count = int(max(sources.max(initial=0), target.max(initial=0))) + 1
+    candidates = shares.candidates
+    demand = np.zeros(len(candidates), dtype=np.int64)
+    np.add.at(demand, shares.share, nbytes)
+    quota, bound = quotas(candidates, demand, count)
+    tolerance = max(1, int(demand.sum()) // max(1, len(sources)) // _TOLERANCE)
+    sender = np.empty(len(target), dtype=np.int64)
+    cuts: list[Cut] = []
+    met = np.zeros(0, dtype=np.int64)
+    sizes = candidates.sizes[shares.share]
+    for size in np.unique(sizes).tolist():
+        rows = np.flatnonzero(sizes == size)
+        share = shares.share[rows]
+        if size == 1:
+            sender[rows] = candidates.values[candidates.starts[share]]
+        else:
+            tier = _Tier(rows, share, target[rows], nbytes[rows])
+            entry, left = _follow(tier, candidates, quota, met, count)
+            cuts += _lay_out(tier, entry, left, candidates, tolerance, least_cut)
+            sender[rows] = candidates.values[entry]
+        met = np.union1d(met, target[rows] * count + sender[rows])
+    return Choice(sender, tuple(sorted(cuts, key=lambda cut: cut.copy)), bound)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tier:
+    """Copies of shares with equally many candidates."""
+
+    rows: Int64s
+    share: Int64s
+    target: Int64s
+    nbytes: Int64s
+
+
+def _follow(tier: _Tier, candidates: Ragged, quota: Int64s, met: Int64s, count: int) -> tuple[Int64s, Int64s]:
+    """Give copies to candidates that their target meets already, up to their quotas.
+
+    Returns the entry of `candidates.values` per copy (-1 where there is none) and the quotas that are left.
+    """
+    entry = np.full(len(tier.rows), -1, dtype=np.int64)
+    pairs, pair_of_copy = np.unique(tier.share * count + tier.target, return_inverse=True)
+    pair, peer = pairs_by_key(pairs % count, met // count)
+    keys = candidates.rows() * count + candidates.values
+    query = pairs[pair] // count * count + met[peer] % count
+    place = np.minimum(np.searchsorted(keys, query), len(keys) - 1)
+    known = keys[place] == query
+    if not known.any():
+        return entry, quota
+    preferred = np.full(len(pairs), len(keys), dtype=np.int64)
+    np.minimum.at(preferred, pair[known], place[known])
+    wish = preferred[pair_of_copy]
+    rows = np.flatnonzero(wish < len(keys))
+    rows = rows[np.argsort(wish[rows], kind="stable")]
+    size, where = tier.nbytes[rows], wish[rows]
+    end = np.cumsum(size)
+    first = np.searchsorted(where, where)
+    within = end - (end - size)[first]
+    granted = within - size // 2 <= quota[where]
+    entry[rows[granted]] = where[granted]
+    used = np.zeros(len(keys), dtype=np.int64)
+    np.add.at(used, where[granted], size[granted])
+    left = quota.copy()
+    for n in np.unique(tier.share[rows[granted]]).tolist():
+        own = slice(int(candidates.starts[n]), int(candidates.starts[n] + candidates.sizes[n]))
+        rest = int(quota[own].sum() - used[own].sum())
+        left[own] = fill_level(used[own] - quota[own], rest)
+    return entry, left
+
+
+def _lay_out(
+    tier: _Tier, entry: Int64s, quota: Int64s, candidates: Ragged, tolerance: int, least_cut: int
+) -> list[Cut]:
+    """Lay what has no sender yet end to end, share by share, and cut it by quotas; fills in `entry`."""
+    rows = np.flatnonzero(entry < 0)
+    rows = rows[np.argsort(tier.share[rows], kind="stable")]
+    if not len(rows):
+        return []
+    open_share = np.zeros(len(candidates), dtype=bool)
+    open_share[tier.share[rows]] = True
+    entries = np.flatnonzero(open_share[candidates.rows()])
+    bounds = np.cumsum(quota[entries])
+    end = np.cumsum(tier.nbytes[rows])
+    begin = end - tier.nbytes[rows]
+    entry[rows] = entries[np.searchsorted(bounds, begin + tier.nbytes[rows] // 2, side="right")]
+    first, last = np.searchsorted(bounds, begin, side="right"), np.searchsorted(bounds, end - 1, side="right")
+    cuts = []
+    for n in np.flatnonzero((first < last) & (tier.nbytes[rows] >= 2 * least_cut)).tolist():
+        marks = [int(begin[n]), *bounds[first[n] : last[n]].tolist(), int(end[n])]
+        if len(marks) == 3 and min(marks[1] - marks[0], marks[2] - marks[1]) <= tolerance:
+            continue
+        ends, senders = [], []
+        for k in range(len(marks) - 1):
+            if marks[k + 1] - marks[k] >= least_cut:
+                ends.append(marks[k + 1] - marks[0])
+                senders.append(int(candidates.values[entries[first[n] + k]]))
+        if len(ends) > 1:
+            ends[-1] = marks[-1] - marks[0]
+            cuts.append(Cut(int(tier.rows[rows[n]]), tuple(ends), tuple(senders)))
+    return cuts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,17 @@ import numpy.typing as npt
 from weft.box import Box, common_factors, cuts_of, refine
 from weft.catalog import Catalog
 from weft.layout import Layout
-from weft.table import Int64s, intersect, pairs_by_key, subtract, unique_rows, volume
+from weft.table import (
+    Int64s,
+    Ragged,
+    intersect,
+    pairs_by_key,
+    ragged_classes,
+    ragged_ranges,
+    subtract,
+    unique_rows,
+    volume,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,10 @@ class Rows:
         """Elements per row."""
         return volume(self.lo, self.hi)
 
+    def select(self, rows: Int64s) -> Rows:
+        """Those at `rows`, in that order."""
+        return Rows(*(getattr(self, column.name)[rows] for column in fields(self)))
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:
@@ -46,106 +60,102 @@ class Joined:
 
     sources: Rows
     targets: Rows
-    factors: Int64s
+    splits: Int64s
     """The common split of every tensor, padded on the left with ones: shape (tensors, k)."""
 
 
 def join_sides(sources: Sequence[Layout], targets: Sequence[Layout], catalog: Catalog) -> Joined:
     """Bring every piece of both sides into the coarsest split of its tensor that suits all of them."""
-    splits: dict[int, set[tuple[int, ...]]] = {n: set() for n in range(len(catalog.names))}
-    tables = []
-    for layout in (*sources, *targets):
-        table = layout.pieces
-        numbers = np.array([catalog.index.get(tensor.name, -1) for tensor in layout.tensors], dtype=np.int64)
-        tensors = numbers[table.tensor] if len(table) else np.zeros(0, np.int64)
-        tables.append(tensors)
-        keys = np.concatenate([tensors[:, None], table.factors], axis=1)
-        for row in keys[unique_rows(keys)[0]].tolist():
-            if row[0] >= 0:
-                splits[row[0]].add(tuple(row[1:]))
-    made: dict[tuple[tuple[int, ...], frozenset[tuple[int, ...]]], tuple[int, ...]] = {}
-    common: list[tuple[int, ...]] = []
-    for n, shape in enumerate(catalog.shapes):
-        key = (shape, frozenset(splits[n]))
-        if key not in made:
-            made[key] = common_factors(shape, {cut for split in splits[n] for cut in cuts_of(split)})
-        common.append(made[key])
-    width = max((len(factors) for factors in common), default=0)
-    factors = np.array([(1,) * (width - len(f)) + f for f in common], dtype=np.int64).reshape(len(common), width)
-    cache: dict[tuple[object, ...], list[tuple[Box, int, tuple[int, ...]]]] = {}
-    sides = [
-        _rows(part, tables[start : start + len(part)], factors, cache)
-        for part, start in ((sources, 0), (targets, len(sources)))
-    ]
-    return Joined(sides[0], sides[1], factors)
-
-
-def _rows(
-    layouts: Sequence[Layout],
-    tensors: Sequence[Int64s],
-    factors: Int64s,
-    cache: dict[tuple[object, ...], list[tuple[Box, int, tuple[int, ...]]]],
-) -> Rows:
-    width = factors.shape[1]
-    parts: list[tuple[Int64s, ...]] = []
-    for number, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
-        table = layout.pieces
-        known = tensor >= 0
-        pad = width - table.factors.shape[1]
-        if pad >= 0:
-            split, lo, hi, strides = (
-                np.pad(column, ((0, 0), (pad, 0)), constant_values=value)
-                for column, value in ((table.factors, 1), (table.lo, 0), (table.hi, 1), (table.strides, 0))
-            )
-            fits = known & (split == factors[tensor]).all(axis=1) if len(factors) else known & False
-        else:
-            fits = np.zeros(len(table), dtype=bool)
-            split, lo, hi, strides = table.factors, table.lo, table.hi, table.strides
-        kept = np.flatnonzero(fits)
-        if len(kept):
-            parts.append(
-                (
-                    np.full(len(kept), number, np.int64), kept, tensor[kept], table.buffer[kept], table.offset[kept],
-                    lo[kept], hi[kept], strides[kept],
-                )
-            )  # fmt: skip
-        rest = np.flatnonzero(known & ~fits)
-        if len(rest):
-            parts.append(_refined(number, rest, tensor, layout, factors, cache))
-    if not parts:
-        empty, wide = np.zeros(0, np.int64), np.zeros((0, width), np.int64)
-        return Rows(empty, empty, empty, empty, empty, wide, wide, wide)
-    return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def _refined(
-    number: int,
-    rows: Int64s,
-    tensor: Int64s,
-    layout: Layout,
-    factors: Int64s,
-    cache: dict[tuple[object, ...], list[tuple[Box, int, tuple[int, ...]]]],
-) -> tuple[Int64s, ...]:
-    """Rows of pieces whose own split is coarser than the common one; equal boxes of different layers are refined
-    once.
-    """
-    table = layout.pieces
-    out: list[tuple[int, int, int, int, Box, tuple[int, ...]]] = []
-    for n in rows.tolist():
-        final = tuple(factors[tensor[n]].tolist())
-        key = (*(tuple(column[n].tolist()) for column in (table.factors, table.lo, table.hi, table.strides)), final)
-        if key not in cache:
-            cache[key] = refine(Box(*key[:3]), 0, key[3], final)
-        out += [
-            (n, int(tensor[n]), int(table.buffer[n]), int(table.offset[n]) + offset, box, strides)
-            for box, offset, strides in cache[key]
+    table, factors = _all_pieces((*sources, *targets), catalog)
+    splits = _common_splits(table.tensor, factors, catalog)
+    width = splits.shape[1]
+    fits = np.zeros(len(table.tensor), dtype=bool)
+    if width >= factors.shape[1]:
+        pad = width - factors.shape[1]
+        fits = (splits[table.tensor, pad:] == factors).all(axis=1) & (splits[table.tensor, :pad] == 1).all(axis=1)
+        wide = [
+            np.pad(column, ((0, 0), (pad, 0)), constant_values=value)
+            for column, value in ((table.lo, 0), (table.hi, 1), (table.strides, 0))
         ]
-    columns = [np.array([row[c] for row in out], dtype=np.int64) for c in range(4)]
+        kept = np.flatnonzero(fits)
+        direct = Rows(*(c[kept] for c in (table.layout, table.piece, table.tensor, table.buffer, table.offset, *wide)))
+    else:
+        direct = Rows(*(np.zeros(0, np.int64),) * 5, *(np.zeros((0, width), np.int64),) * 3)
+    refined = _refined(table, factors, splits, np.flatnonzero(~fits))
+    rows = Rows(*(np.concatenate([getattr(part, f.name) for part in (direct, refined)]) for f in fields(Rows)))
+    order = np.lexsort((rows.piece, rows.layout))
+    rows = rows.select(order)
+    border = int(np.searchsorted(rows.layout, len(sources)))
+    held, wanted = rows.select(np.arange(border)), rows.select(np.arange(border, len(order)))
+    return Joined(held, replace(wanted, layout=wanted.layout - len(sources)), splits)
+
+
+def _all_pieces(layouts: Sequence[Layout], catalog: Catalog) -> tuple[Rows, Int64s]:
+    """The pieces of all layouts whose tensors the catalog has, in their own splits; and these splits, padded."""
+    width = max((layout.pieces.factors.shape[1] for layout in layouts), default=0)
+    total = sum(len(layout.pieces) for layout in layouts)
+    flat = [np.empty(total, dtype=np.int64) for _ in range(5)]
+    wide = [np.full((total, width), value, dtype=np.int64) for value in (0, 1, 0, 1)]
+    at = 0
+    for number, layout in enumerate(layouts):
+        table = layout.pieces
+        end = at + len(table)
+        names = np.array([catalog.index.get(tensor.name, -1) for tensor in layout.tensors], dtype=np.int64)
+        flat[0][at:end], flat[1][at:end] = number, np.arange(len(table))
+        flat[2][at:end] = names[table.tensor] if len(table) else 0
+        flat[3][at:end], flat[4][at:end] = table.buffer, table.offset
+        pad = width - table.factors.shape[1]
+        for column, values in zip(wide, (table.lo, table.hi, table.strides, table.factors), strict=True):
+            column[at:end, pad:] = values
+        at = end
+    known = np.flatnonzero(flat[2] >= 0)
+    return Rows(*(column[known] for column in (*flat, *wide[:3]))), wide[3][known]
+
+
+def _common_splits(tensor: Int64s, factors: Int64s, catalog: Catalog) -> Int64s:
+    """Per tensor, the coarsest split that suits all its pieces, padded on the left with ones: shape (tensors, k)."""
+    numbers: dict[tuple[int, ...], int] = {}
+    shape_of = np.array([numbers.setdefault(shape, len(numbers)) for shape in catalog.shapes], dtype=np.int64)
+    shapes = list(numbers)
+    first, _ = unique_rows(np.concatenate([tensor[:, None], factors], axis=1))
+    split_of, split = unique_rows(factors[first])
+    cuts = [cuts_of(row) for row in factors[first][split_of].tolist()]
+    lists = Ragged.by_key(tensor[first], split, len(catalog.shapes))
+    kind_of, kinds = ragged_classes(lists)
+    pairs, made_of = unique_rows(np.stack([shape_of, kind_of], axis=1))
+    made = [
+        common_factors(
+            shapes[shape_of[n]], {cut for number in kinds.row(int(kind_of[n])).tolist() for cut in cuts[number]}
+        )
+        for n in pairs.tolist()
+    ]
+    width = max((len(f) for f in made), default=0)
+    table = np.array([(1,) * (width - len(f)) + f for f in made], dtype=np.int64).reshape(len(made), width)
+    return table[made_of]
+
+
+def _refined(table: Rows, factors: Int64s, splits: Int64s, rows: Int64s) -> Rows:
+    """Pieces whose own split is coarser than the common one. Equal boxes of different layers are refined once."""
+    width = splits.shape[1]
+    columns = (factors, table.lo, table.hi, table.strides, splits[table.tensor])
+    first, kind = unique_rows(np.concatenate([column[rows] for column in columns], axis=1))
+    boxes: list[list[tuple[Box, int, tuple[int, ...]]]] = []
+    for n in rows[first].tolist():
+        own, low, high, steps, final = (tuple(column[n].tolist()) for column in columns)
+        boxes.append(refine(Box(own, low, high), 0, steps, final))
+    counts = np.array([len(found) for found in boxes], dtype=np.int64)
+    starts = np.cumsum(counts) - counts
+    flat = [entry for found in boxes for entry in found]
+    owner, entry = ragged_ranges(starts[kind], counts[kind])
     lo, hi, strides = (
-        np.array(values, dtype=np.int64)
-        for values in ([r[4].lo for r in out], [r[4].hi for r in out], [r[5] for r in out])
+        np.array(values, dtype=np.int64).reshape(len(flat), width)[entry]
+        for values in ([e[0].lo for e in flat], [e[0].hi for e in flat], [e[2] for e in flat])
     )
-    return (np.full(len(out), number, np.int64), *columns, lo, hi, strides)
+    moved = np.array([e[1] for e in flat], dtype=np.int64)[entry]
+    n = rows[owner]
+    return Rows(
+        table.layout[n], table.piece[n], table.tensor[n], table.buffer[n], table.offset[n] + moved, lo, hi, strides
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,20 @@ class Overlaps:
     """Class of equal source boxes."""
     lo: Int64s
     hi: Int64s
+
+    def select(self, rows: Int64s) -> Overlaps:
+        """The overlaps at `rows`, in that order."""
+        return Overlaps(self.target[rows], self.box[rows], self.lo[rows], self.hi[rows])
+
+    def extend(self, rows: Int64s, ranges: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Overlaps:
+        """With more behind them: parts lo:hi of the overlaps at `rows`."""
+        lo, hi = (
+            np.array([each[end] for each in ranges], dtype=np.int64).reshape(-1, self.lo.shape[1]) for end in (0, 1)
+        )
+        return Overlaps(
+            np.concatenate([self.target, self.target[rows]]), np.concatenate([self.box, self.box[rows]]),
+            np.concatenate([self.lo, lo]), np.concatenate([self.hi, hi]),
+        )  # fmt: skip
 
 
 def overlaps(joined: Joined) -> tuple[Overlaps, Int64s]:
@@ -222,7 +246,7 @@ def coverage_faults(joined: Joined, found: Overlaps, names: Mapping[int, str], c
         missing = [(tuple(targets.lo[row].tolist()), tuple(targets.hi[row].tolist()))]
         for n in np.flatnonzero(found.target == row).tolist():
             missing = subtract(missing, tuple(found.lo[n].tolist()), tuple(found.hi[n].tolist()))
-        split = tuple(joined.factors[targets.tensor[row]].tolist())
+        split = tuple(joined.splits[targets.tensor[row]].tolist())
         boxes = ", ".join(str(Box(split, low, high)) for low, high in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         member = names[int(targets.layout[row])]

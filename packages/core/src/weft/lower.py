@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from weft.contracts import SEGMENT
+from weft.copies import Copies
 from weft.errors import ConfigError
 from weft.layout import ITEM_BYTES, Kind, Layout
-from weft.plan import Copies, Plan
+from weft.plan import Plan
+from weft.statistics import run_elements as run_lengths
 from weft.table import Int64s, ragged_ranges
 
 SLOTS = 2
@@ -66,9 +68,9 @@ class MemberProgram:
 def lower(plan: Plan, layouts: Mapping[str, Layout], name: str) -> MemberProgram:
     """The buckets of one member. Raises `ConfigError` when the staging budget is too small for the plan's peers."""
     me = plan.index(name)
-    copies = plan.copies
     slot_bytes = staging_slot_bytes(plan)
-    mine = np.flatnonzero((copies.source == me) | (copies.target == me))
+    copies = plan.copies_at(np.flatnonzero((plan.routes.source == me) | (plan.routes.target == me)))
+    mine = np.arange(len(copies))
     within = mine[copies.source[mine] == copies.target[mine]]
     between = mine[copies.source[mine] != copies.target[mine]]
     pairs = copies.source[between] * len(plan.members) + copies.target[between]
@@ -90,8 +92,8 @@ def lower(plan: Plan, layouts: Mapping[str, Layout], name: str) -> MemberProgram
 
 def staging_slot_bytes(plan: Plan) -> int:
     """One size for all staging slots, so that no member's slots exceed `Policy.staging_bytes` in either direction."""
-    copies, count = plan.copies, len(plan.members)
-    pairs = np.unique(copies.source * count + copies.target)
+    routes, count = plan.routes, len(plan.members)
+    pairs = np.unique(routes.source * count + routes.target)
     pairs = pairs[pairs // count != pairs % count]
     most = max(
         np.bincount(pairs // count, minlength=1).max(initial=1), np.bincount(pairs % count, minlength=1).max(initial=1)
@@ -175,10 +177,7 @@ def _bounds(keys: Int64s, nbytes: Int64s, segments: Int64s, plan: Plan, slot_byt
 
 def run_elements(rows: Copies) -> Int64s:
     """Elements per run that is contiguous in both buffers, per copy."""
-    if not rows.sizes.shape[1]:
-        return np.ones(len(rows), dtype=np.int64)  # scalars only
-    dense = (rows.source_strides[:, -1] == 1) & (rows.target_strides[:, -1] == 1)
-    return np.where(dense, rows.sizes[:, -1], 1)
+    return run_lengths(rows.sizes, rows.source_strides, rows.target_strides)
 
 
 def _divide(rows: Copies, limit: Int64s) -> Copies:

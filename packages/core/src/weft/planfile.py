@@ -1,13 +1,14 @@
 """Plan files: a versioned header, then the columns as they lie in memory, so that a plan loads without being parsed.
 
 Layout of a file (little-endian): 8 bytes magic `WEFTPLAN`, uint32 format version, uint32 header length, uint32 checksum
-of the header (CRC-32, as in zip files), the header (msgpack), zeros up to a multiple of 64, then every column of
-`Copies` in turn, each padded to a multiple of 64. The header holds the planner version, the fingerprint, checksum
-and length of the body, and shapes of the columns.
+of the header (CRC-32, as in zip files), the header (msgpack), zeros up to a multiple of 64, then the splits and every
+column of `Parts` and `Routes` in turn, each padded to a multiple of 64. The header holds the planner version, the
+fingerprint, checksum and length of the body, and how many rows and factors there are.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import zlib
@@ -17,16 +18,20 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from weft.copies import Parts, Routes
 from weft.errors import PlanError, RecordError
 from weft.member import Member
-from weft.plan import PLANNER_VERSION, Copies, Plan, PlannedTensor
+from weft.plan import PLANNER_VERSION, Plan, PlannedTensor
 from weft.policy import Policy
+from weft.table import Int64s
 
 MAGIC = b"WEFTPLAN"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PREFIX = struct.Struct("<8sIII")
 _ALIGNMENT = 64
-_COLUMNS = tuple(field.name for field in fields(Copies))
+_WIDE = ("lo", "hi", "source_strides", "target_strides")
+_PART_COLUMNS = tuple(field.name for field in fields(Parts))
+_ROUTE_COLUMNS = tuple(field.name for field in fields(Routes))
 
 
 class _Header(msgspec.Struct):
@@ -37,25 +42,28 @@ class _Header(msgspec.Struct):
     members: tuple[Member, ...]
     tensors: tuple[PlannedTensor, ...]
     policy: Policy
-    copies: int
-    widths: dict[str, int]
-    """Per column: 0 for shape (n,), k for (n, k)."""
+    egress_bound: int
+    parts: int
+    routes: int
+    width: int
+    """Factors per split."""
     body_bytes: int
     body_checksum: int
 
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan to a file; what was there is replaced at once or not at all. Raises `OSError`."""
+    columns = [plan.splits, *(getattr(plan.parts, name) for name in _PART_COLUMNS)]
+    columns += [getattr(plan.routes, name) for name in _ROUTE_COLUMNS]
     blocks: list[bytes] = []
-    for name in _COLUMNS:
-        data = np.ascontiguousarray(getattr(plan.copies, name), dtype="<i8").tobytes()
+    for column in columns:
+        data = np.ascontiguousarray(column, dtype="<i8").tobytes()
         blocks += [data, bytes(-len(data) % _ALIGNMENT)]
     body = b"".join(blocks)
-    widths = {name: array.shape[1] if array.ndim == 2 else 0 for name, array in _arrays(plan.copies)}
     header = msgspec.msgpack.encode(
         _Header(
-            PLANNER_VERSION, plan.fingerprint, plan.members, plan.tensors, plan.policy, len(plan.copies), widths,
-            len(body), zlib.crc32(body),
+            PLANNER_VERSION, plan.fingerprint, plan.members, plan.tensors, plan.policy, plan.egress_bound,
+            len(plan.parts), len(plan.routes), plan.splits.shape[1], len(body), zlib.crc32(body),
         )
     )  # fmt: skip
     head = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(header), zlib.crc32(header)) + header
@@ -98,8 +106,7 @@ def load_plan(path: Path, *, fingerprint: str | None = None) -> Plan:
         raise RecordError(f"{path} has {len(data)} bytes, expected {start + header.body_bytes}: truncated or damaged")
     if zlib.crc32(body.data) != header.body_checksum:
         raise RecordError(f"{path}: the checksum of its columns differs: damaged")
-    copies = _columns(path, header, body)
-    plan = Plan(header.members, header.tensors, header.policy, copies)
+    plan = _plan(path, header, body)
     if header.planner != PLANNER_VERSION:
         raise PlanError([f"{path} was made by planner {header.planner}, this weft has {PLANNER_VERSION}: plan again"])
     for expected in (header.fingerprint, fingerprint):
@@ -108,25 +115,27 @@ def load_plan(path: Path, *, fingerprint: str | None = None) -> Plan:
     return plan
 
 
-def _arrays(copies: Copies) -> list[tuple[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]]:
-    return [(name, getattr(copies, name)) for name in _COLUMNS]
-
-
-def _columns(path: Path, header: _Header, body: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Copies:
-    found: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
+def _plan(path: Path, header: _Header, body: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Plan:
+    shapes: dict[str, tuple[int, ...]] = {"splits": (len(header.tensors), header.width)}
+    shapes |= {name: (header.parts, header.width) if name in _WIDE else (header.parts,) for name in _PART_COLUMNS}
+    shapes |= {f"routes.{name}": (header.routes,) for name in _ROUTE_COLUMNS}
+    found: dict[str, Int64s] = {}
     at = 0
-    for name in _COLUMNS:
-        width = header.widths.get(name, -1)
-        nbytes = header.copies * max(1, width) * 8
-        if width < 0 or header.copies < 0 or at + nbytes > len(body):
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * 8
+        if min(shape) < 0 or at + nbytes > len(body):
             raise RecordError(f"{path}: column {name} is missing or too short: damaged")
-        column = body[at : at + nbytes].view("<i8")
-        found[name] = column.reshape(header.copies, width) if width else column
+        found[name] = body[at : at + nbytes].view("<i8").reshape(shape)
         at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     bounds = {
-        "source": len(header.members), "target": len(header.members), "tensor": len(header.tensors)
+        "tensor": len(header.tensors), "routes.source": len(header.members), "routes.target": len(header.members),
+        "routes.part": header.parts, "routes.counted": 2,
     }  # fmt: skip
     for name, limit in bounds.items():
-        if header.copies and (found[name].min() < 0 or found[name].max() >= limit):
+        if len(found[name]) and not 0 <= found[name].min() <= found[name].max() < limit:
             raise RecordError(f"{path}: column {name} refers to what the header does not have: damaged")
-    return Copies(**found)
+    return Plan(
+        header.members, header.tensors, header.policy, found["splits"],
+        Parts(*(found[name] for name in _PART_COLUMNS)),
+        Routes(*(found[f"routes.{name}"] for name in _ROUTE_COLUMNS)), header.egress_bound,
+    )  # fmt: skip

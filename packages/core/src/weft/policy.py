@@ -40,6 +40,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     0 takes what the transport says (`Capabilities.direct_run_bytes`); planned without a transport it means always."""
     max_segments: int = 16_384
     """Most segments of one bucket."""
+    least_cut_bytes: int = _MIB
+    """A copy may be divided between equally near senders, for balance, into parts of at least so many bytes."""
 
     def check(self) -> None:
         """Raise `ConfigError` with every contradiction, or `NotSupportedError` for what has its place but is not
@@ -50,7 +52,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             for source, target in self.casts
             if source not in ITEM_BYTES or target not in ITEM_BYTES
         ]
-        bounds = {"bucket_bytes": 4096, "staging_bytes": 65_536, "direct_run_bytes": 0, "max_segments": 1}
+        bounds = {
+            "bucket_bytes": 4096,
+            "staging_bytes": 65_536,
+            "direct_run_bytes": 0,
+            "max_segments": 1,
+            "least_cut_bytes": 1,
+        }
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 faults.append(f"{name} is {getattr(self, name)}, it must be at least {least}")

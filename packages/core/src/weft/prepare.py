@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from weft.contracts import SEGMENT, Bucket, TransferProgram
+from weft.copies import Copies
 from weft.digest import Bytes, Runs, tensor_seed
 from weft.errors import LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
 from weft.member import Member, Region, RemoteRegion, regions_of
-from weft.plan import Copies, Plan
+from weft.plan import Plan
 from weft.rendezvous import EndpointRecord
 from weft.views import Memory, byte_view, source_view, target_view, torch_dtype
 

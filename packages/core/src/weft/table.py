@@ -4,10 +4,60 @@ loops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Lists of integers, end to end."""
+
+    starts: Int64s
+    """Where each list begins in `values`."""
+    sizes: Int64s
+    values: Int64s
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @classmethod
+    def of(cls, lists: Sequence[Int64s]) -> Ragged:
+        """From the lists."""
+        sizes = np.array([len(each) for each in lists], dtype=np.int64)
+        values = np.concatenate(lists) if lists else np.zeros(0, np.int64)
+        return cls(np.cumsum(sizes) - sizes, sizes, values)
+
+    @classmethod
+    def by_key(cls, keys: Int64s, values: Int64s, count: int) -> Ragged:
+        """`count` lists; list k holds the values whose key is k. `keys` ascend."""
+        sizes = np.bincount(keys, minlength=count).astype(np.int64)
+        return cls(np.cumsum(sizes) - sizes, sizes, values)
+
+    def row(self, n: int) -> Int64s:
+        """List n."""
+        return self.values[self.starts[n] : self.starts[n] + self.sizes[n]]
+
+    def rows(self) -> Int64s:
+        """For every value, the number of its list."""
+        return np.repeat(np.arange(len(self), dtype=np.int64), self.sizes)
+
+
+def ragged_classes(lists: Ragged) -> tuple[Int64s, Ragged]:
+    """(number of each list's class, the distinct lists), shorter ones first, then in lexicographic order."""
+    number = np.zeros(len(lists), dtype=np.int64)
+    distinct: list[Int64s] = []
+    for size in np.unique(lists.sizes).tolist():
+        rows = np.flatnonzero(lists.sizes == size)
+        table = lists.values[lists.starts[rows, None] + np.arange(size)]
+        first, classes = unique_rows(table)
+        number[rows] = len(distinct) + classes
+        distinct += list(table[first])
+    return number, Ragged.of(distinct)
 
 
 def ragged_ranges(starts: Int64s, counts: Int64s) -> tuple[Int64s, Int64s]:
@@ -44,8 +94,8 @@ def volume(lo: Int64s, hi: Int64s) -> Int64s:
 
 def unique_rows(rows: Int64s) -> tuple[Int64s, Int64s]:
     """(index of the first of each distinct row, number of each row's class); classes in lexicographic order."""
-    if not len(rows):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if not rows.size:
+        return np.zeros(min(1, len(rows)), np.int64), np.zeros(len(rows), np.int64)
     order = np.lexsort(rows.T[::-1])
     ordered = rows[order]
     new = np.ones(len(rows), dtype=bool)

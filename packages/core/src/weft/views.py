@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from weft.box import Box
+from weft.copies import Copies
 from weft.layout import Fill, Layout, Piece
-from weft.plan import Copies, Plan
+from weft.plan import Plan
 
 Memory = Mapping[str, torch.Tensor]
 """The memory of every buffer of a layout: dense one-dimensional tensors."""

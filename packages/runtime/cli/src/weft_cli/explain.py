@@ -11,13 +11,14 @@ import msgspec
 import numpy as np
 
 from weft.box import Affine, Box, boxes_from_views, common_factors, cuts_of, refine
-from weft.choose import locality
+from weft.copies import Copies
 from weft.errors import ConfigError
+from weft.holders import locality
 from weft.layout import Layout
-from weft.plan import Copies, Plan
+from weft.plan import Plan
 
 DISTANCES = ("same process", "same device", "same host", "same fabric domain", "another fabric domain")
-"""By `weft.choose.locality`."""
+"""By `weft.holders.locality`."""
 _FROM_A_MODEL = "give --model, --source and --target to have them computed again"
 _NUMBER = re.compile(r"\d+")
 

@@ -1,0 +1,100 @@
+"""What a plan costs: totals, balance, peers and segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from weft.copies import Loops, Parts, Routes
+from weft.member import Member
+from weft.table import Int64s, volume
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """What a plan costs."""
+
+    bytes: int
+    """All bytes written into targets."""
+    local_bytes: int
+    """Those of them that stay within one member."""
+    copies: int
+    tensors: int
+    segments: int
+    """Contiguous byte ranges between two members, neighbours joined: the fewest that both sides' memory allows."""
+    egress_bytes: dict[str, int]
+    """Per source member."""
+    ingress_bytes: dict[str, int]
+    """Per target member."""
+    egress_max_over_mean: float
+    """The busiest sender over the mean of all sources; 1.0 is perfect."""
+    egress_over_bound: float
+    """The busiest sender over what geometry and the order of locality allow at best; 1.0 is optimal."""
+    ingress_over_bound: float
+    """The busiest receiver over what the neediest target wants; 1.0: no byte comes twice."""
+    peers: dict[str, int]
+    """Other members each one is connected to."""
+
+
+def statistics_of(
+    members: Sequence[Member], tensors: int, parts: Parts, loops: Loops, routes: Routes, part_bytes: Int64s, bound: int
+) -> Statistics:
+    """Add up. `part_bytes` are bytes per part, `bound` those that the busiest sender sends in any plan."""
+    count, size = len(members), part_bytes[routes.part]
+    egress, ingress = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    np.add.at(egress, routes.source, size)
+    np.add.at(ingress, routes.target, size)
+    pairs = np.unique(routes.source * count + routes.target)
+    pairs = pairs[pairs // count != pairs % count]
+    peers = np.bincount(np.concatenate([pairs // count, pairs % count]), minlength=count)
+    sources = np.array([m.is_source for m in members])
+    mean = egress[sources].mean() if sources.any() else 0.0
+    most, needed = int(ingress.max(initial=0)), _needed(routes, part_bytes, count)
+    return Statistics(
+        bytes=int(size.sum()), local_bytes=int(size[routes.source == routes.target].sum()), copies=len(routes),
+        tensors=tensors, segments=_segments(parts, loops, routes, count),
+        egress_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if m.is_source},
+        ingress_bytes={m.name: int(n) for m, n in zip(members, ingress, strict=True) if m.is_target},
+        egress_max_over_mean=float(egress.max() / mean) if mean else 1.0,
+        egress_over_bound=int(egress.max(initial=0)) / bound if bound else 1.0,
+        ingress_over_bound=most / needed if needed else 1.0,
+        peers={m.name: int(n) for m, n in zip(members, peers, strict=True)},
+    )  # fmt: skip
+
+
+def _needed(routes: Routes, part_bytes: Int64s, count: int) -> int:
+    """Bytes that the neediest target must receive: all it gets, since nothing is sent to it twice."""
+    needed = np.zeros(count, dtype=np.int64)
+    np.add.at(needed, routes.target, part_bytes[routes.part])
+    return int(needed.max(initial=0))
+
+
+def run_elements(sizes: Int64s, source_strides: Int64s, target_strides: Int64s) -> Int64s:
+    """Elements per run that is contiguous in both buffers, per loop nest."""
+    if not sizes.shape[1]:
+        return np.ones(len(sizes), dtype=np.int64)  # scalars only
+    dense = (source_strides[:, -1] == 1) & (target_strides[:, -1] == 1)
+    return np.where(dense, sizes[:, -1], 1)
+
+
+def _segments(parts: Parts, loops: Loops, routes: Routes, count: int) -> int:
+    """Runs of all copies, less those that go on where the copy before them, between the same two members, ends."""
+    runs = volume(np.zeros_like(loops.sizes), loops.sizes) // run_elements(
+        loops.sizes, loops.source_strides, loops.target_strides
+    )
+    ends = [
+        offset + ((loops.sizes - 1) * strides).sum(axis=1) + 1
+        for offset, strides in (
+            (parts.source_offset, loops.source_strides), (parts.target_offset, loops.target_strides)
+        )
+    ]  # fmt: skip
+    pair = routes.source * count + routes.target
+    order = np.argsort(pair, kind="stable")
+    pair, part = pair[order], routes.part[order]
+    here, there = part[:-1], part[1:]
+    joins = pair[1:] == pair[:-1]
+    for column in (parts.source_buffer, parts.target_buffer):
+        joins &= column[here] == column[there]
+    joins &= (ends[0][here] == parts.source_offset[there]) & (ends[1][here] == parts.target_offset[there])
+    return int(runs[part].sum() - joins.sum())
