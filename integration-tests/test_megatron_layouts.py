@@ -46,6 +46,27 @@ EXPERTS = make_config(
     norm_topk_prob=True,
     mlp_only_layers=[1],
 )
+LATENT = make_config(
+    model_type="deepseek_v3",
+    tie_word_embeddings=False,
+    num_key_value_heads=4,
+    head_dim=8,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+)
+KIMI = LATENT | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
 EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
 ETP1 = {"expert_tensor_parallel_size": 1}
@@ -77,6 +98,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tp2 ep2 etp2, float32 norms": (EXPERTS, TP2 | EP2, "bare-bfloat16"),
     "pp2 ep2": (EXPERTS, PP2 | EP2, "bare"),
     "ep2, all biases": (EXPERTS | {"attention_bias": True, "mlp_bias": True}, EP2, "bare"),
+    "tp2 ep2 etp1, latent attention": (LATENT, TP2 | EP2 | ETP1, "bare"),
+    "tp4, latent attention": (LATENT, TP4, "bare"),
+    "pp2 ep2, prediction layer": (LATENT, PP2 | EP2, "mtp"),
+    "tp2 pp2, tied, prediction layer": (LATENT | {"tie_word_embeddings": True}, TP2 | PP2, "mtp"),
+    "tp2, tied, prediction layer": (LATENT | {"tie_word_embeddings": True}, TP2, "mtp"),
+    "ep4, wrapped, latent attention": (KIMI | {"q_lora_rank": None}, EP4, "float16"),
     "ep2 etp2, renamed as grouped": (EXPERTS, EP2 | ETP2, "grouped"),
 }
 """Config, sizes of `initialize_model_parallel`, and how the model is built."""
@@ -105,8 +132,10 @@ def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[L
         spec=Spec.GROUPED if kind == "grouped" else Spec.LOCAL,
     )
     parallel = {"tp": tp, "pp": pp, "dp": WORLD // (tp * pp), "ep": sizes.get("expert_model_parallel_size", 1)}
+    if kind == "mtp":
+        parallel["mtp"] = config["num_nextn_predict_layers"]
     parallel["etp"] = sizes.get("expert_tensor_parallel_size", tp)
-    return list(adapter.layouts(config, parallel, "float32" if kind in ("bare", "grouped") else "bfloat16"))
+    return list(adapter.layouts(config, parallel, "float32" if kind in ("bare", "grouped", "mtp") else "bfloat16"))
 
 
 @pytest.mark.trap(2, 4, 6, 7, 8, 13, 14)

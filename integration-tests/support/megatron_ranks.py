@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
+from support.megatron_families import build_model, transformer_config
 from support.megatron_model import end_job, logits_of, stage_logits, start_job
 from support.megatron_spoiled import EXPERT_SPOIL, SPOIL, rename_as_grouped
 from transformers import Qwen3Config
@@ -25,7 +26,6 @@ from weft.errors import LayoutError, WeftError
 from weft.layout import Layout
 from weft.testing.memory import box_of
 from weft.views import fill_view, piece_view
-from weft_cli.demo.megatron_on_cpu import build_model, transformer_config
 from weft_megatron import MegatronSource, MegatronTarget, member_name
 
 README = Path(__file__).parents[2] / "packages" / "adapters" / "megatron" / "README.md"
@@ -87,9 +87,11 @@ def inspect(
 
 
 def _describe(config: Config, padded: int, kind: str) -> dict[str, Any]:
-    """This rank's live layout of a model of one kind: bare, bare-bfloat16, float16, chunks, grouped."""
-    dtype = torch.float32 if kind in ("bare", "chunks", "grouped") else torch.bfloat16
-    model: Any = build_model(config, padded_vocabulary=padded, dtype=dtype, chunk=0 if kind == "chunks" else None)
+    """This rank's live layout of a model of one kind: bare, bare-bfloat16, float16, chunks, grouped, mtp."""
+    dtype = torch.float32 if kind in ("bare", "chunks", "grouped", "mtp") else torch.bfloat16
+    options = {"mtp_num_layers": config["num_nextn_predict_layers"]} if kind == "mtp" else {}
+    chunk = 0 if kind == "chunks" else None
+    model: Any = build_model(config, padded_vocabulary=padded, dtype=dtype, chunk=chunk, **options)
     if kind == "chunks":
         model = [model, build_model(config, padded_vocabulary=padded, chunk=1)]
     if kind == "grouped":
@@ -100,7 +102,9 @@ def _describe(config: Config, padded: int, kind: str) -> dict[str, Any]:
     assert isinstance(source, Source)
     assert isinstance(target, Target)
     modules = model if isinstance(model, list) else [model]
-    pointers = {parameter.data_ptr() for module in modules for parameter in module.parameters()}
+    pointers = {
+        tensor.data_ptr() for module in modules for tensor in module.state_dict().values() if tensor is not None
+    }
     return {
         "address": source.layout().address,
         "target": target.layout().address,

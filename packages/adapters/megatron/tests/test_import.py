@@ -32,7 +32,7 @@ def test_the_analytic_half_needs_no_megatron_core(monkeypatch: pytest.MonkeyPatc
     without(monkeypatch, megatron=None)
     module = importlib.reload(weft_megatron)
     adapter: Adapter = module.adapter
-    assert adapter.axes == ("tp", "pp", "cp", "dp", "ep", "etp", "vpp", "first", "last")
+    assert adapter.axes == ("tp", "pp", "cp", "dp", "ep", "etp", "vpp", "first", "last", "mtp")
     assert adapter.world_size({"tp": 2, "pp": 2}) == 4
 
 

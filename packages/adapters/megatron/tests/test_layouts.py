@@ -129,6 +129,8 @@ def latent_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
         vocab_size=draw(st.integers(1, 40)),
         tie_word_embeddings=draw(st.booleans()),
     )
+    if config["num_nextn_predict_layers"]:
+        sizes["mtp"] = config["num_nextn_predict_layers"]
     return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
 

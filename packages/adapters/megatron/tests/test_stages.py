@@ -88,7 +88,7 @@ def test_virtual_stages_and_uneven_ones_are_sizes_of_a_job() -> None:
 @pytest.mark.trap(13)
 def test_the_stage_of_prediction_layers_has_the_embedding_once_more() -> None:
     megatron = MegatronAdapter(pipeline_layout="Ett|mL")
-    first, last = megatron.layouts(make_latent(), {"pp": 2}, "bfloat16")
+    first, last = megatron.layouts(make_latent(), {"pp": 2, "mtp": 1}, "bfloat16")
     assert first.groups == ("embedding", "layers.0", "layers.1")
     assert last.groups == ("embedding", "layers.2", "output")
     held = {piece.tensor for piece in last}
@@ -101,7 +101,17 @@ def test_the_stage_of_prediction_layers_has_the_embedding_once_more() -> None:
 
 @pytest.mark.trap(11, 13)
 def test_the_bias_that_balances_experts_is_float32() -> None:
-    (layout,) = adapter.layouts(make_latent(num_nextn_predict_layers=0), {}, "bfloat16")
+    (layout,) = adapter.layouts(make_latent(), {}, "bfloat16")
     dtypes = {tensor.name: tensor.dtype for tensor in layout.tensors}
     assert dtypes["model.layers.1.mlp.gate.e_score_correction_bias"] == "float32"
     assert {dtype for name, dtype in dtypes.items() if not name.endswith("_bias")} == {"bfloat16"}
+
+
+@pytest.mark.trap(13)
+def test_prediction_layers_are_there_when_megatron_is_told_and_the_config_has_them() -> None:
+    told, untold = (adapter.layouts(make_latent(), sizes, "bfloat16")[0] for sizes in ({"mtp": 1}, {}))
+    assert {tensor.name for tensor in told.tensors} > {tensor.name for tensor in untold.tensors}
+    assert not any(tensor.name.startswith("model.layers.2.") for tensor in untold.tensors)
+    assert untold.ties == ()
+    with pytest.raises(ConfigError, match="mtp=2, the config has 1 prediction layers"):
+        adapter.layouts(make_latent(), {"mtp": 2}, "bfloat16")

@@ -49,7 +49,8 @@ class MegatronAdapter:
         `config` is a Hugging Face config, `dtype` the dtype of the parameters, such as `bfloat16`. Raises `ConfigError`
         for sizes that do not fit and `NotSupportedError` for a family or an axis that is not mapped.
         """
-        mesh, model = Mesh.from_sizes(parallel, self.order), read_config(config)
+        mesh = Mesh.from_sizes(parallel, self.order)
+        model = read_config(config).predicting(mesh.mtp)
         if mesh.ep > 1 and model.experts is None:
             raise NotSupportedError(f"ep={mesh.ep}: {model.family} of this config has no experts to divide")
         padded = padded_vocabulary(model.vocabulary, self.make_vocab_size_divisible_by, mesh.tp)

@@ -52,6 +52,7 @@ def _deepseek(config: Config) -> DecoderModel:
     return _decoder(
         config,
         experts=_sigmoid_experts(config),
+        qk_norm=True,
         latent=LatentAttention(int(rank) if rank else None, *(int(config[name]) for name in latent)),
         predictors=_predictors(config),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from weft.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,18 @@ class DecoderModel:
     linear_bias: bool
     """Whether o, gate, up and down projections and routers have biases (Megatron's `add_bias_linear`)."""
     qk_norm: bool
+    """Whether queries and keys, or the short vectors they come from, are normalized (Megatron's `qk_layernorm`)."""
     experts: Experts | None = None
     latent: LatentAttention | None = None
     """Sizes of multi-latent attention where it takes the place of grouped queries."""
     predictors: int = 0
     """Layers after the last that predict one further token each (multi-token prediction)."""
+
+    def predicting(self, count: int) -> DecoderModel:
+        """The same with the first `count` of its prediction layers. Raises `ConfigError` when it has fewer."""
+        if count > self.predictors:
+            raise ConfigError(f"{self.family}: mtp={count}, the config has {self.predictors} prediction layers")
+        return replace(self, predictors=count)
 
     @property
     def queries(self) -> int:
@@ -91,7 +100,8 @@ class DecoderModel:
     @property
     def sparse_layers(self) -> frozenset[int]:
         """The layers that have experts."""
-        return self.experts.layers if self.experts else frozenset()
+        count = self.layers + self.predictors
+        return frozenset(layer for layer in self.experts.layers if layer < count) if self.experts else frozenset()
 
     @property
     def dense_layers(self) -> frozenset[int]:

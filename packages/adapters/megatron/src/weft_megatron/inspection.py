@@ -11,11 +11,12 @@ import torch
 from weft.errors import ConfigError, LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft_megatron.adapter import is_norm
+from weft_megatron.agreement import config_faults
 from weft_megatron.configs import read_config
 from weft_megatron.parameters import Parameter, Part, Stage, parameters
 from weft_megatron.placement import layout_of
 from weft_megatron.table import Spec, name_map
-from weft_megatron.upstream import Chunk, chunks_of, config_faults
+from weft_megatron.upstream import Chunk, chunks_of
 
 
 class HasToDict(Protocol):
@@ -56,10 +57,12 @@ def inspect_model(model: Any, hf_config: Mapping[str, Any] | HasToDict) -> Inspe
     """
     config = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
     decoder, chunks = read_config(config), chunks_of(model)
+    decoder = decoder.predicting(max(chunk.predictors for chunk in chunks))
     faults = list(dict.fromkeys(fault for chunk in chunks for fault in config_faults(chunk, decoder)))
     layers = [layer for chunk in chunks for layer in chunk.layers]
-    if len(set(layers)) < len(layers) or any(layer >= decoder.layers for layer in layers):
-        faults.append(f"chunks hold the layers {layers}, expected distinct ones below {decoder.layers}")
+    count = decoder.layers + decoder.predictors
+    if len(set(layers)) < len(layers) or any(layer >= count for layer in layers):
+        faults.append(f"chunks hold the layers {layers}, expected distinct ones below {count}")
     tensors = _tensors(chunks)
     stage = Stage(
         tensor=chunks[0].tensor,
@@ -80,7 +83,8 @@ def inspect_model(model: Any, hf_config: Mapping[str, Any] | HasToDict) -> Inspe
     faults += _differences(held, tensors)
     if faults:
         raise LayoutError(faults)
-    skipped = [(name, "non-persistent buffer: recomputed, in no checkpoint") for name in _transient(chunks)]
+    transient = (name for name in _transient(chunks) if names.skipped(name) is None)
+    skipped = [(name, "non-persistent buffer: recomputed, in no checkpoint") for name in transient]
     dtypes = {name: _dtype(tensor) for name, tensor in tensors.items()}
     layout = layout_of(decoder, stage, held, dtypes, skipped)
     return Inspection(tuple(chunks), layout, {parameter.name: _flat(tensors[parameter.name]) for parameter in held})

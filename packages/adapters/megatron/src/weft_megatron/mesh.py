@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from weft.errors import ConfigError
 
-AXES = ("tp", "pp", "cp", "dp", "ep", "etp", "vpp", "first", "last")
+AXES = ("tp", "pp", "cp", "dp", "ep", "etp", "vpp", "first", "last", "mtp")
 """Tensor, pipeline, context, data, expert and expert-tensor parallel size; chunks per pipeline stage (virtual pipeline
-parallelism) and layers in the first and last stage, where it differs from the others."""
+parallelism), layers in the first and in the last stage where it has others than the rest, and layers of multi-token
+prediction, which Megatron has none of unless told.
+"""
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 """Default of `initialize_model_parallel(order=...)`: the first axis varies fastest with the rank."""
 _RANKED = ("tp", "cp", "dp", "pp")
@@ -44,6 +46,7 @@ class Mesh:
     vpp: int = 1
     first: int | None = None
     last: int | None = None
+    mtp: int = 0
 
     @classmethod
     def from_sizes(cls, sizes: Mapping[str, int], order: str = DEFAULT_ORDER) -> Mesh:
@@ -62,8 +65,8 @@ class Mesh:
         if faults:
             raise ConfigError(f"parallel sizes: {'; '.join(faults)}")
         tp, pp, cp, dp, ep = (int(sizes.get(name, 1)) for name in ("tp", "pp", "cp", "dp", "ep"))
-        uneven = (int(sizes[name]) if name in sizes else None for name in ("first", "last"))
-        mesh = cls(tp, pp, cp, dp, ep, int(sizes.get("etp", tp)), order, int(sizes.get("vpp", 1)), *uneven)
+        rest = {name: int(sizes[name]) for name in ("vpp", "first", "last", "mtp") if name in sizes}
+        mesh = cls(tp, pp, cp, dp, ep, int(sizes.get("etp", tp)), order, **rest)
         if mesh.world % (mesh.ep * mesh.etp * mesh.pp):
             raise ConfigError(
                 f"parallel sizes: {mesh.world} ranks (tp {tp} x pp {pp} x cp {cp} x dp {dp}) do not divide into "

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from weft.errors import ConfigError, NotSupportedError, PluginError
-from weft_megatron.family import DecoderModel
 from weft_megatron.parameters import Part
 
 _INSTALL = "pip install 'weft-megatron[megatron]'"
@@ -28,19 +27,20 @@ try:
         from megatron.core.distributed import DistributedDataParallel
         from megatron.core.models.gpt import GPTModel
         from megatron.core.transformer.module import Float16Module
+        from megatron.core.transformer.moe.router import TopKRouter
 except ImportError as error:
     raise PluginError(f"live Megatron models need megatron-core 0.16 ({error}): {_INSTALL}") from error
 if not str(megatron_core.__version__).startswith("0.16."):
     raise PluginError(f"weft-megatron knows megatron-core 0.16, found {megatron_core.__version__}: {_INSTALL}")
 
 
+_LAYER = re.compile(r"(?P<at>decoder\.layers\.(?P<number>\d+)|mtp\.layers\.\d+\.transformer_layer)\.(?P<rest>.*)")
+"""A parameter of a layer; prediction layers have the same numbers in every chunk."""
+
 _EXPERT = re.compile(
     r"(?P<before>mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(?P<number>\d+)(?P<after>.*)"
 )
 """A parameter of one of a layer's local experts: `SequentialMLP` numbers modules, `TEGroupedMLP` parameters."""
-
-_LEGACY = "GroupedMLP"
-"""All local experts in two transposed tensors; needs the package grouped_gemm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,29 @@ class Chunk:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Global numbers of its layers, from 0 (`TransformerLayer.layer_number` counts from 1)."""
-        return tuple(int(layer.layer_number) - 1 for layer in self.module.decoder.layers)
+        """Global numbers of its layers, from 0; those that predict further tokens come after the last."""
+        # TransformerLayer.layer_number counts from 1.
+        decoder = (int(layer.layer_number) - 1 for layer in self.module.decoder.layers)
+        after = int(self.module.config.num_layers)
+        return (*decoder, *range(after, after + len(self._predictors)))
+
+    @property
+    def predictors(self) -> int:
+        """How many layers of the whole model predict further tokens."""
+        return int(self.module.config.mtp_num_layers or 0)
+
+    @property
+    def transformer_layers(self) -> dict[str, Any]:
+        """Its decoder layers, and those inside of prediction layers, by the name they have in every chunk."""
+        decoder = self.module.decoder.layers
+        layers = {f"decoder.layers.{int(layer.layer_number) - 1}": layer for layer in decoder}
+        inner = {f"mtp.layers.{n}.transformer_layer": each for n, each in enumerate(self._predictors)}
+        return layers | {name: predictor.transformer_layer for name, predictor in inner.items()}
+
+    @property
+    def _predictors(self) -> Sequence[Any]:
+        """All of a model's are in one chunk."""
+        return self.module.mtp.layers if self.module.mtp_process else ()
 
     @property
     def padded_vocabulary(self) -> int:
@@ -89,15 +110,16 @@ class Chunk:
 
     def global_name(self, name: str) -> str:
         """A parameter's name with the global layer number, and the global number of its expert (trap 6)."""
-        prefix = "decoder.layers."
-        if not name.startswith(prefix):
+        match = _LAYER.fullmatch(name)
+        if match is None:
             return name
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        layer = self.module.decoder.layers[int(number)]
-        if match := _EXPERT.fullmatch(rest):
-            expert = layer.mlp.local_expert_indices[int(match["number"])]
-            rest = f"{match['before']}{expert}{match['after']}"
-        return f"{prefix}{self.layers[int(number)]}.{rest}"
+        at, rest = match["at"], match["rest"]
+        if match["number"]:
+            at = f"decoder.layers.{self.layers[int(match['number'])]}"
+        if expert := _EXPERT.fullmatch(rest):
+            number = self.transformer_layers[at].mlp.local_expert_indices[int(expert["number"])]
+            rest = f"{expert['before']}{number}{expert['after']}"
+        return f"{at}.{rest}"
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Local names and live tensors of all parameters and persistent buffers; shared parameters come once."""
@@ -137,91 +159,15 @@ def _unwrap(module: Any) -> Chunk:
         )
     if not isinstance(module, GPTModel):
         raise ConfigError(f"expected a GPTModel, bare or in Float16Module and DistributedDataParallel, found {kind}")
+    for router in module.modules():
+        if isinstance(router, TopKRouter):
+            # Float16Module has cast its bias; the first forward pass would replace it by a float32 one elsewhere.
+            router._maintain_float32_expert_bias()
     return Chunk(module, tuple(wrappers))
 
 
 def _place(group: torch.distributed.ProcessGroup) -> Part:
     return Part(group.rank(), group.size())
-
-
-def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
-    """Where the model's own configuration contradicts the Hugging Face config."""
-    config = chunk.module.config
-    expected: dict[str, object] = {
-        "num_layers": model.layers,
-        "hidden_size": model.hidden,
-        "num_attention_heads": model.heads,
-        "num_query_groups": model.groups,
-        "kv_channels": model.head,
-        "gated_linear_unit": True,
-        "add_bias_linear": model.linear_bias,
-        "add_qkv_bias": model.qkv_bias,
-        "qk_layernorm": model.qk_norm,
-        "normalization": "RMSNorm",
-        # These change what stored values mean.
-        "layernorm_zero_centered_gamma": False,
-        "rotary_interleaved": False,
-        "multi_latent_attention": False,
-        "mtp_num_layers": None,
-        "attention_output_gate": False,
-        "activation_func": torch.nn.functional.silu,
-        "activation_func_clamp_value": None,
-        "glu_linear_offset": 0.0,
-        **_expected_experts(model),
-    }
-    if model.dense_layers:
-        expected["ffn_hidden_size"] = model.intermediate
-    # add_bias_linear implies the qkv biases whatever add_qkv_bias says.
-    ignored = {"add_qkv_bias"} if model.linear_bias else set()
-    faults = [
-        f"the model was built with {name}={getattr(config, name)!r}, {model.family} of this config needs {value!r}"
-        for name, value in expected.items()
-        if name not in ignored and getattr(config, name) != value
-    ]
-    if model.experts and _sparse_layers(config) != model.sparse_layers:
-        faults.append(
-            f"the model was built with moe_layer_freq={config.moe_layer_freq!r}, {model.family} of this config has "
-            f"experts in the layers {sorted(model.sparse_layers)}"
-        )
-    if model.experts and config.moe_router_load_balancing_type == "sinkhorn":
-        faults.append("moe_router_load_balancing_type='sinkhorn' routes in a way that no checkpoint can express")
-    if any(type(getattr(layer.mlp, "experts", None)).__name__ == _LEGACY for layer in chunk.module.decoder.layers):
-        faults.append(f"experts are in the legacy grouped layout ({_LEGACY}); build SequentialMLP or TEGroupedMLP")
-    if bool(chunk.module.share_embeddings_and_output_weights) != model.tied:
-        faults.append(
-            f"the model was built with share_embeddings_and_output_weights="
-            f"{chunk.module.share_embeddings_and_output_weights}, the config says tie_word_embeddings={model.tied}"
-        )
-    return faults
-
-
-def _expected_experts(model: DecoderModel) -> dict[str, object]:
-    """What the configuration of a model with these experts, or with none, must say."""
-    if model.experts is None:
-        return {"num_moe_experts": None}
-    return {
-        "num_moe_experts": model.experts.count,
-        "moe_ffn_hidden_size": model.experts.intermediate,
-        "moe_router_topk": model.experts.chosen,
-        # Softmax over the chosen experts alone gives weights that add up to one.
-        "moe_router_pre_softmax": not model.experts.normalized,
-        "moe_router_score_function": "softmax",
-        # No checkpoint of the family has a place for these, or they give stored values another meaning.
-        "moe_router_enable_expert_bias": False,
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_num_groups": None,
-        "moe_apply_probs_on_input": False,
-        "moe_shared_expert_intermediate_size": None,
-        "moe_latent_size": None,
-    }
-
-
-def _sparse_layers(config: Any) -> frozenset[int]:
-    """The layers with experts, by the rule of `get_gpt_decoder_block_spec` in `models/gpt/gpt_layer_specs.py`."""
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return frozenset(range(0, config.num_layers, frequency))
-    return frozenset(layer for layer, sparse in enumerate(frequency) if sparse)
 
 
 def finish_parameter_gathers(chunks: Sequence[Chunk]) -> None:

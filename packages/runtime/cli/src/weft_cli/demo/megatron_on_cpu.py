@@ -39,49 +39,68 @@ def _no_fork(tracker: CudaRNGStatesTracker, name: str = "") -> Iterator[None]:
     yield
 
 
-def transformer_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> TransformerConfig:
-    """Megatron's configuration of a Llama, Qwen2, Qwen3 or Qwen3-MoE, for the groups that exist in this process."""
+def transformer_config(
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    kind: type[TransformerConfig] = TransformerConfig,
+    **options: Any,
+) -> TransformerConfig:
+    """Megatron's configuration of a Llama, Qwen2, Qwen3 or Qwen3-MoE, for the groups that exist in this process.
+
+    `options` come on top: whatever other families need.
+    """
     heads = config["num_attention_heads"]
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    return TransformerConfig(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=config["rms_norm_eps"],
-        activation_func=torch.nn.functional.silu,
-        gated_linear_unit=True,
-        add_bias_linear=bool(config.get("mlp_bias")),
-        add_qkv_bias=config["model_type"] == "qwen2",
-        qk_layernorm=config["model_type"] in ("qwen3", "qwen3_moe"),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        use_cpu_initialization=True,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        virtual_pipeline_model_parallel_size=chunks,
-        **(_expert_options(config) if config["model_type"] == "qwen3_moe" else {}),
-    )
+    common: dict[str, Any] = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config["num_key_value_heads"],
+        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": bool(config.get("mlp_bias")),
+        "add_qkv_bias": config["model_type"] == "qwen2",
+        "qk_layernorm": config["model_type"] in ("qwen3", "qwen3_moe"),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "use_cpu_initialization": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": chunks,
+    }
+    if config["model_type"] == "qwen3_moe":
+        common |= _expert_options(config)
+    return kind(**(common | options))
 
 
 def _expert_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The all-to-all dispatcher makes a CUDA stream; the one that gathers runs over gloo."""
     return {
         "num_moe_experts": expert_count(config),
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_layer_freq": [int(layer in sparse_layers(config)) for layer in range(config["num_hidden_layers"])],
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_router_pre_softmax": not config["norm_topk_prob"],
+        **experts_on_cpu(),
+    }
+
+
+def experts_on_cpu() -> dict[str, Any]:
+    """What every model with experts needs here.
+
+    The all-to-all dispatcher makes a CUDA stream; the one that gathers runs over gloo.
+    """
+    return {
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),

@@ -1,0 +1,124 @@
+"""Megatron-Core models of the families that the demo does not build, from Hugging Face configs, on CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from weft_cli.demo import megatron_on_cpu
+
+Config = Mapping[str, Any]
+
+
+def build_model(
+    config: Config,
+    *,
+    padded_vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    chunk: int | None = None,
+    **options: Any,
+) -> GPTModel:
+    """This rank's part of a model of any family, or one of its virtual pipeline chunks; see the demo's `build_model`.
+
+    `options` are more fields of `TransformerConfig`. Collective: `parallel_state` is set up already.
+    """
+    transformer = transformer_config(config, dtype, **options)
+    pp = parallel_state.get_pipeline_model_parallel_rank()
+    last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    chunks = transformer.virtual_pipeline_model_parallel_size or 1
+    layers = get_gpt_decoder_block_spec(
+        transformer, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk, pp_rank=pp
+    )
+    if transformer.multi_latent_attention:
+        # None without Transformer Engine, and asked for as a class.
+        multi_latent_attention.TELinear = type("TELinear", (), {})
+        for layer in layers.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
+    predictors = None
+    if transformer.mtp_num_layers:
+        predictors = get_gpt_mtp_block_spec(
+            transformer, layers, use_transformer_engine=False, vp_stage=chunk, pp_rank=pp
+        )
+    return GPTModel(
+        transformer,
+        layers,
+        vocab_size=padded_vocabulary,
+        max_sequence_length=config["max_position_embeddings"],
+        pre_process=pp == 0 and chunk in (None, 0),
+        post_process=pp == last and chunk in (None, chunks - 1),
+        parallel_output=False,
+        share_embeddings_and_output_weights=config["tie_word_embeddings"],
+        position_embedding_type="rope",
+        rotary_base=megatron_on_cpu.rope_theta(config),
+        vp_stage=chunk,
+        mtp_block_spec=predictors,
+    )
+
+
+class LatentCoreAttention(torch.nn.Module):
+    """What Transformer Engine computes on CUDA; Megatron's own cannot be built for multi-latent attention in 0.16.1."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """All of shape (length, batch, heads, elements), causal; returns (length, batch, heads x elements)."""
+        heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, scale=self.scale)
+        return found.permute(2, 0, 1, 3).flatten(2)
+
+
+def transformer_config(config: Config, dtype: torch.dtype = torch.float32, **options: Any) -> TransformerConfig:
+    """Megatron's configuration of a model of any family, for the groups that exist in this process."""
+    kind, family = FAMILIES.get(config["model_type"], (TransformerConfig, lambda config: {}))
+    return megatron_on_cpu.transformer_config(config, dtype, kind, **(family(config) | options))
+
+
+def _deepseek(config: Config) -> dict[str, Any]:
+    latent = {
+        "qk_layernorm": True,
+        "q_lora_rank": config["q_lora_rank"],
+        "kv_lora_rank": config["kv_lora_rank"],
+        "qk_head_dim": config["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
+        "v_head_dim": config["v_head_dim"],
+        "rope_type": "rope",
+        "rotary_base": megatron_on_cpu.rope_theta(config),
+        "apply_rope_fusion": False,
+    }
+    return latent | _sigmoid_experts(config)
+
+
+def _sigmoid_experts(config: Config) -> dict[str, Any]:
+    first, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    grouped = config["n_group"] > 1
+    return {
+        "num_moe_experts": config["n_routed_experts"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_shared_expert_intermediate_size": config["n_shared_experts"] * config["moe_intermediate_size"],
+        "moe_layer_freq": [int(layer >= first) for layer in range(layers)],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
+        "moe_router_num_groups": config["n_group"] if grouped else None,
+        "moe_router_group_topk": config["topk_group"] if grouped else None,
+        **megatron_on_cpu.experts_on_cpu(),
+    }
+
+
+FAMILIES: Mapping[str, tuple[type[TransformerConfig], Callable[[Config], dict[str, Any]]]] = {
+    "deepseek_v3": (MLATransformerConfig, _deepseek),
+    "kimi_k2": (MLATransformerConfig, _deepseek),
+}
+"""Kind of configuration and its fields, by `model_type`; others are the demo's own."""
