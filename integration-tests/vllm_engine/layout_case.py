@@ -1,8 +1,8 @@
-"""Layouts recorded from vLLM's own models for several ranks and TP sizes in one process, without an engine. Prints
-JSON.
+"""Layouts recorded from vLLM's own models for several ranks and meshes in one process, without an engine. Prints JSON.
 
 Run as `python layout_case.py '{"tp": 1, …}' DIRECTORY`; `test_vllm_layouts.py` does. A rank's model needs only to be
-told its rank to build its parameters, so one process stands in for all of them.
+told its ranks to build its parameters, so one process stands in for all of them. Post-load processing of experts wants
+communicators once engines are data parallel: those meshes are recorded as they are right after loading.
 """
 
 from __future__ import annotations
@@ -16,46 +16,84 @@ import torch
 from models import as_loaded, save_checkpoint
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_pp_group, get_tp_group
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import utils as model_utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from weft.layout import Kind
-from weft_vllm import adapter, plugin
-from weft_vllm.compat import base_loader
+from weft_vllm import adapter, plugin, vllm_layout
+from weft_vllm.binding import RecordedLayout, record_layout
+from weft_vllm.checkpoint import logical_tensors
+from weft_vllm.compat import AtLoad, base_loader, meta_like
 from weft_vllm.target import VllmTarget
-
-
-def recorded(config: Any, rank: int, parallel: dict[str, int]) -> VllmTarget:
-    """The target of one rank's model, with weights that were never loaded."""
-    group = get_tp_group()
-    group.rank_in_group, group.world_size = rank, parallel["tp"]
-    config.parallel_config.enable_expert_parallel = "ep" in parallel
-    config.compilation_config.static_forward_context.clear()
-    with set_default_torch_dtype(torch.bfloat16):
-        model = initialize_model(config)
-    base_loader.process_weights_after_loading(model, config.model_config, torch.device("cpu"))
-    return VllmTarget.from_worker(model, config)
-
 
 DENSE = [{"tp": 1}, {"tp": 2}, {"tp": 4}]
 MIXTURE = [*DENSE, {"tp": 2, "ep": 2}, {"tp": 4, "ep": 4}]
+WIDE = [{"tp": 2}, {"tp": 2, "ep": 2}, {"dp": 2, "ep": 2}, {"tp": 2, "dp": 2, "ep": 4}]
+STAGES = [{"pp": 2}, {"tp": 2, "pp": 2}]
+
+Case = tuple[str, dict[str, Any], list[dict[str, int]]]
+CASES: list[Case] = [
+    # Mixtures first, since vLLM makes the group of expert parallelism only for a model that has experts. The first has
+    # a layer without, and a number of them that does not divide.
+    ("qwen3_moe", {"kv_heads": 2, "mlp_only_layers": [0], "num_experts": 6}, MIXTURE),
+    ("qwen3_moe", {"kv_heads": 1}, [*WIDE, *STAGES]),
+    ("glm4_moe", {"kv_heads": 2}, MIXTURE),
+    ("glm4_moe", {"kv_heads": 4, "use_qk_norm": True, "attention_bias": True, "num_hidden_layers": 4},
+     [*WIDE, *STAGES]),
+    ("mixtral", {"kv_heads": 2}, [*DENSE, *WIDE, *STAGES]),
+    ("mixtral", {"kv_heads": 4, "tied": True}, STAGES),
+    ("gpt_oss", {"kv_heads": 4}, [*DENSE, *WIDE, *STAGES]),
+    ("deepseek_v3", {"kv_heads": 4}, [*DENSE, *WIDE]),
+    ("deepseek_v3", {"kv_heads": 2, "q_lora_rank": None, "num_hidden_layers": 4}, [*WIDE, *STAGES]),
+    *((family, {"kv_heads": kv, "tied": tied}, [*DENSE, *STAGES] if kv == 4 else DENSE)
+      for family in ("llama", "qwen2", "qwen3") for tied in (True, False) for kv in (1, 4)),
+    ("qwen2", {"kv_heads": 2, "num_hidden_layers": 5}, [{"pp": 3}]),
+]  # fmt: skip
+
+
+def stand_in(group: Any, rank: int, size: int) -> None:
+    """Let a group of one process say that this is another rank of a larger one."""
+    group.rank = group.rank_in_group = rank
+    group.ranks, group.world_size = list(range(size)), size
+
+
+def recorded(config: Any, rank: int, parallel: dict[str, int]) -> tuple[RecordedLayout, int]:
+    """What one rank's model wants, with weights that were never loaded, and how many elements nothing writes."""
+    tp, pp, dp, ep = (parallel.get(axis, 1) for axis in ("tp", "pp", "dp", "ep"))
+    tp_rank, pp_rank, dp_rank = rank % tp, rank // tp % pp, rank // (tp * pp)
+    stand_in(get_tp_group(), tp_rank, tp)
+    stand_in(get_pp_group(), pp_rank, pp)
+    stand_in(get_dp_group(), dp_rank, dp)
+    if config.model_config.is_moe:
+        stand_in(get_ep_group(), dp_rank * tp + tp_rank if ep > 1 else 0, ep)
+    sizes = config.parallel_config
+    sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.data_parallel_size = tp, pp, dp
+    sizes.data_parallel_rank, sizes.enable_expert_parallel = dp_rank, ep > 1
+    config.compilation_config.static_forward_context.clear()
+    model_utils._model_to_pp_missing_layer_names.clear()  # keyed by the id of a model that may be gone
+    with set_default_torch_dtype(torch.bfloat16):
+        model: Any = initialize_model(config)
+    if dp == 1:
+        base_loader.process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        target = VllmTarget.from_worker(model, config)
+        return target.recorded, target.never_written()
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    model._weft_at_load = {name: AtLoad(meta_like(tensor), tensor.data_ptr()) for name, tensor in named}
+    of = config.model_config
+    return record_layout(model, logical_tensors(of.model, of.hf_config, "bfloat16")), 0
 
 
 def main() -> None:
     directory = Path(sys.argv[2])
     plugin.register()
     results: dict[str, Any] = {}
-    dense = [
-        (family, tied, kv, {}) for family in ("llama", "qwen2", "qwen3") for tied in (True, False) for kv in (1, 4)
-    ]
-    # First, since vLLM makes the group of expert parallelism only for a model that has any. With a layer without
-    # experts, and a number of them that does not divide.
-    mixtures = [("qwen3_moe", False, 2, {"mlp_only_layers": [0], "num_experts": 6}), ("glm4_moe", False, 2, {})]
-    for family, tied, kv_heads, more in [*mixtures, *dense]:
-        path = directory / f"{family}-{tied}-{kv_heads}"
-        model = save_checkpoint(path, family=family, tied=tied, kv_heads=kv_heads, seed=1, dtype=torch.bfloat16, **more)
+    for number, (family, more, meshes) in enumerate(CASES):
+        path = directory / f"{family}-{number}"
+        options = {"tied": False, **more}
+        model = save_checkpoint(path, family=family, seed=1, dtype=torch.bfloat16, **options)
         engine = EngineArgs(
             model=str(path), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=64,
             weight_transfer_config={"backend": "weft"},
@@ -65,19 +103,17 @@ def main() -> None:
             if not results:
                 init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
                 initialize_model_parallel(1, 1)
-            for parallel in MIXTURE if family.endswith("_moe") else DENSE:
-                mapped = family != "glm4_moe"
-                analytic = adapter.layouts(model.config.to_dict(), parallel, "bfloat16") if mapped else ()
-                for rank in range(parallel["tp"]):
-                    target = recorded(config, rank, parallel)
-                    layout = target.layout()
-                    packed = [buffer.name for buffer in layout.buffers if buffer.kind is Kind.SCRATCH]
+            for parallel in meshes:
+                for rank in range(adapter.world_size(parallel)):
+                    found, never_written = recorded(config, rank, parallel)
+                    layout = found.layout
+                    analytic = vllm_layout(model.config.to_dict(), parallel, rank)
                     results[f"{path.name} {parallel} rank {rank}"] = {
-                        "equal": as_loaded(layout).address == analytic[rank].address if mapped else None,
-                        "packed": packed,
-                        "float32": [tensor.name for tensor in layout.tensors if tensor.dtype == "float32"],
-                        "loader_landed": target.recorded.loader_landed,
-                        "never_written": target.never_written(),
+                        "equal": as_loaded(layout).address == analytic.address,
+                        "packed": [buffer.name for buffer in layout.buffers if buffer.kind is Kind.SCRATCH],
+                        "float32": sorted(tensor.name for tensor in layout.tensors if tensor.dtype == "float32"),
+                        "loader_landed": found.loader_landed,
+                        "never_written": never_written,
                         "pieces": len(layout.pieces),
                     }
     print("RESULT " + json.dumps(results), flush=True)

@@ -9,10 +9,16 @@ from typing import Any
 import msgspec
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -29,6 +35,9 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
@@ -36,6 +45,13 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {
         "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    },
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256},
+    "deepseek_v3": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+        "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+        "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc",
     },
 }  # fmt: skip
 """Of mixtures; widths that every CPU kernel of vLLM takes as they are, also halved."""
@@ -47,11 +63,12 @@ NEW_TOKENS = 16
 def make_model(family: str, *, tied: bool, kv_heads: int, seed: int, dtype: torch.dtype, **more: Any) -> Any:
     """A model of 2 layers, 4 heads of 32, hidden 128; weights so large that logits are far apart."""
     config_class, model_class = FAMILIES[family]
-    config = config_class(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=512, tie_word_embeddings=tied,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, **{**EXPERTS.get(family, {}), **more},
-    )  # fmt: skip
+    shape = {
+        "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 32, "max_position_embeddings": 512,
+        "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    config = config_class(**{**shape, **EXPERTS.get(family, {}), **more})
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():

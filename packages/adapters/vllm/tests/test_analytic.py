@@ -156,6 +156,116 @@ def test_latent_attention_and_shared_experts(parallel: dict[str, int], query_ran
         assert "model.layers.0.mlp.gate_up_proj.weight" in held
 
 
+ALTERNATING = {"num_local_experts": 4, "intermediate_size": 16}
+
+
+@pytest.mark.trap(4, 72)
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"tp": 2, "ep": 2}, {"dp": 2, "ep": 2}])
+def test_alternating_columns_of_all_experts_are_one_piece(parallel: dict[str, int]) -> None:
+    tp, ep = parallel.get("tp", 1), parallel.get("ep", 1)
+    for rank, layout in enumerate(adapter.layouts(config("gpt_oss", **ALTERNATING), parallel, "bfloat16")):
+        values = numbered(layout)
+        held = executed(layout, values)
+        assert all((memory != -1).all() for memory in held.values())
+        mlp, cut = "model.layers.1.mlp", tp if ep == 1 else 1
+        target = f"{mlp}.experts.routed_experts"
+        here = slice(rank * 4 // ep, (rank + 1) * 4 // ep) if ep > 1 else slice(None)
+
+        def mine(name: str, axis: int) -> Any:
+            return np.split(values[f"{mlp}.experts.{name}"][here], cut, axis)[rank % cut]  # noqa: B023
+
+        assert np.array_equal(held[f"{target}.w13_weight"], mine("gate_up_proj", 2).swapaxes(1, 2).ravel())
+        assert np.array_equal(held[f"{target}.w13_bias"], mine("gate_up_proj_bias", 1).ravel())
+        assert np.array_equal(held[f"{target}.w2_weight"], mine("down_proj", 1).swapaxes(1, 2).ravel())
+        if rank % cut:
+            assert not held[f"{target}.w2_bias"].any(), "the first rank alone adds it"
+        else:
+            assert np.array_equal(held[f"{target}.w2_bias"], values[f"{mlp}.experts.down_proj_bias"][here].ravel())
+        sinks = np.split(values["model.layers.1.self_attn.sinks"], tp)[rank % tp]
+        assert np.array_equal(held["model.layers.1.attn.sinks"], sinks)
+        assert "model.embedding.weight" in held
+        pieces = [piece for piece in layout if ".layers.1.mlp.experts." in piece.buffer]
+        assert len(pieces) == len({piece.buffer for piece in pieces})
+
+
+@pytest.mark.trap(13)
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "dp": 2, "ep": 4}])
+def test_experts_under_other_names_and_shared_ones_that_are_always_cut(family: str, parallel: dict[str, int]) -> None:
+    glm = family == "glm4_moe"
+    more = {**LATENT, "use_qk_norm": True, "attention_bias": True} if glm else {"num_local_experts": 8}
+    mlp = "model.layers.1.mlp" if glm else "model.layers.1.block_sparse_moe"
+    names = ("gate_proj", "up_proj", "down_proj") if glm else ("w1", "w3", "w2")
+    width, ep = EXPERT_INNER if glm else INNER, parallel.get("ep", 1)
+    for rank, layout in enumerate(adapter.layouts(config(family, **more), parallel, "bfloat16")):
+        values = numbered(layout)
+        held = executed(layout, values)
+        here = range(rank * 8 // ep, (rank + 1) * 8 // ep) if ep > 1 else range(8)
+        first = [values[f"{mlp}.experts.{expert}.{name}.weight"] for expert in here for name in names[:2]]
+        if ep == 1:
+            first = [np.split(tensor, 2)[rank] for tensor in first]
+        assert np.array_equal(held[f"{mlp}.experts.routed_experts.w13_weight"], np.concatenate(first).ravel())
+        assert values[f"{mlp}.experts.{here[0]}.{names[2]}.weight"].shape == (HIDDEN, width)
+        dtypes = {tensor.name: tensor.dtype for tensor in layout.tensors}
+        assert dtypes[f"{mlp}.gate.weight"] == ("float32" if glm else "bfloat16")
+        if glm:
+            assert held[f"{mlp}.shared_experts.down_proj.weight"].size == HIDDEN * 2 * EXPERT_INNER // 2
+            assert {"model.layers.1.self_attn.q_norm.weight", "model.layers.1.self_attn.qkv_proj.bias"} <= held.keys()
+
+
+@pytest.mark.trap(2, 13)
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen3", False), ("deepseek_v3", False)])
+def test_stages_hold_their_layers_and_ends(family: str, tied: bool) -> None:
+    asked = config(family, tied=tied, **{**LATENT, "num_hidden_layers": 5})
+    parallel = {"tp": 2, "pp": 3, **({"dp": 2, "ep": 4} if family == "deepseek_v3" else {})}
+    layouts = adapter.layouts(asked, parallel, "bfloat16")
+    assert len(layouts) == (12 if family == "deepseek_v3" else 6)
+    for rank, layout in enumerate(layouts):
+        stage = rank // 2 % 3
+        held = {int(tensor.name.split(".")[2]) for tensor in layout.tensors if ".layers." in tensor.name}
+        assert held == [{0, 1}, {2, 3}, {4}][stage]
+        ends = {tensor.name for tensor in layout.tensors if ".layers." not in tensor.name}
+        wanted: list[set[str]] = [
+            {"model.embed_tokens.weight"},
+            set(),
+            {"model.norm.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"},
+        ]
+        assert ends == wanted[stage]
+        assert bool(layout.ties) is (tied and stage == 2)
+    everywhere = adapter.layouts(config("qwen3_moe"), {"pp": 2}, "bfloat16")
+    assert all({"model.embed_tokens.weight", "lm_head.weight"} <= {t.name for t in each.tensors} for each in everywhere)
+
+
+@pytest.mark.trap(59, 63)
+def test_copies_of_experts_follow_all_of_them() -> None:
+    layouts = adapter.layouts(config("deepseek_v3", **LATENT), {"dp": 4, "ep": 4, "redundant": 4}, "bfloat16")
+    held = []
+    for layout in layouts:
+        named = [piece.tensor for piece in layout if piece.buffer.endswith("w2_weight")]
+        held += [int(name.split(".")[5]) for name in named]
+        assert len(named) == 3
+    assert held == [*range(8), *range(4)]
+
+
+def test_the_remedy_for_an_ep_that_is_too_small_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"ep 64 is not tp 8 · dp 16 = 128.*say dp8,ep64,replicas2 for 2 engines"):
+        adapter.world_size({"tp": 8, "dp": 16, "ep": 64})
+    with pytest.raises(ConfigError, match="redundant 2 without ep"):
+        adapter.world_size({"tp": 2, "redundant": 2})
+    with pytest.raises(ConfigError, match=r"experts 8 \+ 3 redundant over ep 4: copies must divide"):
+        adapter.layouts(config("deepseek_v3", **LATENT), {"dp": 4, "ep": 4, "redundant": 3}, "bfloat16")
+    with pytest.raises(ConfigError, match="ep 3: vLLM loads equally many"):
+        adapter.layouts(config("gpt_oss", **ALTERNATING), {"dp": 3, "ep": 3}, "bfloat16")
+    with pytest.raises(ConfigError, match="KV heads 2 against tp 4: vLLM does not repeat those of gpt_oss"):
+        adapter.layouts(config("gpt_oss", **ALTERNATING), {"tp": 4}, "bfloat16")
+    with pytest.raises(ConfigError, match="layers 2 over pp 3"):
+        adapter.layouts(config("qwen3"), {"pp": 3}, "bfloat16")
+    with pytest.raises(ConfigError, match="rank 16 of a vllm engine: it has ranks 0 to 15"):
+        vllm_layout(config("qwen3"), {"tp": 2, "dp": 4, "replicas": 2}, 16)
+    with pytest.raises(NotSupportedError, match="glm4_moe with tie_word_embeddings"):
+        vllm_layout(config("glm4_moe", tied=True, **LATENT), {}, 0)
+
+
 def test_a_trillion_parameters_on_128_ranks() -> None:
     kimi = {
         "model_type": "kimi_k2", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
@@ -218,8 +328,8 @@ def test_what_does_not_divide_or_is_not_known_is_named() -> None:
         adapter.layouts({**config("qwen3_moe"), "num_experts": None}, {}, "bfloat16")
     with pytest.raises(ConfigError, match="cp: vllm has tp, pp, dp"):
         adapter.world_size({"tp": 2, "cp": 2})
-    with pytest.raises(NotSupportedError, match="mixtral"):
-        adapter.layouts(config("mixtral"), {}, "bfloat16")
+    with pytest.raises(NotSupportedError, match="falcon"):
+        adapter.layouts(config("falcon"), {}, "bfloat16")
     with pytest.raises(ConfigError, match="vocab_size"):
         adapter.layouts({**config("llama"), "vocab_size": None}, {}, "bfloat16")
 

@@ -207,6 +207,20 @@ def test_parameters_and_rows_that_nothing_fills_are_named() -> None:
         record_layout(loaded(), [tensor for tensor in TENSORS if tensor.name != "layers.0.proj"])
 
 
+@pytest.mark.trap(12, 56)
+def test_parameters_that_processing_adds_or_removes_are_named() -> None:
+    model = loaded()
+    layer: Any = model.layers[0]
+    layer.proj.scale = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    del layer.decay
+    with pytest.raises(LayoutError) as error:
+        record_layout(model, TENSORS)
+    assert [fault.split(" by ")[0] for fault in error.value.faults] == [
+        "layers.0.proj.scale: added",
+        "layers.0.decay: removed",
+    ]
+
+
 @pytest.mark.trap(53, 55)
 def test_a_commit_without_every_group_or_with_moved_memory_is_an_error(target_of: Any) -> None:
     model = loaded()

@@ -9,7 +9,8 @@ import torch
 
 from weft.layout import LogicalTensor
 from weft_vllm.overlay import overlay
-from weft_vllm.recorder import LoadRecordingError, SlotRecord, record
+from weft_vllm.recorder import LoadRecordingError, record
+from weft_vllm.recording import SlotRecord
 
 Loader = Callable[[torch.Tensor, torch.Tensor], object]
 
@@ -30,7 +31,7 @@ def replay(loader: Loader, slot_shape: tuple[int, ...], shape: tuple[int, ...]) 
     """The parameter as real loading leaves it, and as the recorded copies leave it; both start out poisoned."""
     source = torch.arange(1.0, 1.0 + int(torch.Size(shape).numel())).reshape(shape)
     loaded = torch.full(slot_shape, -7.0)
-    loader(loaded, source)
+    loader(loaded, source.clone())
     entry = run(loader, meta(*slot_shape), *shape)
     assert entry.derived == []
     replayed = torch.full(slot_shape, -7.0)
@@ -61,6 +62,8 @@ LOADERS: dict[str, tuple[Loader, tuple[int, ...], tuple[int, ...]]] = {
     "padded": (lambda p, w: (p[:5].data.copy_(w), p[5:].data.fill_(0)), (8, 3), (5, 3)),
     "zeroed, then partly written": (lambda p, w: (p.data.zero_(), p.data[1:3].copy_(w)), (5, 3), (2, 3)),
     "written twice, overlapping": (lambda p, w: (p.data[:3].copy_(w[:3]), p.data[2:].copy_(w[3:])), (5, 2), (6, 2)),
+    "copied, zeroed and copied again": (lambda p, w: (p[:2].copy_(w), w.zero_(), p[2:].copy_(w)), (4, 3), (2, 3)),
+    "zeroed through a view of all": (lambda p, w: (w.t().zero_(), p.copy_(w[1:])), (3, 5), (4, 5)),
     "a detached copy": (lambda p, w: p.data.copy_(w.detach().clone().contiguous()[1:3]), (2, 6), (4, 6)),
 }  # fmt: skip
 
@@ -82,6 +85,8 @@ DERIVED: dict[str, Loader] = {
     "read after its copy and written again": lambda p, w: (p.data.copy_(w), p.data.copy_(p.data.clone())),
     "its first rows read and written into the last": lambda p, w: (p.data.copy_(w), p.data[2:].copy_(p.data[:2])),
     "changed in place before its copy": lambda p, w: (w.add_(1), p.data.copy_(w)),
+    "zeroed in part before its copy": lambda p, w: (w[:2].zero_(), p.data.copy_(w)),
+    "zeroed and changed again before its copy": lambda p, w: (w.zero_(), w[0].add_(1), p.data.copy_(w)),
     "cast through a narrower type": lambda p, w: p.data.copy_(w.to(torch.bfloat16).to(torch.float32)),
     "the bits of another type": lambda p, w: p.data.copy_(w.view(torch.int32)),
     "broadcast": lambda p, w: p.data.copy_(w[:1]),

@@ -21,7 +21,8 @@ from weft.errors import LayoutError, NotSupportedError
 from weft.layout import Kind, Layout, LogicalTensor
 from weft_vllm import compat
 from weft_vllm.overlay import Placed, overlay
-from weft_vllm.recorder import Read, SlotRecord, dense_numel, record
+from weft_vllm.recorder import record
+from weft_vllm.recording import Read, SlotRecord, dense_numel
 
 PRE, POST = "pre", "post"
 """Groups of what comes before and after the stack of layers."""
@@ -106,10 +107,23 @@ def _slots(model: torch.nn.Module) -> tuple[list[Slot], list[tuple[str, str]], d
     skipped: list[tuple[str, str]] = []
     ties: dict[str, str] = {}
     found: dict[int, tuple[str, torch.Tensor]] = {}
+    faults: list[str] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first, _ = found.setdefault(id(parameter), (name, parameter))
-        if first != name:
-            ties[name] = first
+        if name in remembered:
+            first, _ = found.setdefault(id(parameter), (name, parameter))
+            if first != name:
+                ties[name] = first
+        elif compat.is_attention(model.get_submodule(name.rpartition(".")[0])):
+            skipped.append((name, "made by the attention layer's post-load processing, which every landing runs again"))
+        else:
+            faults.append(f"{name}: added by post-load processing; weft does not know how to renew it")
+    held = {
+        name
+        for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    }
+    faults += [f"{name}: removed by post-load processing" for name in remembered if name not in held]
+    if faults:
+        raise LayoutError(faults)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name not in persistent:
             skipped.append((name, "not persistent: computed from the config, no checkpoint holds it"))

@@ -7,7 +7,7 @@ family's modules are and what they read from the config.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
@@ -23,6 +23,10 @@ class GroupedQuery:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
+    """Whether every head has a learned attention sink."""
+    repeats: bool = True
+    """Whether ranks beyond the number of KV heads repeat them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,10 @@ class Experts:
     count: int
     width: int
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    alternating: bool = False
+    """Whether the checkpoint has the experts of a layer in one tensor, with alternating gate and up columns, and biases
+    for them and the router."""
+    router: str = "gate"
     router_dtype: str | None = None
     """When it is not the engine's."""
     corrected: bool = False
@@ -77,6 +85,8 @@ class Model:
     """Layers without experts."""
     ends_everywhere: bool = False
     """Whether every pipeline stage has the embedding, the last norm and the output layer."""
+    engine_names: Mapping[str, str] = field(default_factory=dict)
+    """Parts of module paths that are called otherwise in the engine than in the checkpoint."""
 
 
 def read_model(config: Mapping[str, Any]) -> Model:
@@ -172,7 +182,35 @@ def _qwen3_moe(family: str, fields: _Fields) -> Model:
     experts = Experts(fields.size("num_experts", "num_local_experts"), fields.size("moe_intermediate_size"))
     step, plain = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
     attention = _grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=True)
-    return _decoder(family, fields, attention, experts, lambda layer: layer in plain or bool((layer + 1) % step))
+    return _decoder(
+        family, fields, attention, experts, lambda layer: layer in plain or bool((layer + 1) % step),
+        ends_everywhere=True,
+    )  # fmt: skip
+
+
+def _mixtral(family: str, fields: _Fields) -> Model:
+    experts = Experts(
+        fields.size("num_local_experts"), fields.size("intermediate_size"), projections=("w1", "w3", "w2")
+    )
+    options = {"mlp": "block_sparse_moe", "ends_everywhere": True}
+    return _decoder(family, fields, _grouped_query(fields), experts, lambda _: False, **options)
+
+
+def _gpt_oss(family: str, fields: _Fields) -> Model:
+    attention = _grouped_query(fields, qkv_bias=True, out_bias=True, sinks=True, repeats=False)
+    width = fields.size("intermediate_size")
+    experts = Experts(fields.size("num_local_experts"), width, alternating=True, router="router")
+    names = {"embed_tokens": "embedding", "self_attn": "attn"}
+    return _untied(
+        _decoder(family, fields, attention, experts, lambda _: False, engine_names=names, ends_everywhere=True)
+    )
+
+
+def _glm4_moe(family: str, fields: _Fields) -> Model:
+    attention = _grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=fields.flag("use_qk_norm"))
+    experts = _routed(fields, router_dtype="float32", corrected=True)
+    first = fields.get("first_k_dense_replace", 0)
+    return _untied(_decoder(family, fields, attention, experts, lambda layer: layer < first))
 
 
 def _deepseek(family: str, fields: _Fields) -> Model:
@@ -186,7 +224,14 @@ def _deepseek(family: str, fields: _Fields) -> Model:
     )
     experts = _routed(fields, shared_whole=True, corrected=fields.get("topk_method") == "noaux_tc")
     first, step = fields.get("first_k_dense_replace", 0), fields.get("moe_layer_freq", 1)
-    return _decoder(family, fields, attention, experts, lambda layer: layer < first or bool(layer % step))
+    return _untied(_decoder(family, fields, attention, experts, lambda layer: layer < first or bool(layer % step)))
+
+
+def _untied(model: Model) -> Model:
+    """A model of a family whose output layer vLLM never ties to the embedding."""
+    if model.tied:
+        raise NotSupportedError(f"{model.family} with tie_word_embeddings: vLLM has an output layer of its own for it")
+    return model
 
 
 def _routed(fields: _Fields, **more: Any) -> Experts:
@@ -205,6 +250,9 @@ _FAMILIES: Mapping[str, Callable[[str, _Fields], Model]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "gpt_oss": _gpt_oss,
+    "glm4_moe": _glm4_moe,
     "deepseek_v3": _deepseek,
     "kimi_k2": _deepseek,
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from weft.box import Affine, Box, boxes_from_views
-from weft_vllm.recorder import Read, Write
+from weft_vllm.recording import Read, Write
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,17 @@
 
 Checkpoint tensors and parameters are stand-ins on torch's `meta` device. A view of a meta tensor keeps its storage,
 offset and strides, so whatever chain of narrow, view, index, chunk, transpose a loader applies, the two ends of its
-final `copy_` say which elements go where. Only four kinds of operation are understood: views, copies and casts of a
-checkpoint tensor, `copy_` into a parameter, and filling a parameter with a constant. Everything else that touches
+final `copy_` say which elements go where. Only five kinds of operation are understood: views, copies and casts of a
+checkpoint tensor, `copy_` into a parameter, filling a parameter with a constant, and setting a whole checkpoint tensor
+to zero, as loaders do on ranks that add nothing to a sum. Everything else that touches
 checkpoint values or a parameter makes whatever is later written from it *derived*, with the checkpoint tensors that
 went in; nothing is ever taken for a copy by guess (trap 70).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from weft.box import Affine
 from weft.errors import WeftError
 from weft.layout import LogicalTensor
+from weft_vllm.recording import Read, SlotRecord, Write, dense_numel
 
 _WIDEST_ITEM_BYTES = 16
 """Storage per element of a stand-in, so that a cast of it can keep the element offsets of the original."""
@@ -33,35 +34,6 @@ class LoadRecordingError(WeftError):
     """The engine's own weight loading raised while it was recorded; the message names the checkpoint tensor it was
     given.
     """
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Elements of a checkpoint tensor: an affine view of it, flattened."""
-
-    tensor: str
-    view: Affine
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """One write into a parameter, in the order of loading."""
-
-    region: Affine
-    """Elements of the parameter's memory, from its first element."""
-    value: Read | float
-    """What is written there: elements of a checkpoint tensor (same index space), or one constant."""
-
-
-@dataclass(slots=True)
-class SlotRecord:
-    """What loading wrote into one parameter or buffer."""
-
-    writes: list[Write] = field(default_factory=list)
-    inputs: set[str] = field(default_factory=set)
-    """Checkpoint tensors that went into it by any way."""
-    derived: list[str] = field(default_factory=list)
-    """Why it is more than copies; empty when every write is one."""
 
 
 def record(
@@ -121,6 +93,7 @@ class _Recorder(TorchDispatchMode):
         self._tainted: dict[int, set[str]] = {}
         self._why: dict[int, str] = {}
         self._changed: set[str] = set()
+        self._zeroed: set[int] = set()
         self._keep: list[torch.Tensor] = []  # storages are known by identity, so none may be freed
 
     def stand_in(self, tensor: LogicalTensor) -> torch.Tensor:
@@ -141,6 +114,10 @@ class _Recorder(TorchDispatchMode):
             return self._cast(args[0], kwargs.get("dtype") or args[0].dtype)
         if func in (aten.fill_.Scalar, aten.zero_.default) and _storage(args[0]) in self.slot_at:
             return self._fill(args[0], float(args[1]) if len(args) > 1 else 0.0)
+        if func is aten.zero_.default and self._is_whole(args[0]):
+            self._zeroed.add(_storage(args[0]))
+            self._changed.add(self._origins[_storage(args[0])].tensor)
+            return args[0]
         result = self._keep_result(func(*args, **kwargs))
         if not (_is_view(func) and _is_plain_view(args[0], result)):
             self._compute(func, args, kwargs, known, result)
@@ -154,6 +131,8 @@ class _Recorder(TorchDispatchMode):
                 raise LoadRecordingError(f"a weight loader wrote {name} to a tensor of the live engine (trap 55)")
             self._taint(target, self._inputs(source) | self._inputs(target), f"copied over by {self._inputs(source)}")
             return target
+        if _storage(source) in self._zeroed:
+            return self._fill(target, 0.0)
         if origin is None or origin.tensor in self._changed:
             why = self._why.get(_storage(source), "a value that is not the checkpoint's is made")
             self._derive(slot, self._inputs(source), f"{why} before it is copied")
@@ -208,6 +187,7 @@ class _Recorder(TorchDispatchMode):
     def _taint(self, tensor: torch.Tensor, inputs: set[str], why: str) -> None:
         key = _storage(tensor)
         slot, origin = self.slot_at.get(key), self._origins.get(key)
+        self._zeroed.discard(key)
         if slot is not None:
             self._derive(slot, inputs, why)
         elif origin is not None:
@@ -231,6 +211,11 @@ class _Recorder(TorchDispatchMode):
 
     def _region(self, slot: str, target: torch.Tensor) -> Affine:
         return Affine(int(target.storage_offset()) - self._first[slot], tuple(target.shape), tuple(target.stride()))
+
+    def _is_whole(self, tensor: torch.Tensor) -> bool:
+        """Whether this is all of a checkpoint tensor or of a copy of one."""
+        numel = tensor.untyped_storage().nbytes() // _WIDEST_ITEM_BYTES
+        return _storage(tensor) in self._origins and dense_numel(tensor.shape, tensor.stride()) == numel
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
         key = _storage(tensor)
@@ -282,13 +267,3 @@ def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if argument.alias_info is not None and argument.alias_info.is_write:
             written.append(args[number] if number < len(args) else kwargs.get(argument.name))
     return written
-
-
-def dense_numel(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """Elements of a tensor whose memory has neither holes nor repeats, in whatever order of axes; None when it has."""
-    step = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, sizes, strict=True) if size != 1):
-        if stride != step:
-            return None
-        step *= size
-    return step if math.prod(sizes) == step else None

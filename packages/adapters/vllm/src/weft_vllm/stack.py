@@ -10,12 +10,13 @@ repeated when there are fewer than ranks; `MergedColumnParallelLinear`: gate ove
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from weft.builder import LayoutBuilder
 from weft.layout import Layout
 from weft_vllm.families import Experts, GroupedQuery, Latent, Model
 from weft_vllm.mesh import Mesh, Place
-from weft_vllm.parameters import Parameter, Writer, cut, whole
+from weft_vllm.parameters import Parameter, Part, Writer, cut, whole
 
 _VOCABULARY_MULTIPLE = 64
 _SCRATCH_SLOTS = 2
@@ -32,8 +33,12 @@ def faults_of(model: Model, mesh: Mesh) -> list[str]:
         cuts.append(("width of shared experts", experts.shared_width))
     cuts.append(("padded vocabulary", _padded(model.vocabulary)))
     faults = [f"{what} {size} over tp {tp}" for what, size in cuts if size % tp]
-    if isinstance(attention, GroupedQuery) and max(attention.kv_heads, tp) % min(attention.kv_heads, tp):
-        faults.append(f"KV heads {attention.kv_heads} against tp {tp}")
+    if isinstance(attention, GroupedQuery):
+        kv_heads = attention.kv_heads
+        if max(kv_heads, tp) % min(kv_heads, tp):
+            faults.append(f"KV heads {kv_heads} against tp {tp}")
+        elif tp > kv_heads and not attention.repeats:
+            faults.append(f"KV heads {kv_heads} against tp {tp}: vLLM does not repeat those of {model.family}")
     if mesh.pp > model.layers:
         faults.append(f"layers {model.layers} over pp {mesh.pp}")
     if not experts:
@@ -42,6 +47,10 @@ def faults_of(model: Model, mesh: Mesh) -> list[str]:
         faults.append(
             f"dp {mesh.dp} without ep: vLLM then cuts every expert over all tp {tp} · dp {mesh.dp} ranks, which is not "
             f"mapped; say ep{tp * mesh.dp} for expert parallelism, or replicas{mesh.dp} for engines of their own"
+        )
+    if experts.alternating and experts.count % mesh.ep:
+        faults.append(
+            f"experts {experts.count} over ep {mesh.ep}: vLLM loads equally many of {model.family} everywhere"
         )
     physical = experts.count + mesh.redundant
     if mesh.ep > physical:
@@ -54,20 +63,25 @@ def faults_of(model: Model, mesh: Mesh) -> list[str]:
 def build_layout(model: Model, place: Place, writer: Writer) -> Layout:
     """The layout of one rank. Sizes are known to divide."""
     builder, rank = LayoutBuilder(scratch_slots=_SCRATCH_SLOTS), _Rank(model, place)
+
+    def put(group: str, parameter: Parameter) -> None:
+        path = [model.engine_names.get(part, part) for part in parameter.name.split(".")]
+        writer.put(builder, group, replace(parameter, name=".".join(path)))
+
     first = place.is_first or model.ends_everywhere
     last = place.is_last or model.ends_everywhere
     if first or (last and model.tied):
-        writer.put(builder, "pre", rank.vocabulary("model.embed_tokens.weight"))
+        put("pre", rank.vocabulary("model.embed_tokens.weight"))
     for layer in place.layers(model.layers):
         group = f"model.layers.{layer}"
         for parameter in rank.layer(group, layer in model.dense_layers):
-            writer.put(builder, group, parameter)
+            put(group, parameter)
     if last:
-        writer.put(builder, "post", _vector("model.norm.weight", model.hidden))
+        put("post", _vector("model.norm.weight", model.hidden))
         if model.tied:
             builder.tie("lm_head.weight", "model.embed_tokens.weight")
         else:
-            writer.put(builder, "post", rank.vocabulary("lm_head.weight"))
+            put("post", rank.vocabulary("lm_head.weight"))
     return builder.build()
 
 
@@ -90,6 +104,8 @@ class _Rank:
             yield from self._latent(attention, model.attention)
         if model.experts is None or dense:
             yield from self._gated(mlp, model.inner, model.mlp_bias)
+        elif model.experts.alternating:
+            yield from self._alternating_mixture(mlp, model.experts)
         else:
             yield from self._mixture(mlp, model.experts)
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -106,6 +122,9 @@ class _Rank:
 
     def _grouped_query(self, name: str, of: GroupedQuery) -> Iterator[Parameter]:
         tp, hidden = self._mesh.tp, self._model.hidden
+        if of.sinks:
+            heads = of.heads // tp
+            yield Parameter(f"{name}.sinks", [cut(f"{name}.sinks", (of.heads,), 0, self._rank * heads, heads)])
         rows, kv_rows = of.heads // tp * of.head, max(1, of.kv_heads // tp) * of.head
         kv_first = self._rank * of.kv_heads // tp * of.head
         ranges = [("q", of.heads * of.head, self._rank * rows, rows)]
@@ -150,7 +169,7 @@ class _Rank:
         """The router, shared experts, and this rank's experts stacked: all of them cut, or with expert parallelism some
         of them whole.
         """
-        hidden, router = self._model.hidden, f"{name}.gate"
+        hidden, router = self._model.hidden, f"{name}.{of.router}"
         yield Parameter(f"{router}.weight", [whole(f"{router}.weight", of.count, hidden)], dtype=of.router_dtype)
         if of.corrected:
             bias = f"{router}.e_score_correction_bias"
@@ -159,13 +178,44 @@ class _Rank:
             yield from self._gated(f"{name}.shared_experts", of.shared_width, is_whole=_shared_whole(of, self._mesh))
         gate, up, down = of.projections
         here = [f"{name}.experts.{number}" for number in self._place.experts(of.count)]
-        inner = of.width // self._mesh.tp if self._mesh.ep == 1 else of.width
-        first = self._rank * inner if self._mesh.ep == 1 else 0
+        first, inner = self._width(of)
         shape = (of.width, hidden)
         w13 = [cut(f"{expert}.{part}.weight", shape, 0, first, inner) for expert in here for part in (gate, up)]
         w2 = [cut(f"{expert}.{down}.weight", (hidden, of.width), 1, first, inner) for expert in here]
         yield Parameter(f"{name}.experts.routed_experts.w13_weight", w13)
         yield Parameter(f"{name}.experts.routed_experts.w2_weight", w2)
+
+    def _alternating_mixture(self, name: str, of: Experts) -> Iterator[Parameter]:
+        """As `models/gpt_oss.py` loads experts that are not quantized: ranges of tensors that hold all of a layer, with
+        the columns of the checkpoint as rows; gate and up stay alternating, and the first rank alone has the bias of
+        what all ranks add up.
+        """
+        hidden, router, target = self._model.hidden, f"{name}.{of.router}", f"{name}.experts.routed_experts"
+        yield Parameter(f"{router}.weight", [whole(f"{router}.weight", of.count, hidden)])
+        yield _vector(f"{router}.bias", of.count)
+        held = self._place.experts(of.count)
+        here = (held[0], held[-1] + 1)
+        first, inner = self._width(of)
+        gate_up, down = (2 * first, 2 * (first + inner)), (first, first + inner)
+        source, order = f"{name}.experts", (0, 2, 1)
+        shape = (of.count, hidden, 2 * of.width)
+        yield Parameter(
+            f"{target}.w13_weight", [Part(f"{source}.gate_up_proj", shape, (here, (0, hidden), gate_up), order)]
+        )
+        yield Parameter(
+            f"{target}.w13_bias", [Part(f"{source}.gate_up_proj_bias", (of.count, 2 * of.width), (here, gate_up))]
+        )
+        shape = (of.count, of.width, hidden)
+        yield Parameter(f"{target}.w2_weight", [Part(f"{source}.down_proj", shape, (here, down, (0, hidden)), order)])
+        bias = Part(f"{source}.down_proj_bias", (of.count, hidden), (here, (0, hidden)))
+        yield Parameter(f"{target}.w2_bias", [bias] if first == 0 else [], bias.numel)
+
+    def _width(self, of: Experts) -> tuple[int, int]:
+        """First index and number of an expert's inner ones that this rank has: all with expert parallelism."""
+        if self._mesh.ep > 1:
+            return 0, of.width
+        inner = of.width // self._mesh.tp
+        return self._rank * inner, inner
 
     def _column_parallel(self, name: str, rows: int, columns: int) -> Parameter:
         """A linear cut along its output: a range of rows."""
