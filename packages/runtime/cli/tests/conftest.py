@@ -10,8 +10,10 @@ import pytest
 from weft_cli.app import main
 
 _ADAPTER = """
-from weft.errors import ConfigError
 from weft.builder import LayoutBuilder
+from weft.contracts import Capabilities
+from weft.endpoint import Factory
+from weft.errors import ConfigError
 
 class Toy:
     axes = ("tp", "dp")
@@ -44,19 +46,25 @@ class Greedy(Toy):
     def layouts(self, config, parallel, dtype):
         return super().layouts({**config, "more": ["b"]}, parallel, dtype)
 
+class Post:
+    capabilities = Capabilities(True, ("cpu",), True, direct_run_bytes=1 << 20, max_segments=16)
+
 toy, greedy = Toy(), Greedy()
+post = Factory(lambda options: Post(), transport_api=1)
 """
 _ENTRY_POINTS = """[weft.adapters]
 toy = toy_framework:toy
 greedy = toy_framework:greedy
 absent = toy_framework_absent:adapter
+[weft.transports]
+toy-post = toy_framework:post
 """
 
 
 @pytest.fixture
 def toy_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Installs `toy` (one tensor), `greedy` (wants a second one) and `absent` (does not import); returns a config.json
-    of 64 rows.
+    """Installs `toy` (one tensor), `greedy` (wants a second one), `absent` (does not import) and the transport
+    `toy-post` (packs runs under 1 MiB); returns a config.json of 64 rows.
     """
     site = tmp_path / "site"
     info = site / "toy_framework-7.0.dist-info"

@@ -20,16 +20,36 @@ def test_plan_reports_bytes_that_are_the_sum_of_what_targets_hold(weft, toy_fram
     assert sum(found["egress_bytes"].values()) == sum(found["ingress_bytes"].values()) == found["bytes"]
     assert found["copies"] == 8
     assert found["busiest_over_mean"] == 1.0
-    assert found["buckets"] >= 1
-    assert found["segments"] >= found["buckets"]
+    assert found["segments"] == 8
+    assert found["packed"] == []
+    assert found["egress_over_bound"] == found["ingress_over_bound"] == 1.0
+    assert set(found["memory"]) == set(found["peers"])
     assert max(found["peers"].values()) == found["most_peers"]
 
 
 def test_plan_prints_a_table_with_every_member(weft, toy_framework: Path) -> None:
     code, out, _ = weft("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp2")
     assert code == 0
-    for word in ("fingerprint", "busiest sender 1.00", "trainer/1", "rollout0/1", "2,048"[:1]):
+    for word in (
+        "fingerprint",
+        "busiest sender 1.00",
+        "nothing: no cast",
+        "at most 0 bytes",
+        "trainer/1",
+        "rollout0/1",
+    ):
         assert word in out
+
+
+def test_plan_for_a_transport_packs_what_it_would(weft, toy_framework: Path) -> None:
+    arguments = ("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp4", "--json")
+    runs = {"reason": "runs of 256 to 256 bytes, shorter than 1,048,576", "copies": 4, "bytes": 1024}
+    assert json.loads(weft(*arguments, "--transport", "toy-post")[1])["packed"] == [runs]
+    casts = {"reason": "cast from float32 to bfloat16", "copies": 4, "bytes": 1024}
+    assert json.loads(weft(*arguments, "--source-dtype", "float32")[1])["packed"] == [casts]
+    code, _, err = weft(*arguments, "--transport", "pigeon")
+    assert code == 1
+    assert "pigeon" in err
 
 
 @pytest.mark.trap(73)

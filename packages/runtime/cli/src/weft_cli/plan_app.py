@@ -28,6 +28,10 @@ def plan(
     dtype: Annotated[str, _DTYPE] = "bfloat16",
     source_dtype: Annotated[str | None, _SOURCE_DTYPE] = None,
     ranks_per_host: Annotated[int, _RANKS_PER_HOST] = 8,
+    transport: Annotated[
+        str | None,
+        typer.Option(help="Pack the runs that this transport does not move by themselves; none if not given."),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file.", dir_okay=False)] = None,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
@@ -38,7 +42,8 @@ def plan(
     stage has which layers. Frameworks are the adapters in `weft plugins`.
 
     The plan is proven to write every element of every target once; a plan that cannot be is refused with every fault,
-    and exit code 1.
+    and exit code 1. Beside traffic and balance the table shows the busiest members, what is packed and why, and the
+    memory that weft would allocate: scratch arenas, and staging for what is packed.
 
     Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b, qwen3-30b-a3b, deepseek-v3, kimi-k2, and qwen3-moe-0.6b,
     made up for `weft bench`.
@@ -49,10 +54,10 @@ def plan(
 
         weft plan --model ./checkpoint --source megatron:tp8,dp4 --source-dtype float32 --target vllm:tp4 --json
 
-        weft plan --model llama-3.1-8b --source megatron:tp4,pp4 --target vllm:tp8 --save llama.plan
+        weft plan --model llama-3.1-8b --source megatron:tp4,pp4 --target vllm:tp8 --transport nixl --save llama.plan
     """
     request = plan_command.Request(model, source, target, (source_dtype or dtype, dtype), ranks_per_host)
-    plan_command.show(request, save, as_json=as_json)
+    plan_command.show(request, transport, save, as_json=as_json)
 
 
 def explain(

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from weft.planfile import save_plan
+from weft.plugins import load
 from weft.policy import Policy
+from weft_cli.figures import Figures, figures
 from weft_cli.models import load_config
-from weft_cli.planning import Figures, Report, Sides, figures, make_plan, members_of
+from weft_cli.planning import Report, Sides, make_plan, members_of
 from weft_cli.sides import parse_side
 
-_MOST_ROWS = 16
-"""Members listed one by one; `--json` has them all."""
+_MOST_ROWS = 8
+"""Members listed of each side; `--json` has them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,18 @@ def describe(request: Request, report: Report) -> Sides:
     return members_of(load_config(request.model), source, target, request.dtypes, request.ranks_per_host, report)
 
 
-def show(request: Request, save: Path | None, *, as_json: bool) -> None:
+def show(request: Request, transport: str | None, save: Path | None, *, as_json: bool) -> None:
     """Plan and print. Raises `PlanError` with every fault, and what `describe` raises."""
+    policy = Policy(casts=request.casts)
+    if transport is not None:
+        able = load("weft.transports", transport)({}).capabilities
+        segments = min(policy.max_segments, able.max_segments)
+        policy = msgspec.structs.replace(policy, direct_run_bytes=able.direct_run_bytes, max_segments=segments)
     with progress() as report:
         sides = describe(request, report)
         report(f"planning {len(sides.sources)} sources and {len(sides.targets)} targets")
-        plan = make_plan(sides, Policy(casts=request.casts))
-        found = figures(plan, sides, report)
+        plan = make_plan(sides, policy)
+        found = figures(plan, sides)
         if save is not None:
             report(f"saving {save}")
             save_plan(plan, save)
@@ -78,32 +85,39 @@ def console() -> Console:
 
 def _summary(request: Request, found: Figures) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    rows = {
-        "plan": f"{request.model}: {request.source} -> {request.target}",
-        "fingerprint": found.fingerprint[:16],
-        "members": f"{found.sources} sources, {found.targets} targets in {found.replicas} replicas",
-        "bytes": f"{found.bytes:,} written per refit, {found.local_bytes:,} of them within a member",
-        "copies": f"{found.copies:,} of {found.tensors:,} tensors",
-        "segments": f"{found.segments:,}",
-        "buckets": f"{found.buckets:,}, {found.packed_buckets:,} of them packed",
-        "balance": f"busiest sender {found.busiest_over_mean:.2f} x the mean",
-        "peers": f"at most {found.most_peers}",
-    }
-    for name, value in rows.items():
+    memory = max(found.memory, key=lambda name: found.memory[name].total)
+    most = found.memory[memory]
+    rows = [
+        ("plan", f"{request.model}: {request.source} -> {request.target}"),
+        ("fingerprint", found.fingerprint[:16]),
+        ("members", f"{found.sources} sources, {found.targets} targets in {found.replicas} replicas"),
+        ("bytes", f"{found.bytes:,} written per refit, {found.local_bytes:,} of them within a member"),
+        ("copies", f"{found.copies:,} of {found.tensors:,} tensors"),
+        ("segments", f"{found.segments:,}, {found.bytes // max(1, found.segments):,} bytes each on average"),
+        ("balance", f"busiest sender {found.busiest_over_mean:.2f} x the mean, {found.egress_over_bound:.2f} x the "
+         f"least possible; busiest receiver {found.ingress_over_bound:.2f} x the least possible"),
+        ("peers", f"at most {found.most_peers}"),
+        *(("packed", f"{each.copies:,} copies of {each.bytes:,} bytes: {each.reason}") for each in found.packed),
+        ("memory", f"at most {most.total:,} bytes, on {memory}: {most.scratch:,} of scratch, {most.staging_in:,} and "
+         f"{most.staging_out:,} of staging in and out"),
+    ]  # fmt: skip
+    if not found.packed:
+        rows.insert(-1, ("packed", "nothing: no cast, and no run is too short"))
+    for name, value in rows:
         table.add_row(name, value)
     return table
 
 
 def _members(found: Figures) -> Table:
-    table = Table("member", "sends", "receives", "peers", box=None, pad_edge=False)
-    names = list(found.peers)
-    for name in names[:_MOST_ROWS]:
-        table.add_row(
-            name,
-            f"{found.egress_bytes.get(name, 0):,}",
-            f"{found.ingress_bytes.get(name, 0):,}",
-            str(found.peers[name]),
-        )
-    if len(names) > _MOST_ROWS:
-        table.add_row(f"and {len(names) - _MOST_ROWS} more", "", "", "")
+    """The busiest of each side, by what they send or receive."""
+    table = Table("busiest", "sends", "receives", "peers", "memory", box=None, pad_edge=False)
+    for side in (found.egress_bytes, found.ingress_bytes):
+        names = sorted(side, key=lambda name: -side[name])
+        for name in names[:_MOST_ROWS]:
+            table.add_row(
+                name, f"{found.egress_bytes.get(name, 0):,}", f"{found.ingress_bytes.get(name, 0):,}",
+                str(found.peers[name]), f"{found.memory[name].total:,}",
+            )  # fmt: skip
+        if len(names) > _MOST_ROWS:
+            table.add_row(f"and {len(names) - _MOST_ROWS} more", "", "", "", "")
     return table
