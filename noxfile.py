@@ -95,6 +95,16 @@ def older_vllm(session: nox.Session) -> None:
     session.run(str(python), "-m", "pytest", refits, "-k", "gloo", *session.posargs, external=True)
 
 
+def older_numpy(session: nox.Session, python: Path) -> Path:
+    """A folder with a numpy that tests put in front of the environment's own."""
+    folder = NOX / "older-numpy"
+    if not folder.is_dir():
+        pins = ROOT / "constraints" / "older-numpy.txt"
+        pip = [str(python), "-m", "pip", "install", "-qq", "--no-deps", "--target", str(folder)]
+        session.run(*pip, "-r", str(pins), external=True)
+    return folder
+
+
 def newest_vllm(session: nox.Session) -> Path:
     """The interpreter of an environment with vLLM 0.33 for GPUs, which needs another torch than the rest.
 
@@ -165,6 +175,8 @@ def tests(session: nox.Session, package: str) -> None:
     (found,) = [each for each in discover() if each.short == package]
     constraints = package if (ROOT / "constraints" / f"{package}.txt").is_file() else "light"
     python = environment(session, package, constraints, closure(found), "test")
+    if package == "core":
+        session.env["WEFT_OLDER_NUMPY"] = str(older_numpy(session, python))
     pytest(session, python, found.path / "tests")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ def build_catalog(
             done.add(layout.address)
             for tensor in layout.tensors:
                 name = aliases.get(tensor.name, tensor.name)
+                if policy.only and not policy.moves(name):
+                    continue
                 first = seen.setdefault(name, (tensor.shape, tensor.dtype, member))
                 if first[:2] != (tensor.shape, tensor.dtype):
                     faults.append(
@@ -76,12 +79,34 @@ def build_catalog(
                 f'declare it with Policy(casts=(("{dtype}", "{target_dtype}"),)) if rounding is meant'
             )
     index = {name: n for n, name in enumerate(names)}
+    faults += [
+        f"Policy.only: {pattern!r} is the name of no tensor that a source holds and a target wants"
+        for pattern in policy.only
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    ]
     index.update({alias: index[name] for alias, name in aliases.items() if name in index})
     shapes = tuple(held[name][0] for name in names)
     catalog = Catalog(
         tuple(names), shapes, tuple(held[name][1] for name in names), tuple(wanted[name][1] for name in names), index
     )
+    if policy.only:
+        faults += [fault for member, layout in targets.items() for fault in _torn_groups(member, layout, index)]
     return catalog, faults
+
+
+def _torn_groups(member: str, layout: Layout, index: Mapping[str, int]) -> list[str]:
+    """Scratch groups of which only a part would move: what lands together must arrive together."""
+    scratch = {n for n, buffer in enumerate(layout.buffers) if buffer.kind is Kind.SCRATCH}
+    tensors: dict[int, set[str]] = defaultdict(set)
+    for tensor, buffer in zip(layout.pieces.tensor.tolist(), layout.pieces.buffer.tolist(), strict=True):
+        if buffer in scratch:
+            tensors[layout.buffers[buffer].group].add(layout.tensors[tensor].name)
+    return [
+        f"target {member}: group {layout.groups[group]} lands as a whole: Policy.only leaves out "
+        f"{', '.join(sorted(names - index.keys()))}"
+        for group, names in sorted(tensors.items())
+        if names & index.keys() and names - index.keys()
+    ]
 
 
 def _aliases(sources: Mapping[str, Layout], targets: Mapping[str, Layout], faults: list[str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def choose_senders(shares: Shares, target: Int64s, nbytes: Int64s, sources: Int6
             sender[rows] = candidates.values[candidates.starts[share]]
         else:
             tier = _Tier(rows, share, target[rows], nbytes[rows])
-            entry, left = _follow(tier, candidates, quota, met, count)
+            entry, left = _follow(tier, candidates, quota, met, count, tolerance, least_cut)
             cuts += _lay_out(tier, entry, left, candidates, tolerance, least_cut)
             sender[rows] = candidates.values[entry]
         met = np.union1d(met, target[rows] * count + sender[rows])
@@ -78,7 +78,9 @@ class _Tier:
     nbytes: Int64s
 
 
-def _follow(tier: _Tier, candidates: Ragged, quota: Int64s, met: Int64s, count: int) -> tuple[Int64s, Int64s]:
+def _follow(
+    tier: _Tier, candidates: Ragged, quota: Int64s, met: Int64s, count: int, tolerance: int, least_cut: int
+) -> tuple[Int64s, Int64s]:
     """Give copies to candidates that their target meets already, up to their quotas.
 
     Returns the entry of `candidates.values` per copy (-1 where there is none) and the quotas that are left.
@@ -102,6 +104,7 @@ def _follow(tier: _Tier, candidates: Ragged, quota: Int64s, met: Int64s, count: 
     first = np.searchsorted(where, where)
     within = end - (end - size)[first]
     granted = within - size // 2 <= quota[where]
+    granted &= (size < 2 * least_cut) | (within - quota[where] <= tolerance)
     entry[rows[granted]] = where[granted]
     used = np.zeros(len(keys), dtype=np.int64)
     np.add.at(used, where[granted], size[granted])

@@ -20,6 +20,7 @@ from weft.policy import Policy
 from weft.prepare import Endpoint, Step, endpoint_record, local_moves, make_endpoint, make_steps, transfer_program
 from weft.rendezvous import Rendezvous
 from weft.replay import LocalMove
+from weft.slices import prove, slice_of
 from weft.views import Memory
 from weft.wire import Wire
 
@@ -130,6 +131,7 @@ def _join(
     addresses = {address for m in members for address in (m.source_layout, m.target_layout) if address}
     layouts = {address: own[address] if address in own else rendezvous.layout(address) for address in sorted(addresses)}
     made = plan([m for m in members if m.is_source], [m for m in members if m.is_target], layouts, policy)
+    prove(slice_of(made, identity.name), source[0] if source else None, target[0] if target else None)
     program = lower(made, layouts, identity.name)
     endpoint = make_endpoint(program, source, target)
 

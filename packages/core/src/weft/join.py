@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from weft.box import Box, common_factors, cuts_of, refine
+from weft.box import Box
 from weft.catalog import Catalog
 from weft.layout import Layout
+from weft.rows import Rows, common_splits, in_splits, pieces_of
 from weft.table import (
     Int64s,
-    Ragged,
     intersect,
     pairs_by_key,
-    ragged_classes,
-    ragged_ranges,
     subtract,
     unique_rows,
     volume,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Pieces of several layouts in columns, every tensor in one split that suits both sides. Shapes (n,) and (n, k)."""
-
-    layout: Int64s
-    """Which of the layouts."""
-    piece: Int64s
-    """Row in that layout's piece table; one piece may give several rows."""
-    tensor: Int64s
-    """Index in the catalog."""
-    buffer: Int64s
-    offset: Int64s
-    lo: Int64s
-    hi: Int64s
-    strides: Int64s
-
-    def boxes(self) -> Int64s:
-        """Rows (tensor, lo…, hi…) that are equal for equal boxes."""
-        return np.concatenate([self.tensor[:, None], self.lo, self.hi], axis=1)
-
-    @property
-    def numel(self) -> Int64s:
-        """Elements per row."""
-        return volume(self.lo, self.hi)
-
-    def select(self, rows: Int64s) -> Rows:
-        """Those at `rows`, in that order."""
-        return Rows(*(getattr(self, column.name)[rows] for column in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,96 +34,12 @@ class Joined:
 
 def join_sides(sources: Sequence[Layout], targets: Sequence[Layout], catalog: Catalog) -> Joined:
     """Bring every piece of both sides into the coarsest split of its tensor that suits all of them."""
-    table, factors = _all_pieces((*sources, *targets), catalog)
-    splits = _common_splits(table.tensor, factors, catalog)
-    width = splits.shape[1]
-    fits = np.zeros(len(table.tensor), dtype=bool)
-    if width >= factors.shape[1]:
-        pad = width - factors.shape[1]
-        fits = (splits[table.tensor, pad:] == factors).all(axis=1) & (splits[table.tensor, :pad] == 1).all(axis=1)
-        wide = [
-            np.pad(column, ((0, 0), (pad, 0)), constant_values=value)
-            for column, value in ((table.lo, 0), (table.hi, 1), (table.strides, 0))
-        ]
-        kept = np.flatnonzero(fits)
-        direct = Rows(*(c[kept] for c in (table.layout, table.piece, table.tensor, table.buffer, table.offset, *wide)))
-    else:
-        direct = Rows(*(np.zeros(0, np.int64),) * 5, *(np.zeros((0, width), np.int64),) * 3)
-    refined = _refined(table, factors, splits, np.flatnonzero(~fits))
-    rows = Rows(*(np.concatenate([getattr(part, f.name) for part in (direct, refined)]) for f in fields(Rows)))
-    order = np.lexsort((rows.piece, rows.layout))
-    rows = rows.select(order)
+    pieces = pieces_of((*sources, *targets), catalog.index)
+    splits = common_splits(pieces, catalog.shapes)
+    rows = in_splits(pieces, splits)
     border = int(np.searchsorted(rows.layout, len(sources)))
-    held, wanted = rows.select(np.arange(border)), rows.select(np.arange(border, len(order)))
+    held, wanted = rows.select(np.arange(border)), rows.select(np.arange(border, len(rows.layout)))
     return Joined(held, replace(wanted, layout=wanted.layout - len(sources)), splits)
-
-
-def _all_pieces(layouts: Sequence[Layout], catalog: Catalog) -> tuple[Rows, Int64s]:
-    """The pieces of all layouts whose tensors the catalog has, in their own splits; and these splits, padded."""
-    width = max((layout.pieces.factors.shape[1] for layout in layouts), default=0)
-    total = sum(len(layout.pieces) for layout in layouts)
-    flat = [np.empty(total, dtype=np.int64) for _ in range(5)]
-    wide = [np.full((total, width), value, dtype=np.int64) for value in (0, 1, 0, 1)]
-    at = 0
-    for number, layout in enumerate(layouts):
-        table = layout.pieces
-        end = at + len(table)
-        names = np.array([catalog.index.get(tensor.name, -1) for tensor in layout.tensors], dtype=np.int64)
-        flat[0][at:end], flat[1][at:end] = number, np.arange(len(table))
-        flat[2][at:end] = names[table.tensor] if len(table) else 0
-        flat[3][at:end], flat[4][at:end] = table.buffer, table.offset
-        pad = width - table.factors.shape[1]
-        for column, values in zip(wide, (table.lo, table.hi, table.strides, table.factors), strict=True):
-            column[at:end, pad:] = values
-        at = end
-    known = np.flatnonzero(flat[2] >= 0)
-    return Rows(*(column[known] for column in (*flat, *wide[:3]))), wide[3][known]
-
-
-def _common_splits(tensor: Int64s, factors: Int64s, catalog: Catalog) -> Int64s:
-    """Per tensor, the coarsest split that suits all its pieces, padded on the left with ones: shape (tensors, k)."""
-    numbers: dict[tuple[int, ...], int] = {}
-    shape_of = np.array([numbers.setdefault(shape, len(numbers)) for shape in catalog.shapes], dtype=np.int64)
-    shapes = list(numbers)
-    first, _ = unique_rows(np.concatenate([tensor[:, None], factors], axis=1))
-    split_of, split = unique_rows(factors[first])
-    cuts = [cuts_of(row) for row in factors[first][split_of].tolist()]
-    lists = Ragged.by_key(tensor[first], split, len(catalog.shapes))
-    kind_of, kinds = ragged_classes(lists)
-    pairs, made_of = unique_rows(np.stack([shape_of, kind_of], axis=1))
-    made = [
-        common_factors(
-            shapes[shape_of[n]], {cut for number in kinds.row(int(kind_of[n])).tolist() for cut in cuts[number]}
-        )
-        for n in pairs.tolist()
-    ]
-    width = max((len(f) for f in made), default=0)
-    table = np.array([(1,) * (width - len(f)) + f for f in made], dtype=np.int64).reshape(len(made), width)
-    return table[made_of]
-
-
-def _refined(table: Rows, factors: Int64s, splits: Int64s, rows: Int64s) -> Rows:
-    """Pieces whose own split is coarser than the common one. Equal boxes of different layers are refined once."""
-    width = splits.shape[1]
-    columns = (factors, table.lo, table.hi, table.strides, splits[table.tensor])
-    first, kind = unique_rows(np.concatenate([column[rows] for column in columns], axis=1))
-    boxes: list[list[tuple[Box, int, tuple[int, ...]]]] = []
-    for n in rows[first].tolist():
-        own, low, high, steps, final = (tuple(column[n].tolist()) for column in columns)
-        boxes.append(refine(Box(own, low, high), 0, steps, final))
-    counts = np.array([len(found) for found in boxes], dtype=np.int64)
-    starts = np.cumsum(counts) - counts
-    flat = [entry for found in boxes for entry in found]
-    owner, entry = ragged_ranges(starts[kind], counts[kind])
-    lo, hi, strides = (
-        np.array(values, dtype=np.int64).reshape(len(flat), width)[entry]
-        for values in ([e[0].lo for e in flat], [e[0].hi for e in flat], [e[2] for e in flat])
-    )
-    moved = np.array([e[1] for e in flat], dtype=np.int64)[entry]
-    n = rows[owner]
-    return Rows(
-        table.layout[n], table.piece[n], table.tensor[n], table.buffer[n], table.offset[n] + moved, lo, hi, strides
-    )
 
 
 @dataclass(frozen=True, slots=True)

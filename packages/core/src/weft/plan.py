@@ -43,6 +43,8 @@ class Plan:
     members: tuple[Member, ...]
     """Sorted by name; incarnations and memory epochs zeroed."""
     tensors: tuple[PlannedTensor, ...]
+    aliases: tuple[tuple[str, str], ...]
+    """(alias, name) of tensors that a side knows under another name, too."""
     policy: Policy
     splits: Int64s
     """The factors in which the boxes of each tensor are given, padded on the left with ones: shape (tensors, k)."""
@@ -161,7 +163,10 @@ def plan(
         joined, found, classes, members, source_addresses, target_addresses, groups,
         np.array([ITEM_BYTES[tensor.target_dtype] for tensor in tensors], dtype=np.int64), policy.least_cut_bytes,
     )  # fmt: skip
-    return Plan(members, tensors, policy, joined.splits, parts, routes, bound)
+    aliases = tuple(
+        (alias, catalog.names[n]) for alias, n in sorted(catalog.index.items()) if alias != catalog.names[n]
+    )
+    return Plan(members, tensors, aliases, policy, joined.splits, parts, routes, bound)
 
 
 def _first_members(members: Sequence[Member], side: str) -> dict[str, str]:

@@ -41,6 +41,7 @@ class _Header(msgspec.Struct):
     fingerprint: str
     members: tuple[Member, ...]
     tensors: tuple[PlannedTensor, ...]
+    aliases: tuple[tuple[str, str], ...]
     policy: Policy
     egress_bound: int
     parts: int
@@ -62,7 +63,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     body = b"".join(blocks)
     header = msgspec.msgpack.encode(
         _Header(
-            PLANNER_VERSION, plan.fingerprint, plan.members, plan.tensors, plan.policy, plan.egress_bound,
+            PLANNER_VERSION, plan.fingerprint, plan.members, plan.tensors, plan.aliases, plan.policy, plan.egress_bound,
             len(plan.parts), len(plan.routes), plan.splits.shape[1], len(body), zlib.crc32(body),
         )
     )  # fmt: skip
@@ -135,7 +136,7 @@ def _plan(path: Path, header: _Header, body: np.ndarray[tuple[int, ...], np.dtyp
         if len(found[name]) and not 0 <= found[name].min() <= found[name].max() < limit:
             raise RecordError(f"{path}: column {name} refers to what the header does not have: damaged")
     return Plan(
-        header.members, header.tensors, header.policy, found["splits"],
+        header.members, header.tensors, header.aliases, header.policy, found["splits"],
         Parts(*(found[name] for name in _PART_COLUMNS)),
         Routes(*(found[f"routes.{name}"] for name in _ROUTE_COLUMNS)), header.egress_bound,
     )  # fmt: skip

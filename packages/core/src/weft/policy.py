@@ -15,6 +15,8 @@ _MIB = 1 << 20
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Choices that are not facts. New fields go to the end, with defaults that keep the old behaviour."""
 
+    only: tuple[str, ...] = ()
+    """Patterns of the logical tensors that move; the others keep what they hold, on both sides. Empty moves all."""
     casts: tuple[tuple[str, str], ...] = ()
     """Declared (source dtype, target dtype) pairs, rounded to nearest even at the source. Any other difference is an
     error.
@@ -76,6 +78,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             raise NotSupportedError(f"encodings {', '.join(self.encodings)} are not built yet: only declared casts are")
         if self.relay:
             raise NotSupportedError("relays between targets are not built yet: leave relay off")
+
+    def moves(self, name: str) -> bool:
+        """Whether a tensor takes part at all."""
+        return not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
 
     def ignores(self, name: str) -> bool:
         """Whether a source tensor may go unused."""

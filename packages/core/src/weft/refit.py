@@ -276,6 +276,7 @@ class Refit:
             *connection.target,
             found,
             clock,
+            partial=bool(self._policy.only),
         )
         session = TargetSession(wire, found, self._target, receiver, leader_name, leader, clock)
         installation = Installation(

@@ -134,8 +134,9 @@ class Receiver:
 
     def __init__(
         self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, Sequence[LocalMove]],
-        target: Target, layout: Layout, memory: Memory, version: int, clock: Clock,
+        target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, *, partial: bool,
     ) -> None:  # fmt: skip
+        """`partial` says that groups for which nothing comes keep what they hold (`Policy.only`)."""
         self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
         self._steps = {step.bucket.index: step for step in steps}
         self._local, self._target, self._layout, self._memory = local, target, layout, memory
@@ -150,6 +151,8 @@ class Receiver:
                 scratch.add(buffer.group)
         self._groups = [Group(n, name, tuple(names[n])) for n, name in enumerate(layout.groups)]
         self._scratch = scratch
+        moved = {step.bucket.group for step in steps} | {group for group, moves in local.items() if moves}
+        self._kept = set(range(len(layout.groups))) - moved if partial else set()
         self._next = 0
         self._landed_scratch = 0
         self._returned = {step.bucket.peer: 0 for step in steps}
@@ -215,6 +218,14 @@ class Receiver:
         self._give_credit(peer)
 
     def _land(self, group: int) -> None:
+        if group not in self._kept:
+            self._install(group)
+        if group in self._scratch:
+            self._landed_scratch += 1
+            for peer in self._returned:
+                self._give_credit(peer)
+
+    def _install(self, group: int) -> None:
         with self._clock.phase("land"):
             for (destination, source), runs in self._local.get(group, ()):
                 encoding.encode(source, destination)
@@ -223,10 +234,6 @@ class Receiver:
                     self.digest += digest_of([runs])
             apply_fills(self._layout, self._memory, group)
             self._target.land(self._groups[group], None).synchronize()
-        if group in self._scratch:
-            self._landed_scratch += 1
-            for peer in self._returned:
-                self._give_credit(peer)
 
     def _give_credit(self, peer: str) -> None:
         numbers = (self._returned[peer], self._landed_scratch)

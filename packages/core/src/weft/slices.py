@@ -1,0 +1,223 @@
+"""Slices: what one member needs of a plan, small enough to be sent to it, and proven by it against its own layouts.
+
+Whoever planned for thousands of members publishes a slice for each, so that nobody reads the whole world. A member
+trusts no planner: `prove` checks that the copies to it write every element of its layout exactly once, where it
+belongs, and that the copies from it read what it says it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import msgspec
+import numpy as np
+
+from weft.copies import Parts, Routes
+from weft.errors import PlanError, RecordError
+from weft.layout import Layout
+from weft.member import Member
+from weft.plan import Plan, PlannedTensor
+from weft.policy import Policy
+from weft.rows import Rows, in_splits, pieces_of
+from weft.table import Int64s, intersect, pairs_by_key, unique_rows
+
+_WIDE = ("lo", "hi", "source_strides", "target_strides")
+
+
+class _SliceRecord(msgspec.Struct, array_like=True):
+    """What crosses a process boundary. New fields go to the end, with defaults."""
+
+    fingerprint: str
+    name: str
+    members: list[Member]
+    tensors: list[PlannedTensor]
+    aliases: list[tuple[str, str]]
+    policy: Policy
+    width: int
+    """Factors per split."""
+    splits: bytes
+    parts: dict[str, bytes]
+    routes: dict[str, bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The copies of a plan that one member sends or receives."""
+
+    fingerprint: str
+    """Of the whole plan."""
+    name: str
+    """The member whose slice it is."""
+    members: tuple[Member, ...]
+    """Itself and its peers, sorted by name."""
+    tensors: tuple[PlannedTensor, ...]
+    """Those that it sends or receives."""
+    aliases: tuple[tuple[str, str], ...]
+    """(alias, name) of these tensors."""
+    policy: Policy
+    splits: Int64s
+    """Factors of every tensor, shape (tensors, k)."""
+    parts: Parts
+    routes: Routes
+    """Numbers of members count in `members`, those of parts in `parts`."""
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The slice as a record: equal slices give equal bytes."""
+        return msgspec.msgpack.encode(
+            _SliceRecord(
+                self.fingerprint, self.name, list(self.members), list(self.tensors), list(self.aliases), self.policy,
+                self.splits.shape[1], _pack(self.splits), _packed(self.parts), _packed(self.routes),
+            )
+        )  # fmt: skip
+
+    @cached_property
+    def address(self) -> str:
+        """SHA-256 of `encoded`, in hex."""
+        return hashlib.sha256(self.encoded).hexdigest()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Slice:
+        """Inverse of `encoded`. Raises `RecordError` when the bytes are no slice."""
+        try:
+            record = msgspec.msgpack.decode(data, type=_SliceRecord)
+            splits = _unpack(record.splits).reshape(len(record.tensors), record.width)
+            parts = {f.name: _unpack(record.parts[f.name]) for f in fields(Parts)}
+            parts |= {name: parts[name].reshape(len(parts["tensor"]), record.width) for name in _WIDE}
+            routes = {f.name: _unpack(record.routes[f.name]) for f in fields(Routes)}
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, ValueError) as error:
+            raise RecordError(f"not a slice of a plan: {error}") from error
+        found = cls(
+            record.fingerprint, record.name, tuple(record.members), tuple(record.tensors), tuple(record.aliases),
+            record.policy, splits, Parts(**parts), Routes(**routes),
+        )  # fmt: skip
+        if damage := _damage(found):
+            raise RecordError(f"slice of a plan is damaged: {damage}")
+        return found
+
+
+def slice_of(plan: Plan, name: str) -> Slice:
+    """One member's slice. Raises `KeyError` for a stranger."""
+    me, routes = plan.index(name), plan.routes
+    mine = np.flatnonzero((routes.source == me) | (routes.target == me))
+    part_of, part = np.unique(routes.part[mine], return_inverse=True)
+    parts = plan.parts.select(part_of)
+    tensor_of, tensor = np.unique(parts.tensor, return_inverse=True)
+    who = np.unique(np.concatenate([routes.source[mine], routes.target[mine], [me]]))
+    tensors = tuple(plan.tensors[n] for n in tensor_of.tolist())
+    names = {tensor.name for tensor in tensors}
+    return Slice(
+        plan.fingerprint, name, tuple(plan.members[n] for n in who.tolist()), tensors,
+        tuple(pair for pair in plan.aliases if pair[1] in names), plan.policy, plan.splits[tensor_of],
+        replace(parts, tensor=tensor),
+        Routes(
+            np.searchsorted(who, routes.source[mine]), np.searchsorted(who, routes.target[mine]), part,
+            routes.counted[mine],
+        ),
+    )  # fmt: skip
+
+
+def prove(own: Slice, source: Layout | None, target: Layout | None) -> None:
+    """Prove a slice against its member's own layouts.
+
+    Raises `PlanError` with everything that is wrong: elements of the target that no copy writes, or two; copies to or
+    from memory that is not where the layout has their box.
+    """
+    index = {tensor.name: n for n, tensor in enumerate(own.tensors)}
+    index |= {alias: index[name] for alias, name in own.aliases}
+    me = [member.name for member in own.members].index(own.name)
+    faults: list[str] = []
+    if source is not None:
+        sent = own.parts.select(np.unique(own.routes.part[own.routes.source == me]))
+        ends = sent.source_buffer, sent.source_offset, sent.source_strides
+        _, _, wrong = _placed(_rows(source, index, own.splits), sent, *ends)
+        faults += [f"{own.tensors[n].name}: a copy reads what this source does not hold there" for n in wrong]
+    if target is not None:
+        got = own.parts.select(own.routes.part[own.routes.target == me])
+        rows = _rows(target, index, own.splits)
+        row, part, wrong = _placed(rows, got, got.target_buffer, got.target_offset, got.target_strides)
+        faults += [f"{own.tensors[n].name}: a copy writes where this target does not have its box" for n in wrong]
+        faults += _coverage(own, rows, got, row, part)
+        ties = {tie.alias: tie.name for tie in target.ties}
+        wanted = [target.tensors[n].name for n in np.unique(target.pieces.tensor).tolist()]
+        missing = [name for name in wanted if name not in index and own.policy.moves(ties.get(name, name))]
+        faults += [f"{name}: no copy writes any of it" for name in missing]
+    if faults:
+        raise PlanError(faults)
+
+
+def _rows(layout: Layout, index: Mapping[str, int], splits: Int64s) -> Rows:
+    return in_splits(pieces_of([layout], index), splits)
+
+
+def _placed(
+    rows: Rows, parts: Parts, buffer: Int64s, offset: Int64s, strides: Int64s
+) -> tuple[Int64s, Int64s, list[int]]:
+    """(row, part) of every part that lies in a row of a layout, in the row's memory; and tensors of those in none."""
+    keys = np.concatenate([rows.tensor, parts.tensor]), np.concatenate([rows.buffer, buffer])
+    _, key = unique_rows(np.stack(keys, axis=1))
+    part, row = pairs_by_key(key[len(rows.tensor) :], key[: len(rows.tensor)])
+    lo, hi = parts.lo[part], parts.hi[part]
+    inside = ((rows.lo[row] <= lo) & (hi <= rows.hi[row])).all(axis=1)
+    inside &= offset[part] == rows.offset[row] + ((lo - rows.lo[row]) * rows.strides[row]).sum(axis=1)
+    inside &= ((strides[part] == rows.strides[row]) | (hi - lo == 1)).all(axis=1)
+    lost = np.ones(len(parts), dtype=bool)
+    lost[part[inside]] = False
+    return row[inside], part[inside], np.unique(parts.tensor[lost]).tolist()
+
+
+def _coverage(own: Slice, rows: Rows, parts: Parts, row: Int64s, part: Int64s) -> list[str]:
+    """Elements of rows that no part writes, or two."""
+    written = np.zeros(len(rows.tensor), dtype=np.int64)
+    np.add.at(written, row, parts.numel[part])
+    left, right = pairs_by_key(row, row)
+    left, right = part[left[left < right]], part[right[left < right]]
+    _, _, twice = intersect(parts.lo[left], parts.hi[left], parts.lo[right], parts.hi[right])
+    doubled = np.unique(parts.tensor[left[twice]]).tolist()
+    short = np.unique(rows.tensor[written < rows.numel]).tolist()
+    return [f"{own.tensors[n].name}: elements that no copy writes" for n in short] + [
+        f"{own.tensors[n].name}: elements that two copies write" for n in doubled
+    ]
+
+
+def _damage(own: Slice) -> str | None:
+    """What a decoded slice says that no planner would have."""
+    names = [member.name for member in own.members]
+    if own.name not in names or len(set(names)) < len(names):
+        return "its member is not there, or two have one name"
+    if (own.splits < 1).any():
+        return "a split has a factor below 1"
+    if any(name not in {tensor.name for tensor in own.tensors} for _, name in own.aliases):
+        return "an alias of a tensor that is not there"
+    columns: Sequence[tuple[Int64s, int]] = (
+        (own.parts.tensor, len(own.tensors)), (own.routes.source, len(names)), (own.routes.target, len(names)),
+        (own.routes.part, len(own.parts)), (own.routes.counted, 2),
+    )  # fmt: skip
+    if any(len(column) and not 0 <= column.min() <= column.max() < limit for column, limit in columns):
+        return "a number refers to what is not there"
+    for table in (own.parts, own.routes):
+        if len({len(getattr(table, f.name)) for f in fields(table)}) != 1:
+            return "columns of different lengths"
+    split = own.splits[own.parts.tensor]
+    if not ((own.parts.lo >= 0) & (own.parts.lo < own.parts.hi) & (own.parts.hi <= split)).all():
+        return "a box leaves its tensor"
+    return None
+
+
+def _packed(table: Parts | Routes) -> dict[str, bytes]:
+    return {f.name: _pack(getattr(table, f.name)) for f in fields(table)}
+
+
+def _pack(column: Int64s) -> bytes:
+    """Little-endian integers, four bytes wide where they all fit, with the width in front."""
+    narrow = int(column.min(initial=0)) >= -(1 << 31) and int(column.max(initial=0)) < 1 << 31
+    return (b"\x04" if narrow else b"\x08") + np.ascontiguousarray(column, dtype="<i4" if narrow else "<i8").tobytes()
+
+
+def _unpack(data: bytes) -> Int64s:
+    if data[:1] not in (b"\x04", b"\x08"):
+        raise ValueError("a column without a width")
+    return np.frombuffer(data[1:], dtype=f"<i{data[0]}").astype(np.int64)
