@@ -67,6 +67,12 @@ LATENT = make_config(
     num_nextn_predict_layers=1,
 )
 KIMI = LATENT | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
+MIXTRAL = make_config(
+    model_type="mixtral", tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2, intermediate_size=16
+)
+GLM = LATENT | {"model_type": "glm4_moe", "num_key_value_heads": 2, "attention_bias": True, "use_qk_norm": True}
+GLM |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 2}
+GPT_OSS = MIXTRAL | {"model_type": "gpt_oss", "attention_bias": True}
 EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
 ETP1 = {"expert_tensor_parallel_size": 1}
@@ -104,6 +110,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tp2 pp2, tied, prediction layer": (LATENT | {"tie_word_embeddings": True}, TP2 | PP2, "mtp"),
     "tp2, tied, prediction layer": (LATENT | {"tie_word_embeddings": True}, TP2, "mtp"),
     "ep4, wrapped, latent attention": (KIMI | {"q_lora_rank": None}, EP4, "float16"),
+    "tp2 ep2 etp1, mixtral": (MIXTRAL, TP2 | EP2 | ETP1, "bare"),
+    "tp2 ep2 etp2, glm": (GLM, TP2 | EP2, "bare"),
+    "pp2 ep2, glm, wrapped": (GLM, PP2 | EP2, "float16"),
+    "tp2 ep2 etp1, gpt-oss": (GPT_OSS, TP2 | EP2 | ETP1, "bare"),
+    "tp4, gpt-oss, wrapped": (GPT_OSS, TP4 | ETP1, "float16"),
     "ep2 etp2, renamed as grouped": (EXPERTS, EP2 | ETP2, "grouped"),
 }
 """Config, sizes of `initialize_model_parallel`, and how the model is built."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer import multi_latent_attention
@@ -69,9 +70,7 @@ class LatentCoreAttention(torch.nn.Module):
         super().__init__()
         self.scale = softmax_scale
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """All of shape (length, batch, heads, elements), causal; returns (length, batch, heads x elements)."""
         heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         found = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, scale=self.scale)
@@ -117,8 +116,37 @@ def _sigmoid_experts(config: Config) -> dict[str, Any]:
     }
 
 
+def _mixtral(config: Config) -> dict[str, Any]:
+    return {
+        "num_moe_experts": config["num_local_experts"],
+        "moe_ffn_hidden_size": config["intermediate_size"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        **megatron_on_cpu.experts_on_cpu(),
+    }
+
+
+def _glm4_moe(config: Config) -> dict[str, Any]:
+    attention = {"add_qkv_bias": config["attention_bias"], "qk_layernorm": config["use_qk_norm"]}
+    return attention | _sigmoid_experts(config)
+
+
+def _gpt_oss(config: Config) -> dict[str, Any]:
+    """As Megatron Bridge sets it up: `bridge/models/gpt_oss/gpt_oss_bridge.py`."""
+    gate = {
+        "activation_func": quick_gelu,
+        "activation_func_clamp_value": 7.0,
+        "glu_linear_offset": 1.0,
+        "softmax_type": "learnable",
+        "add_bias_linear": True,
+    }
+    return gate | _mixtral(config)
+
+
 FAMILIES: Mapping[str, tuple[type[TransformerConfig], Callable[[Config], dict[str, Any]]]] = {
     "deepseek_v3": (MLATransformerConfig, _deepseek),
     "kimi_k2": (MLATransformerConfig, _deepseek),
+    "mixtral": (TransformerConfig, _mixtral),
+    "glm4_moe": (TransformerConfig, _glm4_moe),
+    "gpt_oss": (TransformerConfig, _gpt_oss),
 }
 """Kind of configuration and its fields, by `model_type`; others are the demo's own."""

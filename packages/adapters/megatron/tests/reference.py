@@ -37,7 +37,8 @@ def places(sizes: Mapping[str, int]) -> list[Place]:
 
 def experts_of(config: Mapping[str, Any]) -> int:
     """How many experts a sparse layer has."""
-    return int(config.get("num_experts") or config.get("n_routed_experts") or 0)
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    return int(next((config[name] for name in names if name in config), 0))
 
 
 def sparse(config: Mapping[str, Any], layer: int) -> bool:
@@ -46,7 +47,9 @@ def sparse(config: Mapping[str, Any], layer: int) -> bool:
         case "qwen3_moe":
             step = config.get("decoder_sparse_step", 1)
             return layer not in config.get("mlp_only_layers", []) and (layer + 1) % step == 0
-        case "deepseek_v3" | "kimi_k2":
+        case "mixtral" | "gpt_oss":
+            return True
+        case "deepseek_v3" | "kimi_k2" | "glm4_moe":
             return bool(layer >= config["first_k_dense_replace"])
     return False
 
@@ -69,7 +72,7 @@ def logical_state(config: Mapping[str, Any], seed: int = 0) -> State:
         shapes |= {at + name + ".weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
         attention = latent_shapes(config) if "kv_lora_rank" in config else attention_shapes(config)
         shapes |= {f"{at}self_attn.{name}": shape for name, shape in attention.items()}
-        shapes |= {f"{at}mlp.{name}": shape for name, shape in mlp_shapes(config, sparse(config, layer)).items()}
+        shapes |= {at + name: shape for name, shape in mlp_shapes(config, sparse(config, layer)).items()}
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     values = torch.randperm(total, generator=torch.Generator().manual_seed(seed)) + 1
     parts = values.to(torch.int32).view(torch.float32).split([torch.Size(shape).numel() for shape in shapes.values()])
@@ -84,9 +87,11 @@ def attention_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes |= {f"{part}_proj.weight": (key, hidden) for part in "kv"}
     if config["model_type"] == "qwen2" or config.get("attention_bias"):
         shapes |= {f"{part}_proj.bias": (query if part == "q" else key,) for part in "qkv"}
-    if config.get("attention_bias"):
+    if config.get("attention_bias") and config["model_type"] != "glm4_moe":
         shapes |= {"o_proj.bias": (hidden,)}
-    if config["model_type"] in ("qwen3", "qwen3_moe"):
+    if config["model_type"] == "gpt_oss":
+        shapes |= {"sinks": (config["num_attention_heads"],)}
+    if config["model_type"] in ("qwen3", "qwen3_moe") or config.get("use_qk_norm"):
         shapes |= {f"{part}_norm.weight": (head,) for part in "qk"}
     return shapes
 
@@ -114,29 +119,50 @@ def latent_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def mlp_shapes(config: Mapping[str, Any], with_experts: bool) -> dict[str, tuple[int, ...]]:
     """Tensors of a layer's MLP, or of its router and experts."""
-    hidden, count = config["hidden_size"], experts_of(config)
+    hidden, count, family = config["hidden_size"], experts_of(config), config["model_type"]
     if not with_experts:
-        return gated_shapes(config, "", config["intermediate_size"])
-    shapes: dict[str, tuple[int, ...]] = {"gate.weight": (count, hidden)}
+        return gated_shapes(config, "mlp.", config["intermediate_size"])
+    if family == "gpt_oss":
+        wide = config["intermediate_size"]
+        return {
+            "mlp.router.weight": (count, hidden),
+            "mlp.router.bias": (count,),
+            "mlp.experts.gate_up_proj": (count, hidden, 2 * wide),
+            "mlp.experts.gate_up_proj_bias": (count, 2 * wide),
+            "mlp.experts.down_proj": (count, wide, hidden),
+            "mlp.experts.down_proj_bias": (count, hidden),
+        }
+    if family == "mixtral":
+        shapes = {"block_sparse_moe.gate.weight": (count, hidden)}
+        for expert in range(count):
+            shapes |= gated_shapes(config, f"block_sparse_moe.experts.{expert}.", config["intermediate_size"], MIXTRAL)
+        return shapes
+    shapes = {"mlp.gate.weight": (count, hidden)}
     if config.get("mlp_bias"):
-        shapes["gate.bias"] = (count,)
+        shapes["mlp.gate.bias"] = (count,)
     for expert in range(count):
-        shapes |= gated_shapes(config, f"experts.{expert}.", config["moe_intermediate_size"])
-    if config["model_type"] in ("deepseek_v3", "kimi_k2"):
-        shapes["gate.e_score_correction_bias"] = (count,)
+        shapes |= gated_shapes(config, f"mlp.experts.{expert}.", config["moe_intermediate_size"])
+    if "n_shared_experts" in config:
+        shapes["mlp.gate.e_score_correction_bias"] = (count,)
         if config["n_shared_experts"]:
             shared = config["n_shared_experts"] * config["moe_intermediate_size"]
-            shapes |= gated_shapes(config, "shared_experts.", shared)
+            shapes |= gated_shapes(config, "mlp.shared_experts.", shared)
     return shapes
 
 
-def gated_shapes(config: Mapping[str, Any], at: str, width: int) -> dict[str, tuple[int, ...]]:
+USUAL, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+"""What families call the three linear layers of a gated MLP."""
+
+
+def gated_shapes(
+    config: Mapping[str, Any], at: str, width: int, names: tuple[str, str, str] = USUAL
+) -> dict[str, tuple[int, ...]]:
     """Tensors of one gated MLP."""
-    hidden = config["hidden_size"]
-    shapes: dict[str, tuple[int, ...]] = {f"{at}{half}_proj.weight": (width, hidden) for half in ("gate", "up")}
-    shapes |= {at + "down_proj.weight": (hidden, width)}
+    hidden, (gate, up, down) = config["hidden_size"], names
+    shapes: dict[str, tuple[int, ...]] = {f"{at}{half}.weight": (width, hidden) for half in (gate, up)}
+    shapes |= {f"{at}{down}.weight": (hidden, width)}
     if config.get("mlp_bias"):
-        shapes |= {at + "gate_proj.bias": (width,), at + "up_proj.bias": (width,), at + "down_proj.bias": (hidden,)}
+        shapes |= {f"{at}{gate}.bias": (width,), f"{at}{up}.bias": (width,), f"{at}{down}.bias": (hidden,)}
     return shapes
 
 
@@ -174,27 +200,49 @@ class Sharding:
 
     def mlp(self, at: str, local: str, rank: int, ranks: int) -> State:
         state = self.state
+        gate, up, down = MIXTRAL if "block_sparse_moe" in at else USUAL
 
         def gated(kind: str) -> torch.Tensor:
-            return torch.cat([state[f"{at}{half}_proj.{kind}"].chunk(ranks)[rank] for half in ("gate", "up")])
+            return torch.cat([state[f"{at}{half}.{kind}"].chunk(ranks)[rank] for half in (gate, up)])
 
         found = {local + "linear_fc1.weight": gated("weight")}
-        found[local + "linear_fc2.weight"] = state[at + "down_proj.weight"].chunk(ranks, 1)[rank]
-        if at + "down_proj.bias" in state:
-            found |= {local + "linear_fc1.bias": gated("bias"), local + "linear_fc2.bias": state[at + "down_proj.bias"]}
+        found[local + "linear_fc2.weight"] = state[f"{at}{down}.weight"].chunk(ranks, 1)[rank]
+        if f"{at}{down}.bias" in state:
+            found |= {local + "linear_fc1.bias": gated("bias"), local + "linear_fc2.bias": state[f"{at}{down}.bias"]}
         return found
 
-    def experts(self, at: str, local: str) -> State:
+    def stacked_mlp(self, at: str, local: str, expert: int, rank: int, ranks: int) -> State:
+        """Of gpt-oss: outputs come last on disk, and gate and up take turns."""
+        both, down = (self.state[f"{at}{name}_proj"][expert].T for name in ("gate_up", "down"))
+        both_bias, down_bias = (self.state[f"{at}{name}_proj_bias"][expert] for name in ("gate_up", "down"))
+
+        def halves(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor[half::2].chunk(ranks)[rank] for half in range(2)])
+
+        return {
+            local + "linear_fc1.weight": halves(both),
+            local + "linear_fc1.bias": halves(both_bias),
+            local + "linear_fc2.weight": down.chunk(ranks, 1)[rank],
+            local + "linear_fc2.bias": down_bias,
+        }
+
+    def experts(self, layer: int, local: str) -> State:
         state, (rank, ranks) = self.state, self.place.ep
-        found = {local + "router.weight": state[at + "gate.weight"]}
-        if at + "gate.bias" in state:
-            found[local + "router.bias"] = state[at + "gate.bias"]
+        at = f"model.layers.{layer}.{'block_sparse_moe' if self.config['model_type'] == 'mixtral' else 'mlp'}."
+        router = "router" if self.config["model_type"] == "gpt_oss" else "gate"
+        found = {local + "router.weight": state[f"{at}{router}.weight"]}
+        if f"{at}{router}.bias" in state:
+            found[local + "router.bias"] = state[f"{at}{router}.bias"]
         if at + "gate.e_score_correction_bias" in state:
             found[local + "router.expert_bias"] = state[at + "gate.e_score_correction_bias"]
         if at + "shared_experts.down_proj.weight" in state:
             found |= self.mlp(at + "shared_experts.", local + "shared_experts.", *self.place.tp)
         for expert in torch.arange(experts_of(self.config)).chunk(ranks)[rank].tolist():
-            found |= self.mlp(f"{at}experts.{expert}.", f"{local}experts.local_experts.{expert}.", *self.place.etp)
+            own = f"{local}experts.local_experts.{expert}."
+            if router == "router":
+                found |= self.stacked_mlp(at + "experts.", own, expert, *self.place.etp)
+            else:
+                found |= self.mlp(f"{at}experts.{expert}.", own, *self.place.etp)
         return found
 
     def attention(self, at: str, local: str) -> State:
@@ -205,6 +253,8 @@ class Sharding:
         if at + "q_norm.weight" in state:
             found[local + "q_layernorm.weight"] = state[at + "q_norm.weight"]
             found[local + "k_layernorm.weight"] = state[at + "k_norm.weight"]
+        if at + "sinks" in state:
+            found[local + "core_attention.softmax_offset"] = self.rows(state[at + "sinks"])
         return found
 
     def latent_attention(self, at: str, local: str) -> State:
@@ -233,7 +283,7 @@ class Sharding:
         found[local + "input_layernorm.weight"] = state[at + "input_layernorm.weight"]
         found[local + "pre_mlp_layernorm.weight"] = state[at + "post_attention_layernorm.weight"]
         if sparse(self.config, layer):
-            return found | self.experts(at + "mlp.", local + "mlp.")
+            return found | self.experts(layer, local + "mlp.")
         return found | self.mlp(at + "mlp.", local + "mlp.", *self.place.tp)
 
     def predictor(self, number: int) -> State:

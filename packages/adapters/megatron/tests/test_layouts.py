@@ -72,7 +72,7 @@ def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 8, 12) if n % tp == 0 or tp % n == 0]))
     queries = draw(st.sampled_from([n for n in range(1, 9) if n * groups % tp == 0]))
     head = draw(st.sampled_from([n for n in range(1, 17) if groups * (queries + 2) * n % tp == 0]))
-    family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"]))
+    family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"]))
     config = make_config(
         model_type=family,
         hidden_size=draw(st.integers(1, 9)),
@@ -88,15 +88,29 @@ def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     biased = family in ("llama", "qwen3_moe") and draw(st.booleans())
     if biased:
         config |= {"attention_bias": True, "mlp_bias": True}
-    if family == "qwen3_moe":
+    if family in ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"):
+        biased = biased or family == "gpt_oss"
         sizes["etp"] = 1 if biased else draw(st.sampled_from(divisors(tp * sizes["dp"])))
         sizes["ep"] = draw(st.sampled_from(divisors(tp * sizes["dp"] // sizes["etp"])))
+        count, wide = sizes["ep"] * draw(st.integers(1, 3)), sizes["etp"] * draw(st.integers(1, 4))
+        config["num_experts_per_tok"] = 1
+    if family == "qwen3_moe":
         config |= {
-            "num_experts": sizes["ep"] * draw(st.integers(1, 3)),
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": sizes["etp"] * draw(st.integers(1, 4)),
+            "num_experts": count,
+            "moe_intermediate_size": wide,
             "decoder_sparse_step": draw(st.integers(1, 2)),
             "mlp_only_layers": draw(st.lists(st.integers(0, 3), max_size=2)),
+        }
+    if family in ("mixtral", "gpt_oss"):
+        config |= {"num_local_experts": count, "intermediate_size": wide, "attention_bias": family == "gpt_oss"}
+    if family == "glm4_moe":
+        config |= {
+            "n_routed_experts": count,
+            "n_shared_experts": draw(st.integers(0, 2)),
+            "moe_intermediate_size": math.lcm(wide, tp),
+            "first_k_dense_replace": draw(st.integers(0, 2)),
+            "attention_bias": draw(st.booleans()),
+            "use_qk_norm": draw(st.booleans()),
         }
     return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
@@ -183,7 +197,7 @@ def test_every_rank_holds_what_independent_slicing_gives(
         }.items()
     assert all(bool(tensor.all()) for tensor in holders.values())
     copies = sizes["tp"] * sizes["dp"] // (sizes.get("ep", 1) * sizes.get("etp", sizes["tp"]))
-    for name in (name for name in holders if ".experts." in name and not name.endswith("down_proj.bias")):
+    for name in (name for name in holders if ".experts." in name and not name.endswith(("down_proj.bias", "_bias"))):
         assert bool((holders[name] == copies).all()), name
 
 
@@ -345,7 +359,7 @@ def test_norms_may_have_a_dtype_of_their_own() -> None:
     assert dtypes["linear_qkv"] == dtypes["word_embeddings"] == "bfloat16"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "gemma2", ""])
+@pytest.mark.parametrize("family", ["mistral", "qwen2_moe", "deepseek_v2", "gemma2", ""])
 def test_a_family_that_is_not_mapped_is_refused_by_name(family: str) -> None:
     with pytest.raises(NotSupportedError, match=f"model_type '{family}'"):
         adapter.layouts(make_config(model_type=family), {}, "bfloat16")

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from weft_megatron.adapter import MegatronAdapter
-from weft_megatron.table import Spec
+from weft_megatron.rows import Spec
 
 if TYPE_CHECKING:
     from weft_megatron.live import MegatronSource, MegatronTarget, member_name

@@ -11,10 +11,11 @@ from weft.layout import Layout
 from weft_megatron.configs import read_config
 from weft_megatron.family import DecoderModel
 from weft_megatron.mesh import AXES, DEFAULT_ORDER, Mesh, padded_vocabulary
+from weft_megatron.mlp_rows import EXPERT_BIAS
 from weft_megatron.parameters import Part, Stage, parameters
 from weft_megatron.placement import layout_of
+from weft_megatron.rows import Spec
 from weft_megatron.stages import Pipeline, Share
-from weft_megatron.table import EXPERT_BIAS, Spec
 
 
 @dataclass(frozen=True, slots=True)

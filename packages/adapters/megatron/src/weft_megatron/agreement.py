@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from weft_megatron.family import DecoderModel
-from weft_megatron.upstream import Chunk
+from weft_megatron.upstream import GATE_OF_GPT_OSS, Chunk
 
 _LEGACY = "GroupedMLP"
 """All local experts in two transposed tensors; needs the package grouped_gemm."""
@@ -32,9 +32,10 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         "layernorm_zero_centered_gamma": False,
         "rotary_interleaved": False,
         "attention_output_gate": False,
-        "activation_func": torch.nn.functional.silu,
-        "activation_func_clamp_value": None,
-        "glu_linear_offset": 0.0,
+        "activation_func": GATE_OF_GPT_OSS if model.sinks else torch.nn.functional.silu,
+        "activation_func_clamp_value": 7.0 if model.sinks else None,
+        "glu_linear_offset": 1.0 if model.sinks else 0.0,
+        "softmax_type": "learnable" if model.sinks else "vanilla",
         **_expected_attention(model),
         **_expected_experts(model),
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
-from weft_megatron.family import DecoderModel, Experts, LatentAttention
+from weft_megatron.family import DecoderModel, ExpertNames, Experts, LatentAttention
 
 Config = Mapping[str, Any]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -28,7 +28,9 @@ def read_config(config: Config) -> DecoderModel:
 
 def _dense(config: Config) -> DecoderModel:
     _require(config, _SIZES)
-    return _decoder(config)
+    family = config["model_type"]
+    biased = _biased(config)
+    return _decoder(config, qkv_bias=family == "qwen2" or biased, linear_bias=biased, qk_norm=family == "qwen3")
 
 
 def _qwen3_moe(config: Config) -> DecoderModel:
@@ -38,8 +40,48 @@ def _qwen3_moe(config: Config) -> DecoderModel:
         raise NotSupportedError(f"{config['model_type']} with shared experts is not mapped")
     step, without = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
     layers = [n for n in range(int(config["num_hidden_layers"])) if n not in without and (n + 1) % step == 0]
-    normalized = bool(config.get("norm_topk_prob", False))
-    return _decoder(config, experts=_experts(config, normalized, layers) if layers else None)
+    biased, experts = _biased(config), None
+    if layers:
+        experts = _experts(config, layers, normalized=bool(config.get("norm_topk_prob", False)))
+    return _decoder(config, qkv_bias=biased, linear_bias=biased, qk_norm=True, experts=experts)
+
+
+def _mixtral(config: Config) -> DecoderModel:
+    """`MixtralSparseMoeBlock`, under the names of its checkpoint, which transformers 5 converts."""
+    _require(config, (*_SIZES, "num_local_experts", "num_experts_per_tok"))
+    names = ExpertNames("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2")
+    layers = range(int(config["num_hidden_layers"]))
+    experts = _experts(config, layers, "intermediate_size", normalized=True, names=names)
+    return _decoder(config, experts=experts)
+
+
+def _glm4_moe(config: Config) -> DecoderModel:
+    """GLM-4.5: `Glm4MoeAttention` has biases for q, k and v alone; experts are DeepSeek's."""
+    _require(config, (*_SIZES, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    return _decoder(
+        config,
+        qkv_bias=bool(config.get("attention_bias")),
+        qk_norm=bool(config.get("use_qk_norm")),
+        experts=_sigmoid_experts(config),
+        predictors=_predictors(config),
+    )
+
+
+def _gpt_oss(config: Config) -> DecoderModel:
+    """`GptOssAttention` and `GptOssExperts`, in their bfloat16 form: biases everywhere, sinks, stacked experts."""
+    _require(config, (*_SIZES, "num_local_experts", "num_experts_per_tok"))
+    if not config.get("attention_bias", True):
+        raise NotSupportedError("gpt_oss without attention_bias: Megatron's add_bias_linear is for experts too")
+    experts = _experts(
+        config,
+        range(int(config["num_hidden_layers"])),
+        "intermediate_size",
+        normalized=True,
+        names=ExpertNames(router="mlp.router", gate="gate_up_proj"),
+        stacked=True,
+    )
+    head = int(config.get("head_dim") or 64)
+    return _decoder(config, qkv_bias=True, linear_bias=True, experts=experts, sinks=True, head=head)
 
 
 def _deepseek(config: Config) -> DecoderModel:
@@ -69,8 +111,8 @@ def _sigmoid_experts(config: Config) -> Experts | None:
         return None
     return _experts(
         config,
-        bool(config.get("norm_topk_prob", True)),
         layers,
+        normalized=bool(config.get("norm_topk_prob", True)),
         shared=int(config.get("n_shared_experts") or 0) * int(config["moe_intermediate_size"]),
         sigmoid=True,
         corrected=True,
@@ -79,34 +121,28 @@ def _sigmoid_experts(config: Config) -> Experts | None:
     )
 
 
-def _experts(config: Config, normalized: bool, layers: list[int], **rest: Any) -> Experts:
+def _experts(config: Config, layers: Iterable[int], width: str = "moe_intermediate_size", **rest: Any) -> Experts:
     return Experts(
         count=_expert_count(config),
         chosen=int(config["num_experts_per_tok"]),
-        intermediate=int(config["moe_intermediate_size"]),
-        normalized=normalized,
+        intermediate=int(config[width]),
         layers=frozenset(layers),
         **rest,
     )
 
 
 def _decoder(config: Config, **rest: Any) -> DecoderModel:
-    """What all families share; `rest` are fields of `DecoderModel` that differ."""
+    """What all families share; `rest` are the fields of `DecoderModel` that differ."""
     family, heads = str(config["model_type"]), int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
-    head = int(config.get("head_dim") or (128 if family == "qwen3" else int(config["hidden_size"]) // heads))
     if heads % groups:
         raise ConfigError(f"config of {family}: {heads} query heads do not divide into {groups} key-value heads")
-    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    if attention_bias != mlp_bias:
-        raise NotSupportedError(
-            f"{family} with attention_bias={attention_bias} and mlp_bias={mlp_bias}: Megatron's add_bias_linear "
-            "gives both or neither, so only equal values are mapped"
-        )
-    fields = {
-        "qkv_bias": family == "qwen2" or attention_bias,
-        "linear_bias": mlp_bias,
-        "qk_norm": family in ("qwen3", "qwen3_moe"),
+    head = 128 if family == "qwen3" else int(config["hidden_size"]) // heads
+    fields: dict[str, Any] = {
+        "head": int(config.get("head_dim") or head),
+        "qkv_bias": False,
+        "linear_bias": False,
+        "qk_norm": False,
     }
     return DecoderModel(
         family=family,
@@ -114,12 +150,22 @@ def _decoder(config: Config, **rest: Any) -> DecoderModel:
         layers=int(config["num_hidden_layers"]),
         heads=heads,
         groups=groups,
-        head=head,
         intermediate=int(config["intermediate_size"]),
         vocabulary=int(config["vocab_size"]),
         tied=bool(config.get("tie_word_embeddings", False)),
         **(fields | rest),
     )
+
+
+def _biased(config: Config) -> bool:
+    """Whether all linear layers have biases."""
+    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if attention != mlp:
+        raise NotSupportedError(
+            f"{config['model_type']} with attention_bias={attention} and mlp_bias={mlp}: Megatron's add_bias_linear "
+            "gives both or neither, so only equal values are mapped"
+        )
+    return attention
 
 
 def _require(config: Config, names: tuple[str, ...]) -> None:
@@ -150,5 +196,8 @@ FAMILIES: Mapping[str, Callable[[Config], DecoderModel]] = {
     "qwen3_moe": _qwen3_moe,
     "deepseek_v3": _deepseek,
     "kimi_k2": _deepseek,
+    "mixtral": _mixtral,
+    "glm4_moe": _glm4_moe,
+    "gpt_oss": _gpt_oss,
 }
 """By `model_type`."""

@@ -24,6 +24,17 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a family's checkpoint calls a layer's router and experts, below `model.layers.N`."""
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """The mixture of experts in the sparse layers of a decoder."""
 
@@ -47,6 +58,9 @@ class Experts:
     """Factor on the weights of the chosen experts."""
     groups: tuple[int, int] | None = None
     """Groups of experts, and from how many of them one token's experts come."""
+    names: ExpertNames = ExpertNames()
+    stacked: bool = False
+    """Whether the checkpoint stacks a layer's experts in two transposed tensors, gate and up in alternating columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +90,8 @@ class DecoderModel:
     qk_norm: bool
     """Whether queries and keys, or the short vectors they come from, are normalized (Megatron's `qk_layernorm`)."""
     experts: Experts | None = None
+    sinks: bool = False
+    """Whether every query head has a logit of its own for attending to nothing, and gates are clamped (gpt-oss)."""
     latent: LatentAttention | None = None
     """Sizes of multi-latent attention where it takes the place of grouped queries."""
     predictors: int = 0

@@ -15,7 +15,8 @@ from weft_megatron.agreement import config_faults
 from weft_megatron.configs import read_config
 from weft_megatron.parameters import Parameter, Part, Stage, parameters
 from weft_megatron.placement import layout_of
-from weft_megatron.table import Spec, name_map
+from weft_megatron.rows import Spec
+from weft_megatron.table import name_map
 from weft_megatron.upstream import Chunk, chunks_of
 
 

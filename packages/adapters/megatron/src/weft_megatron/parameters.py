@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from weft.errors import ConfigError
 from weft_megatron.family import DecoderModel
-from weft_megatron.table import EMBEDDING, HEAD, Row, Spec, Split, embedding_rows, layer_rows, output_rows
+from weft_megatron.rows import Row, Spec, Split
+from weft_megatron.table import EMBEDDING, HEAD, embedding_rows, layer_rows, output_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class Parameter:
     split: Split
     part: Part
     """Which part of the split it is."""
+    expert: int
+    """Global number of the expert it belongs to, if it belongs to one."""
     group: str
     """The group it moves in: `embedding`, `layers.N` or `output`."""
 
@@ -96,6 +99,7 @@ def _instance(model: DecoderModel, stage: Stage, row: Row, group: str, layer: in
         logical_shapes=row.shapes,
         split=row.split,
         part=part,
+        expert=expert,
         group=group,
     )
 
@@ -115,6 +119,10 @@ def _local_shape(model: DecoderModel, stage: Stage, row: Row, size: int) -> tupl
             return (2 * shape[0] // size, *shape[1:])
         case Split.COLUMNS:
             return (shape[0], shape[1] // size)
+        case Split.STACKED_GATED:
+            return (shape[-1] // size, *shape[1:-1])
+        case Split.STACKED_COLUMNS:
+            return (shape[-1], *(wide // size for wide in shape[1:-1]))
 
 
 def _check_divisible(model: DecoderModel, stage: Stage, spec: Spec) -> None:

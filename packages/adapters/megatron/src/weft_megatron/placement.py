@@ -11,7 +11,8 @@ from weft.builder import LayoutBuilder
 from weft.layout import Layout
 from weft_megatron.family import DecoderModel
 from weft_megatron.parameters import Parameter, Stage
-from weft_megatron.table import Split, ties
+from weft_megatron.rows import Split
+from weft_megatron.table import ties
 
 
 def layout_of(
@@ -79,6 +80,34 @@ def _gated(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dt
         builder.shard(tensor, parameter.name, start=start, stop=start + rows, offset=n * rows * row)
 
 
+def _stacked_gated(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    """The stack is (experts, inputs, pairs of gate and up), a bias has no inputs; a parameter is (outputs, inputs)."""
+    (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
+    rows, inputs = parameter.shape[0] // 2, parameter.shape[1:]
+    builder.tensor(tensor, shape, dtype)
+    start, expert = rows * parameter.part.rank, parameter.expert
+    whole, wide = tuple(0 for _ in inputs), shape[-1] // 2
+    for half in range(2):
+        box = Box(
+            (shape[0], *inputs, wide, 2),
+            (expert, *whole, start, half),
+            (expert + 1, *inputs, start + rows, half + 1),
+        )
+        width = math.prod(inputs)
+        builder.piece(tensor, box, parameter.name, half * rows * width, (0, *(1 for _ in inputs), width, 0))
+
+
+def _stacked_columns(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    """The stack is (experts, inputs, outputs), a bias has no inputs; a parameter is (outputs, inputs)."""
+    (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
+    outputs, *columns = parameter.shape
+    builder.tensor(tensor, shape, dtype)
+    starts, expert = [width * parameter.part.rank for width in columns], parameter.expert
+    stops = [start + width for start, width in zip(starts, columns, strict=True)]
+    box = Box(shape, (expert, *starts, 0), (expert + 1, *stops, outputs))
+    builder.piece(tensor, box, parameter.name, 0, (0, *(1 for _ in columns), math.prod(columns)))
+
+
 def _grouped(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     """A group's rows are its query heads, its key head, its value head; ranks take equal runs of all groups' rows.
 
@@ -109,6 +138,8 @@ _PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], N
     Split.REPLICATED: _replicated,
     Split.ROWS: _rows,
     Split.COLUMNS: _columns,
+    Split.STACKED_GATED: _stacked_gated,
+    Split.STACKED_COLUMNS: _stacked_columns,
     Split.VOCABULARY: _vocabulary,
     Split.GATED: _gated,
     Split.GROUPED: _grouped,

@@ -24,6 +24,7 @@ try:
         warnings.simplefilter("ignore")
         import megatron.core as megatron_core
         from megatron.core import parallel_state
+        from megatron.core.activations import quick_gelu
         from megatron.core.distributed import DistributedDataParallel
         from megatron.core.models.gpt import GPTModel
         from megatron.core.transformer.module import Float16Module
@@ -33,6 +34,9 @@ except ImportError as error:
 if not str(megatron_core.__version__).startswith("0.16."):
     raise PluginError(f"weft-megatron knows megatron-core 0.16, found {megatron_core.__version__}: {_INSTALL}")
 
+
+GATE_OF_GPT_OSS: Any = quick_gelu
+"""Activation of its gates: a sigmoid with a gain of 1.702."""
 
 _LAYER = re.compile(r"(?P<at>decoder\.layers\.(?P<number>\d+)|mtp\.layers\.\d+\.transformer_layer)\.(?P<rest>.*)")
 """A parameter of a layer; prediction layers have the same numbers in every chunk."""

@@ -1,0 +1,82 @@
+"""Attention's lines of the table.
+
+From Megatron-Core 0.16: `transformer/attention.py` (rows of `linear_qkv`), `transformer/multi_latent_attention.py`,
+`transformer/dot_product_attention.py` (sinks).
+"""
+
+from __future__ import annotations
+
+from weft_megatron.family import DecoderModel, LatentAttention
+from weft_megatron.rows import DECODER_LAYER, LAYER, Row, Spec, Split, layer_row
+
+
+def attention_rows(model: DecoderModel, spec: Spec) -> list[Row]:
+    """Attention of grouped queries, and the norm before it."""
+    hidden = model.hidden
+    query, key = model.heads * model.head, model.groups * model.head
+    before = "self_attention.linear_qkv.layer_norm_weight" if spec.fused else "input_layernorm.weight"
+    qkv = tuple(f"self_attn.{part}_proj" for part in "qkv")
+    qkv_shapes = [(query, hidden), (key, hidden), (key, hidden)]
+    rows = [
+        layer_row(before, ["input_layernorm"], "weight", [(hidden,)], Split.REPLICATED),
+        layer_row("self_attention.linear_qkv.weight", qkv, "weight", qkv_shapes, Split.GROUPED),
+    ]
+    if model.qkv_bias:
+        rows += [layer_row("self_attention.linear_qkv.bias", qkv, "bias", [(query,), (key,), (key,)], Split.GROUPED)]
+    if model.qk_norm:
+        for part in "qk":
+            local, logical = f"self_attention.{part}_layernorm.weight", f"self_attn.{part}_norm"
+            rows += [layer_row(local, [logical], "weight", [(model.head,)], Split.REPLICATED)]
+    if model.sinks:
+        name = f"model.layers.{LAYER}.self_attn.sinks"
+        local = f"{DECODER_LAYER}.self_attention.core_attention.softmax_offset"
+        rows += [Row(local, (name,), ((model.heads,),), Split.ROWS)]
+    return [*rows, *_output_rows(model, query)]
+
+
+def _output_rows(model: DecoderModel, values: int) -> list[Row]:
+    """The projection of `values` attended elements."""
+    output, shape = ["self_attn.o_proj"], (model.hidden, values)
+    rows = [layer_row("self_attention.linear_proj.weight", output, "weight", [shape], Split.COLUMNS)]
+    if model.linear_bias:
+        rows += [layer_row("self_attention.linear_proj.bias", output, "bias", [(model.hidden,)], Split.REPLICATED)]
+    return rows
+
+
+def latent_rows(model: DecoderModel, latent: LatentAttention, spec: Spec) -> list[Row]:
+    """Multi-latent attention, and the norm before it.
+
+    In the parameters as on disk rows of one head stay together, and rotary elements are interleaved.
+    Transformer Engine's specification keeps the input's norm apart, since two layers read it, takes those of the short
+    vectors into the layers that follow, and gives every rank the whole of the projections down.
+    """
+    hidden, keys = model.hidden, latent.key_rank
+    down = Split.REPLICATED if spec.fused else Split.ROWS
+
+    def linear(local: str, logical: str, shape: tuple[int, int], split: Split) -> Row:
+        return layer_row(
+            f"self_attention.linear_{local}_proj.weight", [f"self_attn.{logical}"], "weight", [shape], split
+        )
+
+    def norm(part: str, logical: str, size: int) -> Row:
+        fused, own = f"linear_{part}_up_proj.layer_norm_weight", f"{part}_layernorm.weight"
+        local = f"self_attention.{fused if spec.fused else own}"
+        return layer_row(local, [f"self_attn.{logical}"], "weight", [(size,)], Split.REPLICATED)
+
+    rows = [layer_row("input_layernorm.weight", ["input_layernorm"], "weight", [(hidden,)], Split.REPLICATED)]
+    queries = model.heads * (latent.plain + latent.rotary)
+    if latent.query_rank is None:
+        rows += [linear("q", "q_proj", (queries, hidden), Split.ROWS)]
+    else:
+        rows += [
+            linear("q_down", "q_a_proj", (latent.query_rank, hidden), down),
+            norm("q", "q_a_layernorm", latent.query_rank),
+            linear("q_up", "q_b_proj", (queries, latent.query_rank), Split.ROWS),
+        ]
+    return [
+        *rows,
+        linear("kv_down", "kv_a_proj_with_mqa", (keys + latent.rotary, hidden), down),
+        norm("kv", "kv_a_layernorm", keys),
+        linear("kv_up", "kv_b_proj", (model.heads * (latent.plain + latent.value), keys), Split.ROWS),
+        *_output_rows(model, model.heads * latent.value),
+    ]

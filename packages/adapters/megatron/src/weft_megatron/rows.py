@@ -1,0 +1,67 @@
+"""A line of the table of parameters, and what its words mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+LAYER, EXPERT = "{layer}", "{expert}"
+"""Stand for global numbers in the names of rows (trap 6)."""
+DECODER_LAYER = f"decoder.layers.{LAYER}"
+
+
+class Spec(StrEnum):
+    """Which layer specification the model was built with: they name norms and experts differently."""
+
+    LOCAL = "local"
+    """`get_gpt_layer_local_spec`: norms are modules of their own, experts are one module each."""
+    TRANSFORMER_ENGINE = "transformer_engine"
+    """`get_gpt_layer_with_transformer_engine_spec`: norms are part of the linear layer that follows them."""
+    GROUPED = "transformer_engine_grouped"
+    """The same with `moe_grouped_gemm`: a linear layer of all local experts has one numbered weight for each."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether linear layers take in the norms before them."""
+        return self is not Spec.LOCAL
+
+
+class Split(StrEnum):
+    """How tensor parallelism divides a parameter."""
+
+    REPLICATED = "replicated"
+    VOCABULARY = "vocabulary"
+    """Rows of the padded vocabulary."""
+    ROWS = "rows"
+    """Output rows of a column-parallel linear layer."""
+    GROUPED = "grouped"
+    """Rows of q, k and v interleaved per key-value group (trap 5)."""
+    GATED = "gated"
+    """Each rank's rows of gate, then the same rows of up (trap 4); `partition_stride` does not tell for experts."""
+    COLUMNS = "columns"
+    """Input columns of a row-parallel linear layer."""
+    STACKED_GATED = "stacked_gated"
+    """As `GATED`, of one expert, from a transposed stack of all whose columns are gate, up, gate, up (trap 72)."""
+    STACKED_COLUMNS = "stacked_columns"
+    """As `COLUMNS`, of one expert, from a transposed stack of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table. Names are templates: `{layer}` and `{expert}` stand for global numbers (trap 6)."""
+
+    local: str
+    logical: tuple[str, ...]
+    """In the order in which the parameter holds them."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the logical tensors."""
+    split: Split
+    expert: bool = False
+    """Whether it is one expert's: divided among the expert groups instead of the tensor-parallel group."""
+
+
+def layer_row(local: str, logical: Sequence[str], kind: str, shapes: Sequence[tuple[int, ...]], split: Split) -> Row:
+    """Of a decoder layer; names are those below the layer, `kind` is what follows the logical ones."""
+    names = tuple(f"model.layers.{LAYER}.{name}.{kind}" for name in logical)
+    return Row(f"{DECODER_LAYER}.{local}", names, tuple(shapes), split)
