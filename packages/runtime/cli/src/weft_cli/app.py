@@ -13,7 +13,7 @@ import typer
 
 from weft.errors import ConfigError, WeftError
 from weft_cli import plan_app, plugins_command
-from weft_cli.bench import command as bench_command
+from weft_cli.bench.app import bench_commands
 from weft_cli.sides import parse_side
 from weft_cli.verify import command as verify_command
 
@@ -59,36 +59,7 @@ for command in (plan_app.plan, plan_app.explain, plan_app.diff):
     application.command()(command)
 
 
-bench_commands = typer.Typer(no_args_is_help=True, help="Measure what refits cost on this machine.")
 application.add_typer(bench_commands, name="bench")
-
-
-@bench_commands.command("refit")
-def bench_refit(
-    model: Annotated[str, typer.Option(help="As for `weft plan`.")] = "qwen3-0.6b",
-    source: Annotated[str, typer.Option(help="The trainer, as for `weft plan`.")] = "megatron:tp2",
-    target: Annotated[str, typer.Option(help="The engines, as for `weft plan`.")] = "vllm:tp2",
-    transports: Annotated[list[str] | None, typer.Option("--transport", help="May be given several times.")] = None,
-    digests: Annotated[
-        bool | None, typer.Option(help="Only with, or only without, digests; both if not given.")
-    ] = None,
-    cycles: Annotated[int, typer.Option(min=2, help="Refits per case; the first is cold.")] = 6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
-) -> None:
-    """Time whole refits between processes on this machine, and bare NIXL writes of as many bytes beside them.
-
-    One process per rank holds plain memory in the layout that the framework would have; every byte of every target is
-    checked after the clock has stopped. `ratio` is the refit's rate over the best rate of bare writes (of four chunk
-    sizes) between the same processes. Wrong bytes end in exit code 1.
-
-    **Examples**
-
-        weft bench refit
-
-        weft bench refit --transport nixl --transport gloo --no-digests --json
-    """
-    chosen = [digests] if digests is not None else [False, True]
-    bench_command.refit(model, source, target, transports or ["nixl"], chosen, cycles, as_json=as_json)
 
 
 class DemoModel(StrEnum):
