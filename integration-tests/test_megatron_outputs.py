@@ -12,8 +12,16 @@ import torch
 from support.megatron_ranks import compute_logits
 from support.processes import run_ranks
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -57,6 +65,40 @@ MODELS |= {
         EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [0], "tie_word_embeddings": True},
     ),
 }
+SIGMOID = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "tie_word_embeddings": False,
+}
+LATENT = SIGMOID | {
+    # Transformers takes it for the rotary part.
+    "head_dim": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_group": 4,
+    "topk_group": 2,
+}
+STACKED = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+PARTLY = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+MODELS |= {
+    "mixtral": (MixtralConfig, MixtralForCausalLM, STACKED),
+    "deepseek": (DeepseekV3Config, DeepseekV3ForCausalLM, LATENT),
+    "deepseek without a query vector": (DeepseekV3Config, DeepseekV3ForCausalLM, LATENT | {"q_lora_rank": None}),
+    "glm": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        SIGMOID | {"attention_bias": True, "use_qk_norm": True, "rope_parameters": PARTLY},
+    ),
+    "gpt-oss": (GptOssConfig, GptOssForCausalLM, STACKED),
+}
 TP2 = {"tensor_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 ETP1 = {"expert_tensor_parallel_size": 1}
@@ -72,8 +114,11 @@ EXPERT_MESHES: dict[str, dict[str, int]] = {
     "tp2 ep2 etp1": TP2 | EP2 | ETP1,
     "tp2 ep2 etp2": TP2 | EP2,
 }
-RUNS = [(name, mesh) for name in MODELS for mesh in MESHES]
+RUNS = [(name, mesh) for name in MODELS if name.startswith(("llama", "qwen", "experts")) for mesh in MESHES]
 RUNS += [(name, mesh) for name in MODELS if name.startswith("experts") for mesh in EXPERT_MESHES]
+RUNS += [(name, mesh) for name in ("mixtral", "deepseek", "glm") for mesh in ("tp2 pp2", "ep4", "tp2 ep2 etp1")]
+# Megatron does not divide experts with biases.
+RUNS += [("deepseek without a query vector", "tp4"), *(("gpt-oss", mesh) for mesh in ("tp1", "ep4", "tp2 ep2 etp1"))]
 Logits = npt.NDArray[np.float32]
 
 
@@ -90,6 +135,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Logits], l
             for parameter in model.parameters():
                 # Norms start at one and biases at zero, where a mistake would not show.
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))
+            for buffer_name, buffer in model.named_buffers():
+                if buffer_name.endswith("e_score_correction_bias"):
+                    buffer.copy_(torch.randn_like(buffer) * 0.2)
             expected[name] = model(tokens).logits.numpy()
         checkpoints[name] = str(directory / name)
         model.save_pretrained(checkpoints[name])

@@ -57,6 +57,7 @@ def build_model(
         parallel_output=False,
         share_embeddings_and_output_weights=config["tie_word_embeddings"],
         position_embedding_type="rope",
+        rotary_percent=config["rope_parameters"].get("partial_rotary_factor", 1.0),
         rotary_base=megatron_on_cpu.rope_theta(config),
         vp_stage=chunk,
         mtp_block_spec=predictors,
