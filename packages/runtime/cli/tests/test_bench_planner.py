@@ -13,6 +13,7 @@ import pytest
 
 from weft.errors import ConfigError, DeadlineError, WeftError
 from weft.planfile import load_plan
+from weft.slices import slice_of
 from weft_cli.bench import planner_command
 from weft_cli.bench.beside import run_beside
 from weft_cli.bench.isolated import in_own_process, rss_bytes
@@ -62,14 +63,16 @@ def test_peak_memory_is_what_was_there_at_most() -> None:
 
 def test_a_row_has_the_figures_of_the_plan_that_is_saved(toy_framework: Path, tmp_path: Path) -> None:
     row = run_planner_case(TOY, load_config(str(toy_framework)), tmp_path, 120)
-    statistics = load_plan(tmp_path / "toy.plan").statistics
+    saved = load_plan(tmp_path / "toy.plan")
+    statistics = saved.statistics
     assert (row.source_ranks, row.target_ranks, row.logical_tensors) == (2, 8, 1)
     assert (row.copies, row.segments, row.bytes) == (statistics.copies, statistics.segments, 64 * 8 * 2 * 2)
     assert row.egress_over_bound == statistics.egress_over_bound
     assert row.ingress_over_bound == 1.0
     assert row.peers_per_rank_max == max(statistics.peers.values()) == 4
     assert row.distinct_layouts == 6
-    assert min(row.plan_seconds, row.decode_seconds, row.calibration_sort_seconds) > 0
+    assert row.bytes_per_member_read == max(len(slice_of(saved, member.name).encoded) for member in saved.members)
+    assert min(row.plan_seconds, row.decode_seconds, row.rank_plan_seconds, row.calibration_sort_seconds) > 0
     assert row.peak_rss_bytes >= row.rss_before_bytes > 1_000_000
 
 

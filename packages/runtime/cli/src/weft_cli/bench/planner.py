@@ -21,6 +21,7 @@ from weft.member import Member
 from weft.plan import Plan
 from weft.planfile import save_plan
 from weft.policy import Policy
+from weft.slices import Slice, prove, slice_of
 from weft_cli.bench.isolated import in_own_process, rss_bytes
 from weft_cli.bench.results import PlannerRow
 from weft_cli.planning import Sides, make_plan, members_of
@@ -28,6 +29,8 @@ from weft_cli.sides import parse_side
 
 _RANKS_PER_HOST = 8
 _DTYPE = "bfloat16"
+_EXAMINED = 4
+"""Members of either side whose slices are proven."""
 Result = TypeVar("Result")
 
 
@@ -107,6 +110,7 @@ def _measure(argument: bytes) -> bytes:
     statistics = made.statistics
     if save:
         save_plan(made, Path(save))
+    slices = [_slice(made, sides, number) for number in _busiest(made)]
     numbers = np.random.default_rng(0).integers(0, 1 << 62, 1 << 22)
     row = PlannerRow(
         case=case.name,
@@ -121,6 +125,7 @@ def _measure(argument: bytes) -> bytes:
         distinct_layouts=len(sides.layouts),
         decode_seconds=decode_seconds,
         plan_seconds=plan_seconds,
+        rank_plan_seconds=max(seconds for seconds, _ in slices),
         calibration_sort_seconds=min(timed(partial(np.sort, numbers))[0] for _ in range(3)),
         rss_before_bytes=before,
         peak_rss_bytes=peak,
@@ -128,6 +133,7 @@ def _measure(argument: bytes) -> bytes:
         egress_over_bound=statistics.egress_over_bound,
         ingress_over_bound=statistics.ingress_over_bound,
         peers_per_rank_max=max(statistics.peers.values()),
+        bytes_per_member_read=max(nbytes for _, nbytes in slices),
     )
     return msgspec.msgpack.encode(row)
 
@@ -136,3 +142,18 @@ def _plan_with_statistics(sides: Sides) -> Plan:
     made = make_plan(sides, Policy())
     assert made.statistics.bytes
     return made
+
+
+def _busiest(made: Plan) -> list[int]:
+    """The members that send, and those that receive, most copies."""
+    counts = [np.bincount(ends, minlength=len(made.members)) for ends in (made.routes.source, made.routes.target)]
+    return sorted({n for count in counts for n in np.argsort(-count, kind="stable")[:_EXAMINED].tolist()})
+
+
+def _slice(made: Plan, sides: Sides, number: int) -> tuple[float, int]:
+    """(Seconds, bytes) of one member's slice, as the member itself would read and prove it."""
+    member = made.members[number]
+    record = slice_of(made, member.name).encoded
+    own = [sides.layouts[address] if address else None for address in (member.source_layout, member.target_layout)]
+    seconds, _ = timed(lambda: prove(Slice.decode(record), *own))
+    return seconds, len(record)

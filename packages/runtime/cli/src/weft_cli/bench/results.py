@@ -22,6 +22,9 @@ class PlannerRow(msgspec.Struct, frozen=True, kw_only=True):
     """Every distinct layout from its record."""
     plan_seconds: float
     """The global plan with coalescing, balance and proof of coverage, its statistics included."""
+    rank_plan_seconds: float
+    """One member's slice, read from its record and proven against its own layouts: the longest of those examined, which
+    are the members with the most copies on either side."""
     calibration_sort_seconds: float
     """numpy's sort of 2²² random 64-bit integers in the same process."""
     rss_before_bytes: int
@@ -32,6 +35,8 @@ class PlannerRow(msgspec.Struct, frozen=True, kw_only=True):
     egress_over_bound: float
     ingress_over_bound: float
     peers_per_rank_max: int
+    bytes_per_member_read: int
+    """The record of a member's slice, the longest of those examined."""
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
