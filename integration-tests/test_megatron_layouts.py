@@ -115,6 +115,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pp2 ep2, glm, wrapped": (GLM, PP2 | EP2, "float16"),
     "tp2 ep2 etp1, gpt-oss": (GPT_OSS, TP2 | EP2 | ETP1, "bare"),
     "tp4, gpt-oss, wrapped": (GPT_OSS, TP4 | ETP1, "float16"),
+    "ep2 etp2, legacy grouped": (EXPERTS, EP2 | ETP2, "legacy"),
     "ep2 etp2, renamed as grouped": (EXPERTS, EP2 | ETP2, "grouped"),
 }
 """Config, sizes of `initialize_model_parallel`, and how the model is built."""
@@ -140,13 +141,15 @@ def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[L
         order=sizes.get("order", MegatronAdapter().order),
         make_vocab_size_divisible_by=PADDED // tp,
         norm_dtype="float32" if kind == "bare-bfloat16" else None,
-        spec=Spec.GROUPED if kind == "grouped" else Spec.LOCAL,
+        spec={"grouped": Spec.GROUPED, "legacy": Spec.LOCAL_LEGACY}.get(kind, Spec.LOCAL),
     )
     parallel = {"tp": tp, "pp": pp, "dp": WORLD // (tp * pp), "ep": sizes.get("expert_model_parallel_size", 1)}
     if kind == "mtp":
         parallel["mtp"] = config["num_nextn_predict_layers"]
     parallel["etp"] = sizes.get("expert_tensor_parallel_size", tp)
-    return list(adapter.layouts(config, parallel, "float32" if kind in ("bare", "grouped", "mtp") else "bfloat16"))
+    return list(
+        adapter.layouts(config, parallel, "float32" if kind in ("bare", "grouped", "legacy", "mtp") else "bfloat16")
+    )
 
 
 @pytest.mark.trap(2, 4, 6, 7, 8, 13, 14)
@@ -221,7 +224,7 @@ def test_a_model_that_is_not_the_configs_is_refused(
         ("a dense config", ["num_moe_experts=4", "mlp.router.weight: float32(4, 32) is not part of this family"]),
         ("expert bias", ["moe_router_enable_expert_bias=True", "router.expert_bias: float32(4,) is not part"]),
         ("shared experts", ["moe_shared_expert_intermediate_size=16", "shared_experts.weight: float32(2,) is not"]),
-        ("legacy grouped experts", ["GroupedMLP", "mlp.experts.weight1: float32(32, 64) is not part"]),
+        ("legacy grouped experts", ["experts.weight1: shape (64, 32), expected (32, 64)"]),
     ],
 )
 @pytest.mark.trap(13)

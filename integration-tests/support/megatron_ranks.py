@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from support.megatron_families import build_model, transformer_config
 from support.megatron_model import end_job, logits_of, stage_logits, start_job
-from support.megatron_spoiled import EXPERT_SPOIL, SPOIL, rename_as_grouped
+from support.megatron_spoiled import EXPERT_SPOIL, SPOIL, join_as_legacy, rename_as_grouped
 from transformers import Qwen3Config
 
 from weft.contracts import Source, Target
@@ -87,8 +87,8 @@ def inspect(
 
 
 def _describe(config: Config, padded: int, kind: str) -> dict[str, Any]:
-    """This rank's live layout of a model of one kind: bare, bare-bfloat16, float16, chunks, grouped, mtp."""
-    dtype = torch.float32 if kind in ("bare", "chunks", "grouped", "mtp") else torch.bfloat16
+    """This rank's live layout of a model of one kind: bare, bare-bfloat16, float16, chunks, grouped, legacy, mtp."""
+    dtype = torch.float32 if kind in ("bare", "chunks", "grouped", "legacy", "mtp") else torch.bfloat16
     options = {"mtp_num_layers": config["num_nextn_predict_layers"]} if kind == "mtp" else {}
     chunk = 0 if kind == "chunks" else None
     model: Any = build_model(config, padded_vocabulary=padded, dtype=dtype, chunk=chunk, **options)
@@ -96,6 +96,8 @@ def _describe(config: Config, padded: int, kind: str) -> dict[str, Any]:
         model = [model, build_model(config, padded_vocabulary=padded, chunk=1)]
     if kind == "grouped":
         rename_as_grouped(model)
+    if kind == "legacy":
+        join_as_legacy(model)
     if kind == "float16":
         model = Float16Module(transformer_config(config, dtype), model)
     source, target = MegatronSource(model, config), MegatronTarget(model, config)

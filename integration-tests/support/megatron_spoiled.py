@@ -45,15 +45,6 @@ SPOIL: Mapping[str, Callable[[Any, Config], tuple[Any, Config]]] = {
 }
 
 
-class GroupedMLP(torch.nn.Module):
-    """Looks like Megatron's, which cannot be built without grouped_gemm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight1 = torch.nn.Parameter(torch.zeros(32, 64))
-        self.weight2 = torch.nn.Parameter(torch.zeros(32, 32))
-
-
 def rename_as_grouped(model: Any) -> None:
     """Give the parameters of a model with experts the names of Transformer Engine's grouped layers (`TEGroupedMLP`),
     which need a GPU. It does not run any more.
@@ -70,6 +61,17 @@ def rename_as_grouped(model: Any) -> None:
             for name, linear in grouped.items():
                 setattr(linear, f"weight{number}", getattr(expert, name).weight)
         layer.mlp.experts = grouped
+
+
+def join_as_legacy(model: Any) -> None:
+    """Put the experts of every layer in the two weights of `GroupedMLP`, which needs the package grouped_gemm."""
+    for layer in model.decoder.layers:
+        if hasattr(layer.mlp, "experts"):
+            experts = [(each.linear_fc1.weight, each.linear_fc2.weight) for each in layer.mlp.experts.local_experts]
+            first, second = (torch.stack([weight.T for weight in weights]) for weights in zip(*experts, strict=True))
+            layer.mlp.experts = torch.nn.Module()
+            layer.mlp.experts.weight1 = torch.nn.Parameter(first.reshape(first.shape[1], -1))
+            layer.mlp.experts.weight2 = torch.nn.Parameter(second.reshape(-1, second.shape[2]))
 
 
 def _number_anew(model: Any, config: Config) -> tuple[Any, Config]:
@@ -98,8 +100,9 @@ def _add_shared_experts(model: Any, config: Config) -> tuple[Any, Config]:
     return _set(model, config, moe_shared_expert_intermediate_size=16)
 
 
-def _group(model: Any, config: Config) -> tuple[Any, Config]:
-    model.decoder.layers[0].mlp.experts = GroupedMLP()
+def _join_some(model: Any, config: Config) -> tuple[Any, Config]:
+    join_as_legacy(model)
+    model.decoder.layers[0].mlp.experts.weight1 = torch.nn.Parameter(torch.zeros(64, 32))
     return model, config
 
 
@@ -115,6 +118,6 @@ EXPERT_SPOIL: Mapping[str, Callable[[Any, Config], tuple[Any, Config]]] = {
     "a dense config": lambda model, config: (model, config | {"model_type": "qwen3"}),
     "expert bias": _add_expert_bias,
     "shared experts": _add_shared_experts,
-    "legacy grouped experts": _group,
+    "legacy grouped experts": _join_some,
     "other numbers": _number_anew,
 }

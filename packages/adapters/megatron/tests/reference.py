@@ -318,6 +318,20 @@ def megatron_shard(
     return held
 
 
+def legacy_names(held: State) -> State:
+    """All experts of a layer in two weights, each `view(experts, inputs, outputs)` of it being theirs transposed."""
+    joined = {name: tensor for name, tensor in held.items() if ".local_experts." not in name}
+    for name in (name for name in held if ".local_experts." in name):
+        layer, _, after = name.partition(".local_experts.")
+        linear = after.split(".")[1]
+        local = f"{layer}.weight{linear[-1]}"
+        if local not in joined:
+            experts = [held[other] for other in held if other.startswith(f"{layer}.local_") and linear in other]
+            shape = (experts[0].shape[1], -1) if linear == "linear_fc1" else (-1, experts[0].shape[0])
+            joined[local] = torch.stack([expert.T for expert in experts]).reshape(shape)
+    return joined
+
+
 def engine_names(held: State, *, grouped: bool) -> State:
     """The same under the names of Transformer Engine's layers."""
     renamed = {}

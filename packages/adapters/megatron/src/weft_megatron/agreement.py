@@ -12,9 +12,6 @@ import torch
 from weft_megatron.family import DecoderModel
 from weft_megatron.upstream import GATE_OF_GPT_OSS, Chunk
 
-_LEGACY = "GroupedMLP"
-"""All local experts in two transposed tensors; needs the package grouped_gemm."""
-
 
 def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
     """Where the model's own configuration contradicts the Hugging Face config."""
@@ -59,10 +56,6 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         )
     if model.experts and config.moe_router_load_balancing_type == "sinkhorn":
         faults.append("moe_router_load_balancing_type='sinkhorn' routes in a way that no checkpoint can express")
-    if any(
-        type(getattr(layer.mlp, "experts", None)).__name__ == _LEGACY for layer in chunk.transformer_layers.values()
-    ):
-        faults.append(f"experts are in the legacy grouped layout ({_LEGACY}); build SequentialMLP or TEGroupedMLP")
     if bool(chunk.module.share_embeddings_and_output_weights) != model.tied:
         faults.append(
             f"the model was built with share_embeddings_and_output_weights="

@@ -94,10 +94,11 @@ def inspect_model(model: Any, hf_config: Mapping[str, Any] | HasToDict) -> Inspe
 def _spec(names: Iterable[str]) -> Spec:
     """The layer specification that gives such names."""
     names = list(names)
-    if not any(name.endswith(".layer_norm_weight") for name in names):
-        return Spec.LOCAL
+    fused = any(name.endswith(".layer_norm_weight") for name in names)
+    if any(name.endswith(".mlp.experts.weight1") for name in names):
+        return Spec.LEGACY if fused else Spec.LOCAL_LEGACY
     grouped = any(".mlp.experts.linear_fc1.weight" in name for name in names)
-    return Spec.GROUPED if grouped else Spec.TRANSFORMER_ENGINE
+    return Spec.GROUPED if grouped else Spec.TRANSFORMER_ENGINE if fused else Spec.LOCAL
 
 
 def _tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:

@@ -33,10 +33,25 @@ def expert_rows(model: DecoderModel, spec: Spec, experts: Experts) -> list[Row]:
         rows += _gated_rows(model, "mlp.shared_experts", "mlp.shared_experts.{linear}.{kind}", experts.shared, names)
     grouped, single = "mlp.experts.{linear}.{kind}{{expert}}", "mlp.experts.local_experts.{{expert}}.{linear}.{kind}"
     local = grouped if spec is Spec.GROUPED else single
+    if spec.legacy:
+        return [*rows, *_legacy_rows(model, experts)]
     if experts.stacked:
         return [*rows, *_stacked_rows(model, experts, local)]
     own = _gated_rows(model, f"{names.experts}.{EXPERT}", local, experts.intermediate, names)
     return [*rows, *(replace(row, expert=True) for row in own)]
+
+
+def _legacy_rows(model: DecoderModel, experts: Experts) -> list[Row]:
+    """`GroupedMLP`, which has no biases."""
+    names, wide = experts.names, experts.intermediate
+    gated, down = (
+        [f"{names.experts}.{EXPERT}.{name}" for name in group] for group in ((names.gate, names.up), (names.down,))
+    )
+    rows = [
+        layer_row("mlp.experts.weight1", gated, "weight", [(wide, model.hidden)] * 2, Split.LEGACY_GATED),
+        layer_row("mlp.experts.weight2", down, "weight", [(model.hidden, wide)], Split.LEGACY_COLUMNS),
+    ]
+    return [replace(row, expert=True) for row in rows]
 
 
 def _stacked_rows(model: DecoderModel, experts: Experts, local: str) -> list[Row]:

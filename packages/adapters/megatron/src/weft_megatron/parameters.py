@@ -60,7 +60,7 @@ class Parameter:
     part: Part
     """Which part of the split it is."""
     expert: int
-    """Global number of the expert it belongs to, if it belongs to one."""
+    """Global number of the expert it belongs to, if it belongs to one; of the first if to several."""
     group: str
     """The group it moves in: `embedding`, `layers.N` or `output`."""
 
@@ -80,8 +80,9 @@ def _instances(model: DecoderModel, stage: Stage, spec: Spec) -> Iterator[Parame
         yield from (_instance(model, stage, row, "embedding") for row in embedding_rows(model))
     for layer in stage.layers:
         for row in layer_rows(model, spec, layer):
-            numbers = stage.experts.of(model.experts.count) if row.expert and model.experts else range(1)
-            yield from (_instance(model, stage, row, f"layers.{layer}", layer, number) for number in numbers)
+            held = stage.experts.of(model.experts.count) if row.expert and model.experts else range(1)
+            shares = [held] if row.gathers_experts else [range(number, number + 1) for number in held]
+            yield from (_instance(model, stage, row, f"layers.{layer}", layer, share) for share in shares)
     if stage.last:
         for row in output_rows(model):
             # A stage that has both ends of a tied model keeps no second copy of the embedding.
@@ -89,17 +90,19 @@ def _instances(model: DecoderModel, stage: Stage, spec: Spec) -> Iterator[Parame
                 yield _instance(model, stage, row, "output")
 
 
-def _instance(model: DecoderModel, stage: Stage, row: Row, group: str, layer: int = 0, expert: int = 0) -> Parameter:
+def _instance(
+    model: DecoderModel, stage: Stage, row: Row, group: str, layer: int = 0, experts: range = range(1)
+) -> Parameter:
     part = stage.expert_tensor if row.expert else stage.tensor
-    names = [name.format(layer=layer, expert=expert) for name in (row.local, *row.logical)]
+    names = [name.format(layer=layer, expert=expert) for expert in experts for name in row.logical]
     return Parameter(
-        name=names[0],
+        name=row.local.format(layer=layer, expert=experts.start),
         shape=_local_shape(model, stage, row, part.size),
-        logical=tuple(EMBEDDING if model.tied and name == HEAD else name for name in names[1:]),
-        logical_shapes=row.shapes,
+        logical=tuple(EMBEDDING if model.tied and name == HEAD else name for name in names),
+        logical_shapes=row.shapes * len(experts),
         split=row.split,
         part=part,
-        expert=expert,
+        expert=experts.start,
         group=group,
     )
 
@@ -123,6 +126,15 @@ def _local_shape(model: DecoderModel, stage: Stage, row: Row, size: int) -> tupl
             return (shape[-1] // size, *shape[1:-1])
         case Split.STACKED_COLUMNS:
             return (shape[-1], *(wide // size for wide in shape[1:-1]))
+        case Split.LEGACY_GATED:
+            return (shape[1], _held(model, stage) * 2 * shape[0] // size)
+        case Split.LEGACY_COLUMNS:
+            return (_held(model, stage) * shape[1] // size, shape[0])
+
+
+def _held(model: DecoderModel, stage: Stage) -> int:
+    """How many experts of a layer this rank has."""
+    return len(stage.experts.of(model.experts.count)) if model.experts else 0
 
 
 def _check_divisible(model: DecoderModel, stage: Stage, spec: Spec) -> None:
@@ -156,5 +168,7 @@ def _check_divisible(model: DecoderModel, stage: Stage, spec: Spec) -> None:
         faults.append(f"padded vocabulary {stage.padded_vocabulary} is smaller than the vocabulary {model.vocabulary}")
     if model.linear_bias and model.experts and stage.expert_tensor.size > 1:
         faults.append(f"experts with biases do not divide among etp={stage.expert_tensor.size} ranks")
+    if model.experts and spec.legacy and model.linear_bias:
+        faults.append("the legacy grouped layout has no biases")
     if faults:
         raise ConfigError(f"{model.family}: {'; '.join(faults)}")

@@ -108,6 +108,28 @@ def _stacked_columns(builder: LayoutBuilder, model: DecoderModel, parameter: Par
     builder.piece(tensor, box, parameter.name, 0, (0, *(1 for _ in columns), math.prod(columns)))
 
 
+def _legacy_gated(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    """In memory the parameter is (local experts, hidden, gate and up of this rank): `GroupedMLP.sharded_state_dict`."""
+    hidden, columns = parameter.shape
+    rows = columns // len(parameter.logical)
+    start = rows * parameter.part.rank
+    for n, (tensor, shape) in enumerate(zip(parameter.logical, parameter.logical_shapes, strict=True)):
+        builder.tensor(tensor, shape, dtype)
+        expert, half = divmod(n, 2)
+        offset = expert * hidden * 2 * rows + half * rows
+        builder.piece(tensor, Box(shape, (start, 0), (start + rows, hidden)), parameter.name, offset, (1, 2 * rows))
+
+
+def _legacy_columns(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    """In memory the parameter is (local experts, width of this rank, hidden)."""
+    width, hidden = parameter.shape[0] // len(parameter.logical), parameter.shape[1]
+    start = width * parameter.part.rank
+    for expert, (tensor, shape) in enumerate(zip(parameter.logical, parameter.logical_shapes, strict=True)):
+        builder.tensor(tensor, shape, dtype)
+        box = Box(shape, (0, start), (hidden, start + width))
+        builder.piece(tensor, box, parameter.name, expert * width * hidden, (1, hidden))
+
+
 def _grouped(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     """A group's rows are its query heads, its key head, its value head; ranks take equal runs of all groups' rows.
 
@@ -140,6 +162,8 @@ _PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], N
     Split.COLUMNS: _columns,
     Split.STACKED_GATED: _stacked_gated,
     Split.STACKED_COLUMNS: _stacked_columns,
+    Split.LEGACY_GATED: _legacy_gated,
+    Split.LEGACY_COLUMNS: _legacy_columns,
     Split.VOCABULARY: _vocabulary,
     Split.GATED: _gated,
     Split.GROUPED: _grouped,

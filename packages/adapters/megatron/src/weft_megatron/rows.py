@@ -20,11 +20,20 @@ class Spec(StrEnum):
     """`get_gpt_layer_with_transformer_engine_spec`: norms are part of the linear layer that follows them."""
     GROUPED = "transformer_engine_grouped"
     """The same with `moe_grouped_gemm`: a linear layer of all local experts has one numbered weight for each."""
+    LOCAL_LEGACY = "legacy_grouped"
+    """Local norms with `moe_grouped_gemm`, which is legacy there: all local experts are in two transposed weights."""
+    LEGACY = "transformer_engine_legacy_grouped"
+    """Transformer Engine's norms with the same experts (`moe_use_legacy_grouped_gemm`)."""
 
     @property
     def fused(self) -> bool:
         """Whether linear layers take in the norms before them."""
-        return self is not Spec.LOCAL
+        return self not in (Spec.LOCAL, Spec.LOCAL_LEGACY)
+
+    @property
+    def legacy(self) -> bool:
+        """Whether experts are in the legacy grouped layout."""
+        return self in (Spec.LOCAL_LEGACY, Spec.LEGACY)
 
 
 class Split(StrEnum):
@@ -45,6 +54,10 @@ class Split(StrEnum):
     """As `GATED`, of one expert, from a transposed stack of all whose columns are gate, up, gate, up (trap 72)."""
     STACKED_COLUMNS = "stacked_columns"
     """As `COLUMNS`, of one expert, from a transposed stack of all."""
+    LEGACY_GATED = "legacy_gated"
+    """As `GATED`, transposed, of every local expert in turn; the shape of the parameter hides that."""
+    LEGACY_COLUMNS = "legacy_columns"
+    """As `COLUMNS`, transposed, of every local expert in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,11 @@ class Row:
     split: Split
     expert: bool = False
     """Whether it is one expert's: divided among the expert groups instead of the tensor-parallel group."""
+
+    @property
+    def gathers_experts(self) -> bool:
+        """Whether one parameter holds all of a rank's experts; logical names and shapes are those of one of them."""
+        return self.expert and EXPERT not in self.local
 
 
 def layer_row(local: str, logical: Sequence[str], kind: str, shapes: Sequence[tuple[int, ...]], split: Split) -> Row:

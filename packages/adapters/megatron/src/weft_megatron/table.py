@@ -34,11 +34,14 @@ def name_map(model: DecoderModel, spec: Spec = Spec.LOCAL) -> NameMap:
 
 
 def _rule(model: DecoderModel, row: Row) -> NameRule:
-    """Of a row; a tensor that stacks experts is held by every expert's parameter."""
-    if not row.expert or any(EXPERT in name for name in row.logical):
-        return NameRule((row.local,), row.logical)
-    count = model.experts.count if model.experts else 0
-    return NameRule(tuple(row.local.replace(EXPERT, str(expert)) for expert in range(count)), row.logical)
+    """Of a row. Where only one side has a name for each expert, it has one for every expert."""
+    local, logical = (row.local,), row.logical
+    if row.expert and model.experts and (EXPERT in row.local) != (EXPERT in row.logical[0]):
+        local, logical = (
+            tuple(dict.fromkeys(name.replace(EXPERT, str(n)) for n in range(model.experts.count) for name in names))
+            for names in (local, logical)
+        )
+    return NameRule(local, logical)
 
 
 def ties(model: DecoderModel) -> dict[str, str]:
