@@ -35,7 +35,8 @@ def name_map(model: DecoderModel, spec: Spec = Spec.LOCAL) -> NameMap:
 
 def _rule(model: DecoderModel, row: Row) -> NameRule:
     """Of a row. Where only one side has a name for each expert, it has one for every expert."""
-    local, logical = (row.local,), row.logical
+    local: tuple[str, ...] = (row.local,)
+    logical = row.logical
     if row.expert and model.experts and (EXPERT in row.local) != (EXPERT in row.logical[0]):
         local, logical = (
             tuple(dict.fromkeys(name.replace(EXPERT, str(n)) for n in range(model.experts.count) for name in names))
