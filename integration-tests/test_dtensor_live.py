@@ -1,4 +1,4 @@
-"""Live DTensor modules in four real processes: FSDP2, HSDP, tensor parallelism and both, refitting each other."""
+"""Live modules in four real processes: FSDP2, HSDP, tensor parallelism, both, and FSDP1, refitting each other."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ PAIRS = [
     ("hsdp columns", "tp4", "nixl"),
     ("tp2", "plain", "gloo"),
     ("hsdp", "fsdp", "nixl"),
+    ("flat", "flat hybrid", "gloo"),
+    ("flat hybrid", "flat", "nixl"),
 ]
 
 
@@ -34,6 +36,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     calls["one target"] = ("shares", ("aabb", [0], Job(server.url, "one target", "gloo")))
     calls["two targets"] = ("shares", ("aabb", [0, 3], Job(server.url, "two targets", "gloo")))
     calls["states"] = ("states", ())
+    calls["flat states"] = ("flat states", ())
     rendezvous = f"file://{Path(tmp_path_factory.mktemp('ranks')) / 'rendezvous'}"
     try:
         ranks = run_ranks(serve, 4, rendezvous, list(calls.values()), seconds=200)
@@ -63,7 +66,7 @@ def member(name: str, source: Layout | None, target: Layout | None) -> Member:
 
 
 @pytest.mark.trap(8, 10, 16)
-@pytest.mark.parametrize("kind", ["fsdp", "fsdp tp", "hsdp columns", "hsdp", "tp2"])
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp tp", "hsdp columns", "hsdp", "tp2", "flat", "flat hybrid"])
 def test_the_memory_of_all_ranks_makes_a_replicated_module_by_plan(answers: list[dict[str, Any]], kind: str) -> None:
     (case,) = [f"{source} to {target}" for source, target, _ in PAIRS if source == kind]
     held = {f"s/{rank}": Layout.decode(found[case]["layout"]) for rank, found in enumerate(answers)}
@@ -84,7 +87,7 @@ def test_the_memory_of_all_ranks_makes_a_replicated_module_by_plan(answers: list
         assert state[name].numpy().tobytes() == whole.tobytes(), name
     statistics = planned.statistics
     assert statistics.bytes == target.layout().nbytes
-    if kind.startswith("hsdp"):
+    if kind in ("hsdp columns", "hsdp", "flat hybrid"):
         assert len(set(held.values())) == 2  # replicas of a shard share one layout
         assert all(nbytes > 0 for nbytes in statistics.egress_bytes.values())
 
@@ -114,3 +117,20 @@ def test_a_hold_puts_shards_back_finishes_pending_gathers_and_refuses_inside_a_f
         assert "FSDP parameters of layers.1 are in use (forward)" in text
         assert "the root module" in text
         assert "layers.0" not in text
+
+
+@pytest.mark.trap(66)
+def test_a_hold_of_flat_parameters_drops_what_was_gathered_and_takes_replaced_memory(
+    answers: list[dict[str, Any]],
+) -> None:
+    for rank in answers:
+        found = rank["flat states"]
+        assert all(found[name] for name in ("allocated", "freed", "same layout"))
+        assert found["replaced"]
+        assert all(values == {3.0} for values in found["replaced"])
+        inside, odd = found["texts"]
+        assert "FSDP parameters of layers.1 are in use (forward)" in inside
+        assert "layers.0" not in inside
+        assert "layers.0.up.weight: was not contiguous when FSDP flattened it" in odd
+        assert "layers.1.up.weight: was not contiguous" in odd
+        assert found["dtypes"] == {"float32"}  # of the shards, not of what is computed with

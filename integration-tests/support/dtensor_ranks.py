@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -69,9 +69,23 @@ def _split_layers(net: Net, mesh: DeviceMesh) -> None:
         parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
+def _flatten(net: Net, **options: Any) -> Net:
+    """Torch's first FSDP; parameters of no layer in a flat one of their own."""
+    options |= {"device_id": torch.device("cpu")}
+    for n, layer in enumerate(net.layers):
+        net.layers[n] = FullyShardedDataParallel(layer, **options)
+    return FullyShardedDataParallel(net, **options)
+
+
 def build(kind: str, seed: int) -> Net:
     """A net whose tensors are placed in one of the ways of `kind` over four ranks. Collective."""
     net = Net(seed)
+    if kind == "flat":
+        return _flatten(net, use_orig_params=True)
+    if kind == "flat hybrid":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        strategy = ShardingStrategy._HYBRID_SHARD_ZERO2
+        return _flatten(net, use_orig_params=False, device_mesh=mesh, sharding_strategy=strategy)
     if kind == "fsdp":
         _shard(net, mesh=init_device_mesh("cpu", (4,)))
     elif kind == "hsdp":
@@ -145,7 +159,9 @@ def serve(rank: int, world: int, rendezvous: str, calls: list[tuple[str, tuple[A
     """Join a group of gloo, make each call `(function of this module, arguments)`, leave."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    functions: Mapping[str, Callable[..., Any]] = {"exchange": exchange, "shares": shares, "states": states}
+    functions: Mapping[str, Callable[..., Any]] = {
+        "exchange": exchange, "shares": shares, "states": states, "flat states": flat_states,
+    }  # fmt: skip
     try:
         return [functions[name](rank, *arguments) for name, arguments in calls]
     finally:
@@ -237,4 +253,47 @@ def states(rank: int) -> dict[str, Any]:
     return {
         "unsharded": unsharded, "resharded": first, "pending": again, "made": made, "inside": texts,
         "intact": torch.equal(before, logits(net)),
+    }  # fmt: skip
+
+
+def flat_states(rank: int) -> dict[str, Any]:
+    """What `hold` does about the first FSDP's states, and what cannot be described."""
+    net = build("flat", 1)
+    source = ModuleSource(net)
+    logits(net)
+    gathered = net._handle.flat_param._full_param_padded.untyped_storage()
+    allocated = gathered.nbytes() > 0
+    source.hold(1).release()
+    freed = gathered.nbytes() == 0
+    layout = ModuleSource(net).layout().address
+    for parameter in net.parameters():  # what an optimizer does that swaps memory instead of writing to it
+        parameter.data = torch.full_like(parameter.data, 3.0)
+    source.hold(2).release()
+    replaced = [set(memory.tolist()) for name, memory in source.memory().items() if not name.endswith("steps")]
+    texts: list[str] = []
+
+    def inside(*_: Any) -> None:
+        try:
+            source.hold(3)
+        except LayoutError as error:
+            texts.append(str(error))
+
+    net.layers[1].down.register_forward_hook(inside)
+    logits(net)
+    odd = Net(1)
+    odd.layers[0].up.weight = nn.Parameter(torch.zeros(WIDTH, INNER).t())
+    odd.layers[1].up.weight = nn.Parameter(torch.zeros(WIDTH, INNER).t())
+    try:
+        ModuleSource(_flatten(odd, use_orig_params=False))
+    except LayoutError as error:
+        texts.append(str(error))
+    mixed = FullyShardedDataParallel(
+        Net(1), device_id=torch.device("cpu"), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16)
+    )
+    kept = ModuleSource(mixed)
+    logits(mixed)
+    kept.hold(1).release()
+    return {
+        "allocated": allocated, "freed": freed, "same layout": layout == source.layout().address,
+        "replaced": replaced, "texts": texts, "dtypes": {buffer.dtype for buffer in kept.layout().buffers},
     }  # fmt: skip

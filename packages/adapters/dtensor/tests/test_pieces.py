@@ -14,7 +14,7 @@ from weft.layout import Layout
 from weft.names import NameMap, NameRule, Skip, expand
 from weft_dtensor import expert_rules, identity_names
 from weft_dtensor.naming import default_names
-from weft_dtensor.pieces import LocalTensor, group_of, layout_of, row_major_strides
+from weft_dtensor.pieces import FlatRange, LocalTensor, group_of, layout_of, row_major_strides
 from weft_dtensor.shards import Split, held_ranges
 
 
@@ -69,6 +69,30 @@ def test_fused_experts_are_pieces_of_every_expert_however_sharded(
         logical[f"{prefix}.up_proj.weight"] = whole[expert, inner:]
     assert check(layout, {name: stored.flatten()}, logical) == local.numel()
     assert all(tensor.shape == (inner, hidden) for tensor in layout.tensors)
+
+
+@pytest.mark.trap(3, 13, 71)
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 4), st.integers(1, 5), st.booleans(), st.data())
+def test_ranges_of_flattened_tensors_are_a_few_boxes_of_every_expert(
+    experts: int, inner: int, hidden: int, fused: bool, data: st.DataObject
+) -> None:
+    shape = (experts, 2 * inner, hidden)
+    whole = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    start = data.draw(st.integers(0, whole.numel()))
+    stop = data.draw(st.integers(start, whole.numel()))
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    names = identity_names({name: shape}, expert_rules({name: shape}) if fused else ())
+    layout = layout_of([FlatRange(name, shape, "float32", start, stop - start)], names, {})
+    logical = {
+        f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight": whole[expert].view(2, inner, hidden)[n]
+        for expert in range(experts)
+        for n, part in enumerate(("gate", "up"))
+    }
+    memory = {name: whole.flatten()[start:stop].clone()}
+    assert check(layout, memory, logical if fused else {name: whole}) == stop - start
+    held = {piece.tensor for piece in layout}
+    assert len(layout.pieces) <= (3 * len(held) if fused else 5)
 
 
 def local(name: str, *shape: int) -> LocalTensor:

@@ -13,8 +13,9 @@ from weft.errors import LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft.names import NameMap
 from weft.streams import settle
+from weft_dtensor.flat import flat_shards, settle_flat
 from weft_dtensor.naming import default_names
-from weft_dtensor.pieces import LocalTensor, layout_of
+from weft_dtensor.pieces import FlatRange, LocalTensor, layout_of
 from weft_dtensor.shards import held_ranges
 from weft_dtensor.upstream import local_part, named_tensors, settle_shards, transient_names, unwrapped
 
@@ -36,7 +37,14 @@ class Inspection:
         Raises `LayoutError` with every FSDP module that is not sharded, or every tensor that has moved.
         """
         settle_shards(self.module)
-        now = {name: local_part(tensor)[0].data_ptr() for name, tensor in named_tensors(self.module)}
+        settle_flat(self.module)
+        flat, _, shown = flat_shards(self.module)
+        now = {
+            name: local_part(tensor)[0].data_ptr()
+            for name, tensor in named_tensors(self.module)
+            if id(tensor) not in shown
+        }
+        now |= {shard.name: shard.memory.data_ptr() for shard in flat}
         faults = [
             f"{name}: moved since it was inspected; make the source or target after wrapping, casting or loading"
             for name, memory in self.memory.items()
@@ -55,12 +63,20 @@ def inspect_module(module: nn.Module, names: NameMap | None, *, written: bool) -
     """
     module = unwrapped(module)
     settle_shards(module)
-    found: dict[str, LocalTensor] = {}
+    settle_flat(module)
+    flat, ties, shown = flat_shards(module)
+    found: dict[str, LocalTensor | FlatRange] = {}
     memory: dict[str, torch.Tensor] = {}
     first: dict[int, str] = {}
-    ties: dict[str, str] = {}
     faults: list[str] = []
+    for shard in flat:
+        dtype = str(shard.memory.dtype).removeprefix("torch.")
+        found[shard.name] = FlatRange(shard.name, shard.shape, dtype, shard.start, shard.memory.numel())
+        if shard.memory.numel():
+            memory[shard.name] = shard.memory
     for name, tensor in named_tensors(module):
+        if id(tensor) in shown:
+            continue
         if name in found or name in ties:
             faults.append(f"{name}: two tensors have this name once the prefixes of wrappers are taken off")
         elif id(tensor) in first:

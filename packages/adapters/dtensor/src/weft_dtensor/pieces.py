@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from weft.box import Box
+from weft.box import Affine, Box
 from weft.builder import LayoutBuilder
 from weft.errors import LayoutError, NotSupportedError
 from weft.layout import Layout
@@ -45,6 +45,21 @@ class LocalTensor:
         return 1 + sum((size - 1) * step for size, step in zip(self.sizes, self.strides, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class FlatRange:
+    """One rank's part of one tensor of a module, where it is a range of the tensor's elements in row-major order."""
+
+    name: str
+    """As for `LocalTensor`."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    dtype: str
+    start: int
+    """The first element that this rank holds."""
+    span: int
+    """How many it holds, dense in its memory."""
+
+
 def group_of(name: str) -> str:
     """The group a tensor moves in: its layer (the name up to its first number), else its module."""
     numbered = _NUMBERED.match(name)
@@ -52,7 +67,10 @@ def group_of(name: str) -> str:
 
 
 def layout_of(
-    tensors: Sequence[LocalTensor], names: NameMap, ties: Mapping[str, str], skipped: Iterable[tuple[str, str]] = ()
+    tensors: Sequence[LocalTensor | FlatRange],
+    names: NameMap,
+    ties: Mapping[str, str],
+    skipped: Iterable[tuple[str, str]] = (),
 ) -> Layout:
     """The layout of these tensors. `ties` are local names that share another local tensor's memory.
 
@@ -71,7 +89,10 @@ def layout_of(
             builder.skip(tensor.name, reason)
         elif tensor.span:
             try:
-                _describe(builder, tensor, names.logical(tensor.name))
+                if isinstance(tensor, FlatRange):
+                    _describe_range(builder, tensor, names.logical(tensor.name))
+                else:
+                    _describe(builder, tensor, names.logical(tensor.name))
             except LayoutError as error:
                 faults += error.faults
     declared = {tie.alias: tie.name for tie in names.ties}
@@ -95,10 +116,8 @@ def _tied(names: NameMap, alias: str, name: str) -> Iterator[tuple[str, str]]:
 
 def _describe(builder: LayoutBuilder, tensor: LocalTensor, logical: tuple[str, ...]) -> None:
     builder.buffer(tensor.name, tensor.dtype, tensor.span, group=group_of(tensor.name))
-    stacked, parts = _fusion(tensor, len(logical))
-    shape = tensor.shape[stacked:]
-    if parts > 1:
-        shape = (shape[0] // parts, *shape[1:])
+    stacked, parts = _fusion(tensor.name, tensor.shape, len(logical))
+    shape = _part_shape(tensor.shape, stacked, parts)
     declared = set()
     for lo, hi, offset in _local_boxes(tensor):
         for part, low, high, inner in _parts(tensor, stacked, parts, lo, hi):
@@ -108,26 +127,42 @@ def _describe(builder: LayoutBuilder, tensor: LocalTensor, logical: tuple[str, .
             builder.piece(logical[part], Box(shape, low, high), tensor.name, offset + inner, tensor.strides[stacked:])
 
 
-def _fusion(tensor: LocalTensor, count: int) -> tuple[int, int]:
+def _describe_range(builder: LayoutBuilder, held: FlatRange, logical: tuple[str, ...]) -> None:
+    """Logical tensors of a fused one are ranges themselves; each range is a few boxes."""
+    builder.buffer(held.name, held.dtype, held.span, group=group_of(held.name))
+    shape = _part_shape(held.shape, *_fusion(held.name, held.shape, len(logical)))
+    each, stop = math.prod(shape), held.start + held.span
+    for part in range(held.start // each, -(-stop // each)):
+        low, high = max(held.start, part * each), min(stop, (part + 1) * each)
+        builder.tensor(logical[part], shape, held.dtype)
+        there, here = (Affine(first, (high - low,), (1,)) for first in (low - part * each, low - held.start))
+        builder.view(logical[part], there, held.name, here)
+
+
+def _part_shape(shape: tuple[int, ...], stacked: int, parts: int) -> tuple[int, ...]:
+    return shape[stacked:] if parts == 1 else (shape[stacked] // parts, *shape[stacked + 1 :])
+
+
+def _fusion(name: str, shape: tuple[int, ...], count: int) -> tuple[int, int]:
     """How a tensor divides into `count` equal logical ones: leading axes that only number them, and parts of the next.
 
     `gate_up_proj[E, 2·I, H]` holding 2·E tensors gives (1, 2): they are `[I, H]`, gate and up of each expert in turn.
     An axis that is exactly as long as what is left to number counts as a stack, `down_proj[E, H, I]` of E as `[H, I]`.
     """
     left = count
-    for axis, size in enumerate(tensor.shape):
+    for axis, size in enumerate(shape):
         if left == 1:
             return axis, 1
         if size == 0 or (left % size and size % left):
             break
         if left % size:
             return axis, left
-        if size == left and axis + 1 == len(tensor.shape):
+        if size == left and axis + 1 == len(shape):
             break
         left //= size
     if left == 1:
-        return len(tensor.shape), 1
-    raise LayoutError([f"{tensor.name}: shape {tensor.shape} does not divide into the {count} tensors of its rule"])
+        return len(shape), 1
+    raise LayoutError([f"{name}: shape {shape} does not divide into the {count} tensors of its rule"])
 
 
 def _local_boxes(tensor: LocalTensor) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:

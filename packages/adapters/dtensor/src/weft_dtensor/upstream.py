@@ -1,4 +1,4 @@
-"""Everything weft knows about the insides of torch: placements, FSDP's states, wrappers. No other module looks there.
+"""Everything weft knows about the insides of torch: placements, FSDP's states, wrappers. Only `flat` looks there too.
 
 Facts are from torch 2.13: `distributed/tensor/placement_types.py` (Shard, _StridedShard), `distributed/fsdp/
 _fully_shard/` (_fsdp_param_group.py: states and pending gathers; _fsdp_param.py: padded shards), `nn/modules/module.py`
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from weft.errors import LayoutError, NotSupportedError
+from weft.errors import LayoutError
 from weft_dtensor.shards import Split
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -25,11 +25,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `DistributedDataParallel`; others as they are. Raises `NotSupportedError` for torch's first
-    FSDP, whose flat parameters have no placements.
-    """
-    if any(isinstance(each, FullyShardedDataParallel) for each in module.modules()):
-        raise NotSupportedError("FullyShardedDataParallel (FSDP1) is not supported: use fully_shard (FSDP2)")
+    """The module inside `DistributedDataParallel`; others as they are."""
     return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
 
 
