@@ -88,33 +88,38 @@ def _copies(before: Plan, after: Plan, members: list[str]) -> tuple[list[int], l
     """Copies, and bytes, that only `before` has and that only `after` has."""
     plans = (before, after)
     tensors = sorted({tensor.name for plan in plans for tensor in plan.tensors})
-    width = max(plan.copies.sizes.shape[1] for plan in plans)
-    boxes = np.concatenate([_boxes(plan, members, tensors, width) for plan in plans])
-    nbytes = np.concatenate([plan.copy_bytes for plan in plans])
-    first, same = unique_rows(boxes)
-    counts = [np.bincount(part, minlength=len(first)) for part in np.split(same, [len(before.copies)])]
+    width = max(plan.loops.sizes.shape[1] for plan in plans)
+    first, box = unique_rows(np.concatenate([_boxes(plan, tensors, width) for plan in plans]))
+    moves = [
+        _ends(plan, members) * len(first) + boxes[plan.routes.part]
+        for plan, boxes in zip(plans, np.split(box, [len(before.parts)]), strict=True)
+    ]
+    _, place, same = np.unique(np.concatenate(moves), return_index=True, return_inverse=True)
+    nbytes = np.concatenate([plan.copy_bytes for plan in plans])[place]
+    counts = [np.bincount(part, minlength=len(place)) for part in np.split(same, [len(moves[0])])]
     only = [np.maximum(0, counts[0] - counts[1]), np.maximum(0, counts[1] - counts[0])]
-    return [int(n.sum()) for n in only], [int((n * nbytes[first]).sum()) for n in only]
+    return [int(n.sum()) for n in only], [int((n * nbytes).sum()) for n in only]
 
 
-def _boxes(plan: Plan, members: list[str], tensors: list[str], width: int) -> Int64s:
-    """A row per copy that is equal in two plans for the same box between the same members."""
-    copies = plan.copies
-    pad = ((0, 0), (width - copies.sizes.shape[1], 0))
-    who = _numbers([member.name for member in plan.members], members)
-    what = _numbers([tensor.name for tensor in plan.tensors], tensors)
-    ends = [who[copies.source], who[copies.target], what[copies.tensor], copies.logical_start]
-    sizes = np.pad(copies.sizes, pad, constant_values=1)
-    return np.concatenate([np.stack(ends, axis=1), sizes, np.pad(copies.logical_strides, pad)], axis=1)
+def _boxes(plan: Plan, tensors: list[str], width: int) -> Int64s:
+    """A row per part that is equal in two plans for the same box."""
+    loops, pad = plan.loops, ((0, 0), (width - plan.loops.sizes.shape[1], 0))
+    tensor = _numbers([tensor.name for tensor in plan.tensors], tensors)[plan.parts.tensor]
+    sizes = np.pad(loops.sizes, pad, constant_values=1)
+    start = loops.logical_start
+    return np.concatenate([tensor[:, None], start[:, None], sizes, np.pad(loops.logical_strides, pad)], axis=1)
+
+
+def _ends(plan: Plan, members: list[str]) -> Int64s:
+    """A number per copy for its sender and receiver, equal in all plans."""
+    number = _numbers([member.name for member in plan.members], members)
+    return number[plan.routes.source] * len(members) + number[plan.routes.target]
 
 
 def _pairs(before: Plan, after: Plan, names: list[str]) -> list[PairBytes]:
     totals = []
     for plan in (before, after):
-        number = _numbers([member.name for member in plan.members], names)
-        pair, first = np.unique(
-            number[plan.copies.source] * len(names) + number[plan.copies.target], return_inverse=True
-        )
+        pair, first = np.unique(_ends(plan, names), return_inverse=True)
         nbytes = np.zeros(len(pair), np.int64)
         np.add.at(nbytes, first, plan.copy_bytes)
         totals.append(dict(zip(pair.tolist(), nbytes.tolist(), strict=True)))

@@ -73,15 +73,15 @@ def explain(plan: Plan, name: str, rank: str | None = None, layouts: Mapping[str
     if layouts is not None:
         _check_layouts(plan, layouts)
     names = {tensor.name: number for number, tensor in enumerate(plan.tensors)}
-    aliases = {tie.alias: tie.name for layout in (layouts or {}).values() for tie in layout.ties}
+    aliases = dict(plan.aliases)
     known = aliases.get(name, name)
     if known not in names:
         raise ConfigError(f"the plan moves no tensor {name!r}; {_nearest(name, [*names, *aliases])}")
     tensor = plan.tensors[names[known]]
-    chosen = plan.copies.tensor == names[known]
+    chosen = plan.parts.tensor[plan.routes.part] == names[known]
     if rank is not None:
-        chosen &= plan.copies.target == _target(plan, rank)
-    copies = plan.copies.select(np.flatnonzero(chosen))
+        chosen &= plan.routes.target == _target(plan, rank)
+    copies = plan.copies_at(np.flatnonzero(chosen))
     held = _held_boxes(plan, {known} | {a for a, n in aliases.items() if n == known}, layouts) if layouts else None
     nbytes = plan.copy_bytes[chosen].tolist()
     return Explanation(

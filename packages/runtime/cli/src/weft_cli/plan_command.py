@@ -80,7 +80,7 @@ def progress() -> Iterator[Report]:
 def console() -> Console:
     """Standard output; into a file or a pipe nothing is cut off."""
     output = Console()
-    return output if output.is_terminal else Console(width=240)
+    return output if output.is_terminal else Console(width=320)
 
 
 def _summary(request: Request, found: Figures) -> Table:
