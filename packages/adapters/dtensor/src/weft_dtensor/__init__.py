@@ -1,7 +1,7 @@
 """weft adapter for torch modules of plain tensors or DTensors, and for safetensors checkpoints.
 
-`ModuleSource` and `ModuleTarget` take a live module under FSDP1, FSDP2, HSDP, tensor parallelism or none; `CheckpointSource`
-takes the files of a checkpoint; `adapter` makes layouts from a Hugging Face config.
+`ModuleSource` and `ModuleTarget` take a live module under FSDP1, FSDP2, HSDP, tensor parallelism or none;
+`CheckpointSource` takes the files of a checkpoint; `adapter` makes layouts from a Hugging Face config.
 """
 
 from weft_dtensor.adapter import DTensorAdapter

@@ -15,7 +15,8 @@ class ModuleSource(LiveSource):
     """One rank of a trainer (`weft.contracts.Source`); reads the live tensors of `module` where they are.
 
     Any module of plain tensors and DTensors: `fully_shard` over one or two mesh dimensions, `parallelize_module`, both,
-    or neither; or one under `FullyShardedDataParallel`. A plain tensor counts as whole on every rank. Make it after sharding, since that moves parameters.
+    or neither; or one under `FullyShardedDataParallel`. A plain tensor counts as whole on every rank. Make it after
+    sharding, since that moves parameters.
 
     `names` maps the module's names (without `_orig_mod.` and other prefixes of wrappers) to the checkpoint's. The
     default takes them as they are, and knows the families that Transformers 5 holds with fused experts, by
