@@ -66,6 +66,22 @@ def test_plan_casts_only_what_was_declared(weft, toy_framework: Path) -> None:
     assert json.loads(out)["bytes"] == 64 * 8 * 2
 
 
+@pytest.mark.trap(11)
+def test_plan_takes_further_casts_and_a_part_of_the_tensors(weft, toy_framework: Path) -> None:
+    sides = ("plan", "--model", toy_framework, "--source", "greedy:tp2", "--target", "toy:tp2", "--json")
+    code, _, err = weft(*sides)
+    assert code == 1
+    assert "wanted by no target" in err
+    for option in (("--ignore", "b*"), ("--only", "a")):
+        code, out, _ = weft(*sides, *option)
+        assert code == 0
+        assert json.loads(out)["tensors"] == 1
+    code, _, err = weft(*sides, "--only", "a", "--cast", "bfloat16")
+    assert code == 2
+    assert "cast bfloat16 to" in err
+    assert weft(*sides, "--only", "a", "--cast", "float32:bfloat16")[0] == 0
+
+
 def test_plan_saves_the_plan_that_it_reports(weft, toy_framework: Path, tmp_path: Path) -> None:
     sides = ("--source", "toy:tp2", "--target", "toy:tp4")
     code, out, _ = weft("plan", "--model", toy_framework, *sides, "--save", tmp_path / "toy.plan", "--json")

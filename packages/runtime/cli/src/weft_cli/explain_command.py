@@ -11,7 +11,6 @@ from rich.table import Table
 
 from weft.errors import ConfigError
 from weft.planfile import load_plan
-from weft.policy import Policy
 from weft_cli.explain import Explanation, Origin, explain
 from weft_cli.plan_command import Request, console, describe, progress
 from weft_cli.planning import make_plan
@@ -30,7 +29,7 @@ def show(what: Sequence[str], model: Request | None, rank: str | None, *, as_jso
         if len(what) == 2:
             plan = load_plan(Path(what[0]))
         elif len(what) == 1 and model and sides:
-            plan = make_plan(sides, Policy(casts=model.casts))
+            plan = make_plan(sides, model.policy)
         else:
             raise ConfigError("expected PLAN TENSOR, or TENSOR with --model, --source and --target")
         found = explain(plan, what[-1], rank, sides.layouts if sides else None)

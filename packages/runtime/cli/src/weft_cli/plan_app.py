@@ -17,6 +17,9 @@ _SOURCE = typer.Option(help="The trainer: framework and parallel sizes, such as 
 _TARGET = typer.Option(help="The engines: framework and parallel sizes, such as vllm:tp2,dp4.")
 _DTYPE = typer.Option(help="Dtype of the engine's weights.")
 _SOURCE_DTYPE = typer.Option(help="Dtype of the trainer's weights, if it differs: then a cast is declared.")
+_CAST = typer.Option("--cast", help="FROM:TO: a further difference of dtype, to be rounded. Several times.")
+_ONLY = typer.Option(help="Pattern (* matches anything) of the tensors that move; all if not given. Several times.")
+_IGNORE = typer.Option(help="Pattern of tensors that the trainer holds and no engine wants. Several times.")
 _RANKS_PER_HOST = typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")
 _JSON = typer.Option("--json", help="Print JSON instead of a table.")
 
@@ -27,6 +30,9 @@ def plan(
     target: Annotated[str, _TARGET],
     dtype: Annotated[str, _DTYPE] = "bfloat16",
     source_dtype: Annotated[str | None, _SOURCE_DTYPE] = None,
+    casts: Annotated[list[str] | None, _CAST] = None,
+    only: Annotated[list[str] | None, _ONLY] = None,
+    ignore: Annotated[list[str] | None, _IGNORE] = None,
     ranks_per_host: Annotated[int, _RANKS_PER_HOST] = 8,
     transport: Annotated[
         str | None,
@@ -54,9 +60,12 @@ def plan(
 
         weft plan --model ./checkpoint --source megatron:tp8,dp4 --source-dtype float32 --target vllm:tp4 --json
 
+        weft plan --model glm-4.5 --source megatron:pp4,ep8,dp8 --target vllm:tp8,ep8 --cast bfloat16:float32
+
         weft plan --model llama-3.1-8b --source megatron:tp4,pp4 --target vllm:tp8 --transport nixl --save llama.plan
     """
-    request = plan_command.Request(model, source, target, (source_dtype or dtype, dtype), ranks_per_host)
+    dtypes = source_dtype or dtype, dtype
+    request = plan_command.Request(model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or ())
     plan_command.show(request, transport, save, as_json=as_json)
 
 
@@ -72,6 +81,9 @@ def explain(
     target: Annotated[str | None, _TARGET] = None,
     dtype: Annotated[str, _DTYPE] = "bfloat16",
     source_dtype: Annotated[str | None, _SOURCE_DTYPE] = None,
+    casts: Annotated[list[str] | None, _CAST] = None,
+    only: Annotated[list[str] | None, _ONLY] = None,
+    ignore: Annotated[list[str] | None, _IGNORE] = None,
     ranks_per_host: Annotated[int, _RANKS_PER_HOST] = 8,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
@@ -94,7 +106,10 @@ def explain(
         raise ConfigError(f"--model, --source and --target come together; {len(given)} of the three are given")
     request = None
     if model is not None and source is not None and target is not None:
-        request = plan_command.Request(model, source, target, (source_dtype or dtype, dtype), ranks_per_host)
+        dtypes = source_dtype or dtype, dtype
+        request = plan_command.Request(
+            model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or ()
+        )
     explain_command.show(what, request, rank, as_json=as_json)
 
 

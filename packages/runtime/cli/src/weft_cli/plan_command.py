@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,18 @@ class Request:
     dtypes: tuple[str, str]
     """The source's and the target's."""
     ranks_per_host: int
+    casts: Sequence[str] = ()
+    """FROM:TO, beside the one that two dtypes declare."""
+    only: Sequence[str] = ()
+    ignore: Sequence[str] = ()
 
     @property
-    def casts(self) -> tuple[tuple[str, str], ...]:
-        """The cast that two dtypes declare."""
-        return (self.dtypes,) if self.dtypes[0] != self.dtypes[1] else ()
+    def policy(self) -> Policy:
+        """What was asked, in the planner's terms; planning checks it."""
+        declared = [":".join(self.dtypes)] if self.dtypes[0] != self.dtypes[1] else []
+        pairs = [cast.partition(":") for cast in (*declared, *self.casts)]
+        casts = tuple((source, target) for source, _, target in pairs)
+        return Policy(casts=casts, only=tuple(self.only), ignore=tuple(self.ignore))
 
 
 def describe(request: Request, report: Report) -> Sides:
@@ -49,7 +56,7 @@ def describe(request: Request, report: Report) -> Sides:
 
 def show(request: Request, transport: str | None, save: Path | None, *, as_json: bool) -> None:
     """Plan and print. Raises `PlanError` with every fault, and what `describe` raises."""
-    policy = Policy(casts=request.casts)
+    policy = request.policy
     if transport is not None:
         able = load("weft.transports", transport)({}).capabilities
         segments = min(policy.max_segments, able.max_segments)
