@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from weft.builder import LayoutBuilder
 from weft.errors import ConfigError, PlanError
 from weft.layout import ITEM_BYTES, Layout
-from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, lower, segments
+from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
 from weft.member import Member
 from weft.plan import Plan, plan
 from weft.policy import Policy
+from weft.testing.lowered import lowered
 from weft.testing.models import Case, random_case
 from weft.testing.tiny import Tiny
 
@@ -36,7 +37,7 @@ def programs(case: Case, policy: Policy) -> tuple[Plan, dict[str, MemberProgram]
     except PlanError as error:
         assume("no copies" not in str(error))
         raise
-    return made, {member.name: lower(made, case.layouts, member.name) for member in made.members}
+    return made, {member.name: lowered(made, member.name) for member in made.members}
 
 
 def bind(layout: Layout) -> Binding:
@@ -58,10 +59,10 @@ def segments_of(
 @given(st.randoms(use_true_random=False), POLICIES)
 def test_both_ends_compute_the_same_buckets_within_all_bounds(random: Random, policy: Policy) -> None:
     case = random_case(random)
-    made, lowered = programs(case, policy)
-    assert len({program.slot_bytes for program in lowered.values()}) == 1
-    sent = {(n, b.peer, b.index): b for n, program in lowered.items() for b in program.sends}
-    received = {(b.peer, n, b.index): b for n, program in lowered.items() for b in program.receives}
+    made, found = programs(case, policy)
+    assert len({program.slot_bytes for program in found.values()}) == 1
+    sent = {(n, b.peer, b.index): b for n, program in found.items() for b in program.sends}
+    received = {(b.peer, n, b.index): b for n, program in found.items() for b in program.receives}
     assert set(sent) == set(received)
     assert len({index for _, _, index in sent}) == len(sent)
     width = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in made.tensors], dtype=np.int64)
@@ -76,7 +77,7 @@ def test_both_ends_compute_the_same_buckets_within_all_bounds(random: Random, po
             ends = bucket.offsets + bucket.copies.numel * width[bucket.copies.tensor]
             assert not (bucket.offsets % ALIGNMENT).any()
             assert (ends[:-1] <= bucket.offsets[1:]).all()
-            assert ends[-1] <= lowered[source].slot_bytes
+            assert ends[-1] <= found[source].slot_bytes
             assert bucket.slot == bucket.staged % SLOTS
         near = segments_of(made, case.layouts, bucket, (source, target), True)
         far = segments_of(made, case.layouts, other, (source, target), False)
@@ -93,7 +94,7 @@ def test_both_ends_compute_the_same_buckets_within_all_bounds(random: Random, po
         assert not joins.any(), "neighbouring segments could be one"
         for row in near.tolist():
             written.update((target, row[2], byte) for byte in range(row[3], row[3] + row[4]))
-    for n, program in lowered.items():
+    for n, program in found.items():
         member = made.members[made.index(n)]
         for bucket in (*program.sends, *program.receives):
             assert bucket.peer != member.name
@@ -106,8 +107,8 @@ def test_both_ends_compute_the_same_buckets_within_all_bounds(random: Random, po
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False), POLICIES)
 def test_buckets_of_a_pair_come_group_by_group_and_count_their_slots(random: Random, policy: Policy) -> None:
-    _, lowered = programs(random_case(random), policy)
-    for program in lowered.values():
+    _, found = programs(random_case(random), policy)
+    for program in found.values():
         for peer in {bucket.peer for bucket in program.sends}:
             ours = [bucket for bucket in program.sends if bucket.peer == peer]
             assert [bucket.group for bucket in ours] == sorted(bucket.group for bucket in ours)
@@ -131,7 +132,7 @@ def tiny_plan(policy: Policy, targets: int = 2) -> tuple[Plan, dict[str, Layout]
 @pytest.mark.trap(20)
 def test_one_strided_copy_with_many_runs_is_divided_into_buckets_of_few_segments() -> None:
     made, layouts = tiny_plan(Policy(max_segments=5))
-    for bucket in lower(made, layouts, "s0").sends:
+    for bucket in lowered(made, "s0").sends:
         assert len(segments_of(made, layouts, bucket, ("s0", bucket.peer), True)) <= 5
 
 
@@ -148,12 +149,12 @@ def test_scalars_are_lowered(direct_run_bytes: int) -> None:
     ]
     layouts = {layout.address: layout}
     made = plan(members[:1], members[1:], layouts, Policy(direct_run_bytes=direct_run_bytes))
-    (bucket,) = lower(made, layouts, "s").sends
+    (bucket,) = lowered(made, "s").sends
     assert bucket.nbytes == 4
     assert segments_of(made, layouts, bucket, ("s", "t"), True).tolist() == [(0, 0, 0, 0, 4)]
 
 
 def test_a_staging_budget_that_is_too_small_says_what_would_do() -> None:
-    made, layouts = tiny_plan(Policy(staging_bytes=65_536), targets=12)
+    made, _ = tiny_plan(Policy(staging_bytes=65_536), targets=12)
     with pytest.raises(ConfigError, match=r"staging_bytes is 65536, .* 12 peers .* at least 98304"):
-        lower(made, layouts, "s0")
+        lowered(made, "s0")

@@ -13,11 +13,12 @@ from weft.box import Affine
 from weft.builder import LayoutBuilder
 from weft.copies import Copies
 from weft.layout import ITEM_BYTES, Int64s, Layout
-from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, lower, segments
+from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
 from weft.member import Member
 from weft.naive import Bits, bits_dtype, expected_memory, poisoned_memory
 from weft.plan import Plan, plan
 from weft.policy import Policy
+from weft.testing.lowered import lowered
 from weft.testing.models import Case, Rank, random_case
 
 seeds = st.integers(0, 2**32 - 1)
@@ -128,7 +129,7 @@ def check_case(case: Case, values: dict[str, Bits], policy: Policy, expected: di
     random = Random(0)
     hosts = {r.member.name: Host(r.layout, expected_memory(values, r.layout), random) for r in case.sources}
     hosts |= {r.member.name: Host(r.layout, poisoned_memory(r.layout), random) for r in case.targets}
-    programs = {name: lower(planned, case.layouts, name) for name in hosts}
+    programs = {name: lowered(planned, name) for name in hosts}
     moved = replay(planned, programs, hosts)
     for name, memory in expected.items():
         found = hosts[name].memory()

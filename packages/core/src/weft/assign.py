@@ -20,12 +20,13 @@ _FEWEST_STEPS = 8
 
 def assign(
     joined: Joined, found: Overlaps, classes: Int64s, members: Sequence[Member], source_addresses: Sequence[str],
-    target_addresses: Sequence[str], groups: Sequence[Int64s], item_bytes: Int64s, least_cut: int,
+    target_addresses: Sequence[str], group: Int64s, scratch: Int64s, item_bytes: Int64s, least_cut: int,
 ) -> tuple[Parts, Routes, int]:  # fmt: skip
     """The parts and routes of a plan, and the least bytes of its busiest sender.
 
-    `classes` are the box classes of the rows of `joined.sources`; `groups[l]` is the group of each buffer of target
-    layout l; `item_bytes` are bytes per element and tensor; `least_cut` the fewest bytes of a part of a divided copy.
+    `classes` are the box classes of the rows of `joined.sources`; `group` and `scratch` are the group
+    and the scratch group (or -1) of those of `joined.targets`; `item_bytes` are bytes per element and tensor;
+    `least_cut` the fewest bytes of a part of a divided copy.
     """
     source_layout, target_layout = (
         np.array([numbers.get(address or "", -1) for address in addresses], dtype=np.int64)
@@ -34,7 +35,7 @@ def assign(
             ({a: n for n, a in enumerate(target_addresses)}, [m.target_layout for m in members]),
         )
     )
-    wanted = wanted_by_members(joined, found, members, target_layout, groups)
+    wanted = wanted_by_members(joined, found, members, target_layout, group)
     boxes = wanted.boxes
     tensor = joined.targets.tensor[boxes.target]
     box_bytes = volume(boxes.lo, boxes.hi) * item_bytes[tensor]
@@ -50,18 +51,16 @@ def assign(
     used, part = np.unique(box * layouts + source_layout[sender], return_inverse=True)
     box_of, layout_of = used // layouts, used % layouts
     source_row = first_row[np.searchsorted(held, boxes.box[box_of] * layouts + layout_of)]
-    parts = _parts(joined, boxes.select(box_of), source_row, groups)
+    parts = _parts(joined, boxes.select(box_of), source_row, group, scratch)
     return parts, Routes(sender, target, part, counted), choice.bound
 
 
-def _parts(joined: Joined, boxes: Overlaps, source_row: Int64s, groups: Sequence[Int64s]) -> Parts:
+def _parts(joined: Joined, boxes: Overlaps, source_row: Int64s, group: Int64s, scratch: Int64s) -> Parts:
     """Where boxes sit in one source row and in their target row."""
     sources, targets, row, lo = joined.sources, joined.targets, boxes.target, boxes.lo
-    starts = np.cumsum([0, *(len(each) for each in groups)])
-    group = np.concatenate(groups)[starts[targets.layout[row]] + targets.buffer[row]]
     from_strides, to_strides = sources.strides[source_row], targets.strides[row]
     return Parts(
-        tensor=targets.tensor[row], group=group, source_buffer=sources.buffer[source_row],
+        tensor=targets.tensor[row], group=group[row], scratch=scratch[row], source_buffer=sources.buffer[source_row],
         source_offset=sources.offset[source_row] + ((lo - sources.lo[source_row]) * from_strides).sum(axis=1),
         target_buffer=targets.buffer[row],
         target_offset=targets.offset[row] + ((lo - targets.lo[row]) * to_strides).sum(axis=1),

@@ -11,16 +11,16 @@ import msgspec
 
 from weft.contracts import Prepared, Source, Target, Transport
 from weft.deadline import Deadline
-from weft.errors import NotSupportedError
+from weft.errors import NotSupportedError, RecordError
 from weft.layout import Layout
 from weft.lower import MemberProgram, lower
 from weft.member import Member
-from weft.plan import Plan, plan
+from weft.plan import fingerprint, plan
 from weft.policy import Policy
 from weft.prepare import Endpoint, Step, endpoint_record, local_moves, make_endpoint, make_steps, transfer_program
 from weft.rendezvous import Rendezvous
 from weft.replay import LocalMove
-from weft.slices import prove, slice_of
+from weft.slices import Slice, prove, slice_of
 from weft.views import Memory
 from weft.wire import Wire
 
@@ -53,7 +53,8 @@ class Connection:
 
     me: Member
     roles: Roles
-    plan: Plan
+    slice: Slice
+    """Its part of the plan, proven."""
     program: MemberProgram
     endpoint: Endpoint
     wire: Wire
@@ -128,11 +129,10 @@ def _join(
     )  # fmt: skip
     rendezvous.announce(announced, own, msgspec.msgpack.encode(policy))
     members = rendezvous.members()
-    addresses = {address for m in members for address in (m.source_layout, m.target_layout) if address}
-    layouts = {address: own[address] if address in own else rendezvous.layout(address) for address in sorted(addresses)}
-    made = plan([m for m in members if m.is_source], [m for m in members if m.is_target], layouts, policy)
-    prove(slice_of(made, identity.name), source[0] if source else None, target[0] if target else None)
-    program = lower(made, layouts, identity.name)
+    roles = roles_of(members)
+    made = _slice(rendezvous, identity.name, roles.source_leader, members, own, policy)
+    prove(made, source[0] if source else None, target[0] if target else None)
+    program = lower(made)
     endpoint = make_endpoint(program, source, target)
 
     transport.open(announced)
@@ -141,7 +141,6 @@ def _join(
     rendezvous.publish_endpoint(
         endpoint_record(identity.name, announced.incarnation, 0, transport.address(), endpoint, made.fingerprint)
     )
-    roles = roles_of(members)
     peers = _peers(identity.name, roles, program)
     endpoints = rendezvous.endpoints(peers)
     by_name = {member.name: member for member in members}
@@ -151,15 +150,36 @@ def _join(
     prepared = transport.prepare(transfers, deadline)
     local = local_moves(made, program, source, target) if source and target else {}
     return Connection(
-        me=announced, roles=roles, plan=made, program=program, endpoint=endpoint,
+        me=announced, roles=roles, slice=made, program=program, endpoint=endpoint,
         wire=Wire(transport, announced, members), prepared=prepared,
         sends=tuple(make_steps(made, program, endpoint, source, True)) if source else (),
         receives=tuple(make_steps(made, program, endpoint, target, False)) if target else (),
         local=local, source=source, target=target,
-        scratch_slots={m.name: layouts[m.target_layout].scratch_slots for m in members if m.target_layout},
+        scratch_slots={m.name: n for m, n in zip(made.members, made.scratch_slots, strict=True)},
         segments=sum(len(bucket.segments) for bucket in (*transfers.sends, *transfers.receives)),
         registrations=len(endpoint.regions),
     )  # fmt: skip
+
+
+def _slice(
+    rendezvous: Rendezvous, name: str, planner: str, members: Sequence[Member], own: Mapping[str, Layout],
+    policy: Policy,
+) -> Slice:  # fmt: skip
+    """This member's slice: one member reads all layouts and plans, the others read what it publishes for them."""
+    key = fingerprint(members, policy)
+    if name != planner:
+        made = Slice.decode(rendezvous.slice(key, planner))
+        if (made.fingerprint, made.name) != (key, name):
+            raise RecordError(
+                f"{planner} published a slice of {made.name} of plan {made.fingerprint} for {name}, {key}"
+            )
+        return made
+    addresses = {address for m in members for address in (m.source_layout, m.target_layout) if address}
+    layouts = {address: own[address] if address in own else rendezvous.layout(address) for address in sorted(addresses)}
+    whole = plan([m for m in members if m.is_source], [m for m in members if m.is_target], layouts, policy)
+    others = (member.name for member in whole.members if member.name != name)
+    rendezvous.publish_slices(key, ((other, slice_of(whole, other).encoded) for other in others))
+    return slice_of(whole, name)
 
 
 def _peers(name: str, roles: Roles, program: MemberProgram) -> set[str]:

@@ -23,6 +23,8 @@ class Parts:
     """Index into `Plan.tensors`."""
     group: Int64s
     """Group of the target's layout."""
+    scratch: Int64s
+    """Which of the target's scratch groups, counted from 0; -1 for groups in live memory."""
     source_buffer: Int64s
     """Index into the source layout's buffers."""
     source_offset: Int64s
@@ -99,6 +101,8 @@ class Copies:
     """Index into `Plan.tensors`."""
     group: Int64s
     """Group of the target's layout."""
+    scratch: Int64s
+    """See `Parts.scratch`."""
     source_buffer: Int64s
     """Index into the source layout's buffers."""
     source_offset: Int64s
@@ -130,8 +134,8 @@ def expand(routes: Routes, parts: Parts, loops: Loops, rows: Int64s) -> Copies:
     """The copies of some routes, spelled out."""
     part = routes.part[rows]
     return Copies(
-        routes.source[rows], routes.target[rows], parts.tensor[part], parts.group[part], parts.source_buffer[part],
-        parts.source_offset[part], parts.target_buffer[part], parts.target_offset[part], loops.logical_start[part],
-        routes.counted[rows], loops.sizes[part], loops.source_strides[part], loops.target_strides[part],
-        loops.logical_strides[part],
+        routes.source[rows], routes.target[rows], parts.tensor[part], parts.group[part], parts.scratch[part],
+        parts.source_buffer[part], parts.source_offset[part], parts.target_buffer[part], parts.target_offset[part],
+        loops.logical_start[part], routes.counted[rows], loops.sizes[part],
+        loops.source_strides[part], loops.target_strides[part], loops.logical_strides[part],
     )  # fmt: skip

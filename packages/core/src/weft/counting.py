@@ -28,16 +28,16 @@ class Wanted:
 
 
 def wanted_by_members(
-    joined: Joined, found: Overlaps, members: Sequence[Member], layout_of: Int64s, groups: Sequence[Int64s]
+    joined: Joined, found: Overlaps, members: Sequence[Member], layout_of: Int64s, group: Int64s
 ) -> Wanted:
     """Expand the overlaps of layouts to the members that have these layouts.
 
-    `layout_of[m]` is the target layout of member m, or -1; `groups[l]` is the group of each buffer of target layout l.
+    `layout_of[m]` is the target layout of member m, or -1; `group` the group of every row of `joined.targets`.
     Replicas whose members have the same layouts in the same order count alike, so each such kind is looked at once.
     """
-    boxes = _in_order(joined, found, groups)
+    boxes = _in_order(joined, found, group)
     layout = joined.targets.layout[boxes.target]
-    starts = np.searchsorted(layout, np.arange(len(groups) + 1))
+    starts = np.searchsorted(layout, np.arange(int(layout_of.max(initial=-1)) + 2))
     _, same = unique_rows(np.concatenate([joined.targets.tensor[boxes.target][:, None], boxes.lo, boxes.hi], axis=1))
     replicas: dict[str, list[int]] = {}
     for m, member in enumerate(members):
@@ -70,14 +70,10 @@ class _Kind:
     counted: Int64s
 
 
-def _in_order(joined: Joined, found: Overlaps, groups: Sequence[Int64s]) -> Overlaps:
-    targets = joined.targets
-    first = np.array([0, *np.cumsum([len(g) for g in groups])[:-1]], dtype=np.int64)
-    every = np.concatenate(groups) if groups else np.zeros(0, np.int64)
-    layout = targets.layout[found.target]
-    group = every[first[layout] + targets.buffer[found.target]] if len(layout) else layout
-    order = np.lexsort((*found.lo.T[::-1], targets.tensor[found.target], group, layout))
-    return found.select(order)
+def _in_order(joined: Joined, found: Overlaps, group: Int64s) -> Overlaps:
+    row = found.target
+    keys = joined.targets.tensor[row], group[row], joined.targets.layout[row]
+    return found.select(np.lexsort((*found.lo.T[::-1], *keys)))
 
 
 def _count(

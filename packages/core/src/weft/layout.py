@@ -232,6 +232,11 @@ class Layout:
             yield Piece(tensor.name, Box(factors, lo, hi), buffer, int(table.offset[n]), strides)
 
     @cached_property
+    def scratch_groups(self) -> tuple[int, ...]:
+        """Groups that land in scratch, in the order in which they move."""
+        return tuple(sorted({buffer.group for buffer in self.buffers if buffer.kind is Kind.SCRATCH}))
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(buffer.numel * ITEM_BYTES[buffer.dtype] for buffer in self.buffers)

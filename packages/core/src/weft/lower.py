@@ -4,7 +4,6 @@ alone (trap 42).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +12,9 @@ import numpy.typing as npt
 from weft.contracts import SEGMENT
 from weft.copies import Copies
 from weft.errors import ConfigError
-from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.plan import Plan
+from weft.policy import Policy
+from weft.slices import Slice
 from weft.statistics import run_elements as run_lengths
 from weft.table import Int64s, ragged_ranges
 
@@ -65,56 +65,45 @@ class MemberProgram:
     """Size of every staging slot of the plan."""
 
 
-def lower(plan: Plan, layouts: Mapping[str, Layout], name: str) -> MemberProgram:
+def lower(own: Slice) -> MemberProgram:
     """The buckets of one member. Raises `ConfigError` when the staging budget is too small for the plan's peers."""
-    me = plan.index(name)
-    slot_bytes = staging_slot_bytes(plan)
-    copies = plan.copies_at(np.flatnonzero((plan.routes.source == me) | (plan.routes.target == me)))
-    mine = np.arange(len(copies))
-    within = mine[copies.source[mine] == copies.target[mine]]
-    between = mine[copies.source[mine] != copies.target[mine]]
-    pairs = copies.source[between] * len(plan.members) + copies.target[between]
-    buckets: list[LoweredBucket] = []
-    for pair in np.unique(pairs).tolist():
-        target = plan.members[pair % len(plan.members)]
-        peer = plan.members[pair // len(plan.members)] if target.name == name else target
-        layout = layouts[target.target_layout or ""]
-        rows = copies.select(between[pairs == pair])
-        buckets += _pair_buckets(plan, rows, pair, peer.name, layout, slot_bytes)
-    sends = [bucket for bucket in buckets if bucket.index // _BUCKETS_PER_PAIR // len(plan.members) == me]
-    receives = [bucket for bucket in buckets if bucket.index // _BUCKETS_PER_PAIR // len(plan.members) != me]
+    slot_bytes = staging_slot_bytes(own)
+    copies, me, names = own.copies(), own.me, [member.name for member in own.members]
+    within = copies.source == copies.target
+    pairs = copies.source * len(names) + copies.target
+    sends: list[LoweredBucket] = []
+    receives: list[LoweredBucket] = []
+    for pair in np.unique(pairs[~within]).tolist():
+        source, target = divmod(pair, len(names))
+        number = own.numbers[source] * own.count + own.numbers[target]
+        rows = copies.select(np.flatnonzero(pairs == pair))
+        buckets = _pair_buckets(own, rows, number, names[target if source == me else source], slot_bytes)
+        (sends if source == me else receives).extend(buckets)
     # Receivers in turn within a group, so that no sender starts all its receivers on the same one (each begins after
     # itself).
-    sends.sort(key=lambda b: (b.group, b.index % _BUCKETS_PER_PAIR, (plan.index(b.peer) - me) % len(plan.members)))
+    number_of = dict(zip(names, own.numbers, strict=True))
+    turn = number_of[own.name]
+    sends.sort(key=lambda b: (b.group, b.index % _BUCKETS_PER_PAIR, (number_of[b.peer] - turn) % own.count))
     receives.sort(key=lambda b: (b.group, b.index))
-    return MemberProgram(name, copies.select(within), tuple(sends), tuple(receives), slot_bytes)
+    return MemberProgram(own.name, copies.select(np.flatnonzero(within)), tuple(sends), tuple(receives), slot_bytes)
 
 
-def staging_slot_bytes(plan: Plan) -> int:
+def staging_slot_bytes(plan: Plan | Slice) -> int:
     """One size for all staging slots, so that no member's slots exceed `Policy.staging_bytes` in either direction."""
-    routes, count = plan.routes, len(plan.members)
-    pairs = np.unique(routes.source * count + routes.target)
-    pairs = pairs[pairs // count != pairs % count]
-    most = max(
-        np.bincount(pairs // count, minlength=1).max(initial=1), np.bincount(pairs % count, minlength=1).max(initial=1)
-    )
-    share = plan.policy.staging_bytes // (SLOTS * int(most))
+    policy, most = plan.policy, plan.most_peers
+    share = policy.staging_bytes // (SLOTS * most)
     if share < 4096:
         raise ConfigError(
-            f"staging_bytes is {plan.policy.staging_bytes}, but a member has {most} peers with {SLOTS} slots each: "
-            f"set at least {4096 * SLOTS * int(most)}"
+            f"staging_bytes is {policy.staging_bytes}, but a member has {most} peers with {SLOTS} slots each: "
+            f"set at least {4096 * SLOTS * most}"
         )
-    return int(min(share, plan.policy.bucket_bytes)) // 4096 * 4096
+    return int(min(share, policy.bucket_bytes)) // 4096 * 4096
 
 
-def _pair_buckets(
-    plan: Plan, rows: Copies, pair: int, peer: str, layout: Layout, slot_bytes: int
-) -> list[LoweredBucket]:
-    policy = plan.policy
-    width = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in plan.tensors], dtype=np.int64)
-    plain = np.array([tensor.source_dtype == tensor.target_dtype for tensor in plan.tensors])
+def _pair_buckets(own: Slice, rows: Copies, pair: int, peer: str, slot_bytes: int) -> list[LoweredBucket]:
+    policy, width = own.policy, own.item_bytes
+    plain = np.array([tensor.source_dtype == tensor.target_dtype for tensor in own.tensors])
     direct = plain[rows.tensor] & (run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes)
-    scratch_of_group = _scratch_groups(layout)
     pieces: list[Copies] = []
     keys: list[tuple[Int64s, ...]] = []
     for kind, limit in ((0, policy.bucket_bytes), (1, slot_bytes)):
@@ -130,7 +119,7 @@ def _pair_buckets(
     segments = both.numel // run_elements(both)
     buckets: list[LoweredBucket] = []
     staged = 0
-    for first, last in _bounds(np.stack([group, kind, uncounted], axis=1), nbytes, segments, plan, slot_bytes):
+    for first, last in _bounds(np.stack([group, kind, uncounted], axis=1), nbytes, segments, policy, slot_bytes):
         packed = bool(kind[first])
         padded = -(-nbytes[first:last] // ALIGNMENT) * ALIGNMENT
         buckets.append(
@@ -138,7 +127,7 @@ def _pair_buckets(
                 index=pair * _BUCKETS_PER_PAIR + len(buckets), peer=peer, group=int(group[first]),
                 counted=not uncounted[first], copies=both.select(np.arange(first, last)),
                 nbytes=int(nbytes[first:last].sum()), slot=staged % SLOTS if packed else None, staged=staged,
-                scratch=scratch_of_group.get(int(group[first])),
+                scratch=int(both.scratch[first]) if both.scratch[first] >= 0 else None,
                 offsets=np.cumsum(padded) - padded if packed else np.zeros(0, np.int64),
             )
         )  # fmt: skip
@@ -151,12 +140,7 @@ def _most_elements(part: Copies, elements: Int64s, max_segments: int, direct: bo
     return np.minimum(elements, max_segments * run_elements(part)) if direct else elements
 
 
-def _scratch_groups(layout: Layout) -> dict[int, int]:
-    groups = sorted({buffer.group for buffer in layout.buffers if buffer.kind is Kind.SCRATCH})
-    return {group: n for n, group in enumerate(groups)}
-
-
-def _bounds(keys: Int64s, nbytes: Int64s, segments: Int64s, plan: Plan, slot_bytes: int) -> list[tuple[int, int]]:
+def _bounds(keys: Int64s, nbytes: Int64s, segments: Int64s, policy: Policy, slot_bytes: int) -> list[tuple[int, int]]:
     """Cut ordered copies into buckets: never across keys, never beyond the bounds of the policy."""
     bounds: list[tuple[int, int]] = []
     first, size, count = 0, 0, 0
@@ -164,8 +148,8 @@ def _bounds(keys: Int64s, nbytes: Int64s, segments: Int64s, plan: Plan, slot_byt
     for n, (key, length, runs) in enumerate(zip(key_rows, size_rows, segment_rows, strict=True)):
         packed = bool(key[1])
         length = -(-length // ALIGNMENT) * ALIGNMENT if packed else length
-        limit = slot_bytes if packed else plan.policy.bucket_bytes
-        full = size + length > limit or (not packed and count + runs > plan.policy.max_segments)
+        limit = slot_bytes if packed else policy.bucket_bytes
+        full = size + length > limit or (not packed and count + runs > policy.max_segments)
         if n > first and (key != key_rows[first] or full):
             bounds.append((first, n))
             first, size, count = n, 0, 0

@@ -20,6 +20,7 @@ from weft.join import coverage_faults, join_sides, overlaps
 from weft.layout import ITEM_BYTES, Layout
 from weft.member import Member
 from weft.policy import Policy
+from weft.rows import Rows
 from weft.statistics import Statistics, statistics_of
 from weft.table import Int64s
 
@@ -50,6 +51,8 @@ class Plan:
     """The factors in which the boxes of each tensor are given, padded on the left with ones: shape (tensors, k)."""
     parts: Parts
     routes: Routes
+    scratch_slots: Int64s
+    """Scratch groups in flight at every member; 0 at those that are no targets. Shape (members,)."""
     egress_bound: int
     """Bytes that the busiest source sends at least in any plan that heeds geometry and the order of locality."""
 
@@ -95,6 +98,33 @@ class Plan:
     @property
     def _part_bytes(self) -> Int64s:
         return self.parts.numel * self.item_bytes[self.parts.tensor]
+
+    def rows_of(self, member: int) -> Int64s:
+        """The routes from or to a member, ascending."""
+        target_starts, source_order, source_starts = self._rows
+        received = np.arange(target_starts[member], target_starts[member + 1])
+        sent = source_order[source_starts[member] : source_starts[member + 1]]
+        return np.union1d(received, sent)
+
+    @cached_property
+    def _rows(self) -> tuple[Int64s, Int64s, Int64s]:
+        routes, numbers = self.routes, np.arange(self.count + 1)
+        order = np.argsort(routes.source, kind="stable")
+        return np.searchsorted(routes.target, numbers), order, np.searchsorted(routes.source[order], numbers)
+
+    @property
+    def count(self) -> int:
+        """Number of members."""
+        return len(self.members)
+
+    @cached_property
+    def most_peers(self) -> int:
+        """Most others that one member sends to, or receives from; at least 1."""
+        count = self.count
+        pairs = np.unique(self.routes.source * count + self.routes.target)
+        pairs = pairs[pairs // count != pairs % count]
+        most = [np.bincount(ends, minlength=1).max(initial=1) for ends in (pairs // count, pairs % count)]
+        return int(max(most))
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -158,15 +188,28 @@ def plan(
         PlannedTensor(*row)
         for row in zip(catalog.names, catalog.shapes, catalog.source_dtypes, catalog.target_dtypes, strict=True)
     )
-    groups = [np.array([b.group for b in layouts[a].buffers], dtype=np.int64) for a in target_addresses]
+    group, scratch = _landing([layouts[a] for a in target_addresses], joined.targets)
     parts, routes, bound = assign(
-        joined, found, classes, members, source_addresses, target_addresses, groups,
+        joined, found, classes, members, source_addresses, target_addresses, group, scratch,
         np.array([ITEM_BYTES[tensor.target_dtype] for tensor in tensors], dtype=np.int64), policy.least_cut_bytes,
     )  # fmt: skip
     aliases = tuple(
         (alias, catalog.names[n]) for alias, n in sorted(catalog.index.items()) if alias != catalog.names[n]
     )
-    return Plan(members, tensors, aliases, policy, joined.splits, parts, routes, bound)
+    slots = [layouts[m.target_layout].scratch_slots if m.target_layout is not None else 0 for m in members]
+    return Plan(members, tensors, aliases, policy, joined.splits, parts, routes, np.array(slots, dtype=np.int64), bound)
+
+
+def _landing(layouts: Sequence[Layout], targets: Rows) -> tuple[Int64s, Int64s]:
+    """The group, and the number of the scratch group (or -1), of every row of the targets."""
+    groups, scratches = [], []
+    for layout in layouts:
+        numbers = {group: n for n, group in enumerate(layout.scratch_groups)}
+        groups.append(np.array([buffer.group for buffer in layout.buffers], dtype=np.int64))
+        scratches.append(np.array([numbers.get(buffer.group, -1) for buffer in layout.buffers], dtype=np.int64))
+    first = np.cumsum([0, *(len(each) for each in groups)])
+    row = first[targets.layout] + targets.buffer
+    return np.concatenate(groups)[row], np.concatenate(scratches)[row]
 
 
 def _first_members(members: Sequence[Member], side: str) -> dict[str, str]:

@@ -54,7 +54,7 @@ class _Header(msgspec.Struct):
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan to a file; what was there is replaced at once or not at all. Raises `OSError`."""
-    columns = [plan.splits, *(getattr(plan.parts, name) for name in _PART_COLUMNS)]
+    columns = [plan.splits, plan.scratch_slots, *(getattr(plan.parts, name) for name in _PART_COLUMNS)]
     columns += [getattr(plan.routes, name) for name in _ROUTE_COLUMNS]
     blocks: list[bytes] = []
     for column in columns:
@@ -100,7 +100,7 @@ def load_plan(path: Path, *, fingerprint: str | None = None) -> Plan:
         raise RecordError(f"{path}: the checksum of its header differs: truncated or damaged")
     try:
         header = msgspec.msgpack.decode(raw, type=_Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"{path}: the header is damaged: {error}") from error
     body = data[start : start + header.body_bytes]
     if len(data) != start + header.body_bytes:
@@ -117,7 +117,10 @@ def load_plan(path: Path, *, fingerprint: str | None = None) -> Plan:
 
 
 def _plan(path: Path, header: _Header, body: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Plan:
-    shapes: dict[str, tuple[int, ...]] = {"splits": (len(header.tensors), header.width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "splits": (len(header.tensors), header.width),
+        "slots": (len(header.members),),
+    }
     shapes |= {name: (header.parts, header.width) if name in _WIDE else (header.parts,) for name in _PART_COLUMNS}
     shapes |= {f"routes.{name}": (header.routes,) for name in _ROUTE_COLUMNS}
     found: dict[str, Int64s] = {}
@@ -128,6 +131,8 @@ def _plan(path: Path, header: _Header, body: np.ndarray[tuple[int, ...], np.dtyp
             raise RecordError(f"{path}: column {name} is missing or too short: damaged")
         found[name] = body[at : at + nbytes].view("<i8").reshape(shape)
         at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    if at != len(body):
+        raise RecordError(f"{path}: its columns take {at} bytes of {len(body)}: damaged")
     bounds = {
         "tensor": len(header.tensors), "routes.source": len(header.members), "routes.target": len(header.members),
         "routes.part": header.parts, "routes.counted": 2,
@@ -138,5 +143,5 @@ def _plan(path: Path, header: _Header, body: np.ndarray[tuple[int, ...], np.dtyp
     return Plan(
         header.members, header.tensors, header.aliases, header.policy, found["splits"],
         Parts(*(found[name] for name in _PART_COLUMNS)),
-        Routes(*(found[f"routes.{name}"] for name in _ROUTE_COLUMNS)), header.egress_bound,
+        Routes(*(found[f"routes.{name}"] for name in _ROUTE_COLUMNS)), found["slots"], header.egress_bound,
     )  # fmt: skip

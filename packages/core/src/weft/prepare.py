@@ -20,8 +20,8 @@ from weft.errors import LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
 from weft.member import Member, Region, RemoteRegion, regions_of
-from weft.plan import Plan
 from weft.rendezvous import EndpointRecord
+from weft.slices import Slice
 from weft.views import Memory, byte_view, source_view, target_view, torch_dtype
 
 Move = tuple[torch.Tensor, torch.Tensor]
@@ -119,7 +119,7 @@ def endpoint_record(
 
 
 def transfer_program(
-    plan: Plan,
+    own: Slice,
     program: MemberProgram,
     endpoint: Endpoint,
     peers: Mapping[str, EndpointRecord],
@@ -129,7 +129,7 @@ def transfer_program(
 
     `members` are all of the job, so that both ends of a bucket come to the same key.
     """
-    width = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in plan.tensors], dtype=np.int64)
+    width = own.item_bytes
 
     def lowered(bucket: LoweredBucket, sending: bool) -> Bucket:
         peer = peers[bucket.peer]
@@ -148,7 +148,7 @@ def transfer_program(
 
     sends = tuple(lowered(bucket, True) for bucket in program.sends)
     receives = tuple(lowered(bucket, False) for bucket in program.receives)
-    key = hashlib.sha256(plan.fingerprint.encode())
+    key = hashlib.sha256(own.fingerprint.encode())
     for member in sorted(members, key=lambda member: member.name):
         key.update(f"{member.name}/{member.incarnation}/{member.memory_epoch}".encode())
     remote = {name: tuple(record.regions) for name, record in peers.items()}
@@ -167,24 +167,24 @@ def _columns(region: bytes, offset: bytes) -> Binding:
 
 
 def make_steps(
-    plan: Plan, program: MemberProgram, endpoint: Endpoint, side: tuple[Layout, Memory], sending: bool
+    own: Slice, program: MemberProgram, endpoint: Endpoint, side: tuple[Layout, Memory], sending: bool
 ) -> list[Step]:
     """The views and digest tables of every bucket that this member sends (or receives)."""
     layout, memory = side
     steps: list[Step] = []
     for bucket in program.sends if sending else program.receives:
         if bucket.slot is None:
-            steps.append(Step(bucket, (), _direct_runs(plan, bucket.copies, layout, memory, sending)))
+            steps.append(Step(bucket, (), _direct_runs(own, bucket.copies, layout, memory, sending)))
             continue
         region, offset = (endpoint.outgoing if sending else endpoint.incoming)[bucket.peer]
         begin = offset + bucket.slot * program.slot_bytes
         slot = endpoint.regions[region].memory[begin : begin + program.slot_bytes]
-        steps.append(_packed_step(plan, bucket, layout, memory, slot, sending))
+        steps.append(_packed_step(own, bucket, layout, memory, slot, sending))
     return steps
 
 
 def _packed_step(
-    plan: Plan, bucket: LoweredBucket, layout: Layout, memory: Memory, slot: torch.Tensor, sending: bool
+    own: Slice, bucket: LoweredBucket, layout: Layout, memory: Memory, slot: torch.Tensor, sending: bool
 ) -> Step:
     copies = bucket.copies
     moves: list[Move] = []
@@ -192,13 +192,13 @@ def _packed_step(
     numel = copies.numel.tolist()
     buffers = (copies.source_buffer if sending else copies.target_buffer).tolist()
     for n, offset in enumerate(bucket.offsets.tolist()):
-        tensor = plan.tensors[copies.tensor[n]]
+        tensor = own.tensors[copies.tensor[n]]
         itemsize = ITEM_BYTES[tensor.target_dtype]
         sizes = copies.sizes[n].tolist()
         dense = slot[offset : offset + numel[n] * itemsize].view(torch_dtype(tensor.target_dtype)).view(sizes)
         view = (source_view if sending else target_view)(copies, n, memory[layout.buffers[buffers[n]].name])
         moves.append((dense, view) if sending else (view, dense))
-        if plan.policy.digests:
+        if own.policy.digests:
             strides = [1] * len(sizes)
             for axis in range(len(sizes) - 2, -1, -1):
                 strides[axis] = strides[axis + 1] * sizes[axis + 1]
@@ -209,16 +209,16 @@ def _packed_step(
 
 
 def _direct_runs(
-    plan: Plan, copies: Copies, layout: Layout, memory: Memory, sending: bool
+    own: Slice, copies: Copies, layout: Layout, memory: Memory, sending: bool
 ) -> tuple[tuple[Bytes, Runs], ...]:
-    if not plan.policy.digests:
+    if not own.policy.digests:
         return ()
-    return tuple(copy_runs(plan, copies, n, layout, memory, sending) for n in range(len(copies)))
+    return tuple(copy_runs(own, copies, n, layout, memory, sending) for n in range(len(copies)))
 
 
-def copy_runs(plan: Plan, copies: Copies, n: int, layout: Layout, memory: Memory, sending: bool) -> tuple[Bytes, Runs]:
+def copy_runs(own: Slice, copies: Copies, n: int, layout: Layout, memory: Memory, sending: bool) -> tuple[Bytes, Runs]:
     """Where copy n's digest is computed in the source's (or target's) own buffer."""
-    tensor = plan.tensors[copies.tensor[n]]
+    tensor = own.tensors[copies.tensor[n]]
     itemsize = ITEM_BYTES[tensor.source_dtype if sending else tensor.target_dtype]
     buffer, offset, strides = (
         (copies.source_buffer, copies.source_offset, copies.source_strides)
@@ -233,7 +233,7 @@ def copy_runs(plan: Plan, copies: Copies, n: int, layout: Layout, memory: Memory
 
 
 def local_moves(
-    plan: Plan, program: MemberProgram, source: tuple[Layout, Memory], target: tuple[Layout, Memory]
+    own: Slice, program: MemberProgram, source: tuple[Layout, Memory], target: tuple[Layout, Memory]
 ) -> dict[int, list[tuple[Move, tuple[Bytes, Runs] | None]]]:
     """Copies within this member by group of its target layout; those that count bring the runs of their digest."""
     copies = program.local
@@ -241,8 +241,8 @@ def local_moves(
     for n in range(len(copies)):
         held = source[1][source[0].buffers[copies.source_buffer[n]].name]
         wanted = target[1][target[0].buffers[copies.target_buffer[n]].name]
-        counted = plan.policy.digests and bool(copies.counted[n])
-        runs = copy_runs(plan, copies, n, target[0], target[1], False) if counted else None
+        counted = own.policy.digests and bool(copies.counted[n])
+        runs = copy_runs(own, copies, n, target[0], target[1], False) if counted else None
         move = (target_view(copies, n, wanted), source_view(copies, n, held))
         moves.setdefault(int(copies.group[n]), []).append((move, runs))
     return moves

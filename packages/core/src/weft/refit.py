@@ -17,7 +17,6 @@ from weft.installation import Installation
 from weft.leaders import ReplicaLeader, SourceLeader
 from weft.loop import Account, Loop
 from weft.offer import Offer
-from weft.plan import Plan
 from weft.plugins import load
 from weft.policy import Policy
 from weft.rendezvous import Rendezvous
@@ -25,6 +24,7 @@ from weft.replay import Clock, Receiver, Sender
 from weft.report import Report
 from weft.roster import Expect
 from weft.session import SourceSession, TargetSession
+from weft.slices import Slice
 from weft.stores import open_store
 from weft.wire import Notice
 
@@ -137,9 +137,9 @@ class Refit:
         return self._identity.name
 
     @property
-    def plan(self) -> Plan:
-        """The plan that refits replay. Raises `ConfigError` before `open`."""
-        return self._connection[0].plan
+    def slice(self) -> Slice:
+        """This member's part of the plan that refits replay. Raises `ConfigError` before `open`."""
+        return self._connection[0].slice
 
     @property
     def registrations(self) -> int:

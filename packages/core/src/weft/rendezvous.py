@@ -123,6 +123,32 @@ class Rendezvous:
         """A layout that some member announced. Raises `RecordError` when it is missing or damaged."""
         return Layout.decode(get_content(self._store, f"{self._root}/layout", address))
 
+    def publish_slices(self, fingerprint: str, slices: Iterable[tuple[str, bytes]]) -> None:
+        """Give every member (by name) its slice of a plan, encoded."""
+        for name, data in slices:
+            self._store.set(f"{self._root}/slice/{fingerprint}/{quote(name, safe='')}", data)
+
+    def slice(self, fingerprint: str, planner: str) -> bytes:
+        """This member's slice of a plan, which `planner` publishes. Waits for it.
+
+        Raises `DeadlineError` that names the planner when it has published none by the deadline, and `RendezvousError`
+        when one of all members has failed, left or restarted.
+        """
+        key = f"{self._root}/slice/{fingerprint}/{quote(self._name, safe='')}"
+        sleep_seconds = _FIRST_SLEEP_SECONDS
+        while True:
+            expired = self._deadline.expired()
+            if (data := self._store.get(key)) is not None:
+                return data
+            attempt = self._own_attempt()
+            if attempt is not None and planner in attempt.left:
+                raise RendezvousError(f"job {self._job!r}: {planner} left before it had planned")
+            if expired:
+                error = DeadlineError(f"the plan of job {self._job!r}", self._deadline.seconds, [planner])
+                self._append(Action.FAIL, str(error))
+                raise error
+            sleep_seconds = self._sleep(sleep_seconds)
+
     def publish_endpoint(self, record: EndpointRecord) -> None:
         """Say how this member is reached; again after its memory epoch has changed."""
         if (record.name, record.incarnation) != (self._name, self._incarnation):

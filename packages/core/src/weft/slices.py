@@ -8,6 +8,7 @@ belongs, and that the copies from it read what it says it holds.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -15,15 +16,19 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from weft.copies import Parts, Routes
+from weft.copies import Copies, Parts, Routes, expand, loops_of
 from weft.errors import PlanError, RecordError
-from weft.layout import Layout
+from weft.layout import ITEM_BYTES, Layout
 from weft.member import Member
 from weft.plan import Plan, PlannedTensor
 from weft.policy import Policy
 from weft.rows import Rows, in_splits, pieces_of
 from weft.table import Int64s, intersect, pairs_by_key, unique_rows
 
+_COMPRESSION = 1
+"""Columns of small integers shrink to a few percent at the fastest level."""
+_MOST_BYTES = 1 << 30
+"""A record that unpacks to more is none of ours."""
 _WIDE = ("lo", "hi", "source_strides", "target_strides")
 
 
@@ -36,6 +41,10 @@ class _SliceRecord(msgspec.Struct, array_like=True):
     tensors: list[PlannedTensor]
     aliases: list[tuple[str, str]]
     policy: Policy
+    numbers: list[int]
+    count: int
+    most_peers: int
+    scratch_slots: list[int]
     width: int
     """Factors per split."""
     splits: bytes
@@ -58,6 +67,14 @@ class Slice:
     aliases: tuple[tuple[str, str], ...]
     """(alias, name) of these tensors."""
     policy: Policy
+    numbers: tuple[int, ...]
+    """The numbers of `members` in the whole plan."""
+    count: int
+    """Members of the whole plan."""
+    most_peers: int
+    """See `Plan.most_peers`."""
+    scratch_slots: tuple[int, ...]
+    """Of `members`; see `Plan.scratch_slots`."""
     splits: Int64s
     """Factors of every tensor, shape (tensors, k)."""
     parts: Parts
@@ -65,14 +82,30 @@ class Slice:
     """Numbers of members count in `members`, those of parts in `parts`."""
 
     @cached_property
+    def item_bytes(self) -> Int64s:
+        """Bytes per element of every tensor as it travels (in the target's dtype)."""
+        return np.array([ITEM_BYTES[tensor.target_dtype] for tensor in self.tensors], dtype=np.int64)
+
+    @property
+    def me(self) -> int:
+        """Index of the member in `members`."""
+        return [member.name for member in self.members].index(self.name)
+
+    def copies(self) -> Copies:
+        """Its copies, spelled out; members count in `members`."""
+        return expand(self.routes, self.parts, loops_of(self.parts, self.splits), np.arange(len(self.routes)))
+
+    @cached_property
     def encoded(self) -> bytes:
         """The slice as a record: equal slices give equal bytes."""
-        return msgspec.msgpack.encode(
+        record = msgspec.msgpack.encode(
             _SliceRecord(
                 self.fingerprint, self.name, list(self.members), list(self.tensors), list(self.aliases), self.policy,
+                list(self.numbers), self.count, self.most_peers, list(self.scratch_slots),
                 self.splits.shape[1], _pack(self.splits), _packed(self.parts), _packed(self.routes),
             )
         )  # fmt: skip
+        return zlib.compress(record, _COMPRESSION)
 
     @cached_property
     def address(self) -> str:
@@ -83,16 +116,18 @@ class Slice:
     def decode(cls, data: bytes) -> Slice:
         """Inverse of `encoded`. Raises `RecordError` when the bytes are no slice."""
         try:
-            record = msgspec.msgpack.decode(data, type=_SliceRecord)
+            raw = zlib.decompressobj()
+            record = msgspec.msgpack.decode(raw.decompress(data, _MOST_BYTES), type=_SliceRecord)
             splits = _unpack(record.splits).reshape(len(record.tensors), record.width)
             parts = {f.name: _unpack(record.parts[f.name]) for f in fields(Parts)}
             parts |= {name: parts[name].reshape(len(parts["tensor"]), record.width) for name in _WIDE}
             routes = {f.name: _unpack(record.routes[f.name]) for f in fields(Routes)}
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, ValueError) as error:
+        except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, ValueError) as error:
             raise RecordError(f"not a slice of a plan: {error}") from error
         found = cls(
             record.fingerprint, record.name, tuple(record.members), tuple(record.tensors), tuple(record.aliases),
-            record.policy, splits, Parts(**parts), Routes(**routes),
+            record.policy, tuple(record.numbers), record.count, record.most_peers, tuple(record.scratch_slots), splits,
+            Parts(**parts), Routes(**routes),
         )  # fmt: skip
         if damage := _damage(found):
             raise RecordError(f"slice of a plan is damaged: {damage}")
@@ -102,7 +137,7 @@ class Slice:
 def slice_of(plan: Plan, name: str) -> Slice:
     """One member's slice. Raises `KeyError` for a stranger."""
     me, routes = plan.index(name), plan.routes
-    mine = np.flatnonzero((routes.source == me) | (routes.target == me))
+    mine = plan.rows_of(me)
     part_of, part = np.unique(routes.part[mine], return_inverse=True)
     parts = plan.parts.select(part_of)
     tensor_of, tensor = np.unique(parts.tensor, return_inverse=True)
@@ -111,7 +146,8 @@ def slice_of(plan: Plan, name: str) -> Slice:
     names = {tensor.name for tensor in tensors}
     return Slice(
         plan.fingerprint, name, tuple(plan.members[n] for n in who.tolist()), tensors,
-        tuple(pair for pair in plan.aliases if pair[1] in names), plan.policy, plan.splits[tensor_of],
+        tuple(pair for pair in plan.aliases if pair[1] in names), plan.policy, tuple(who.tolist()), plan.count,
+        plan.most_peers,         tuple(plan.scratch_slots[who].tolist()), plan.splits[tensor_of],
         replace(parts, tensor=tensor),
         Routes(
             np.searchsorted(who, routes.source[mine]), np.searchsorted(who, routes.target[mine]), part,
@@ -128,7 +164,7 @@ def prove(own: Slice, source: Layout | None, target: Layout | None) -> None:
     """
     index = {tensor.name: n for n, tensor in enumerate(own.tensors)}
     index |= {alias: index[name] for alias, name in own.aliases}
-    me = [member.name for member in own.members].index(own.name)
+    me = own.me
     faults: list[str] = []
     if source is not None:
         sent = own.parts.select(np.unique(own.routes.part[own.routes.source == me]))
@@ -190,6 +226,8 @@ def _damage(own: Slice) -> str | None:
         return "its member is not there, or two have one name"
     if (own.splits < 1).any():
         return "a split has a factor below 1"
+    if not len(names) == len(own.numbers) == len(own.scratch_slots) or not set(own.numbers) <= set(range(own.count)):
+        return "members without numbers"
     if any(name not in {tensor.name for tensor in own.tensors} for _, name in own.aliases):
         return "an alias of a tensor that is not there"
     columns: Sequence[tuple[Int64s, int]] = (

@@ -13,6 +13,7 @@ from weft.member import Member
 from weft.plan import plan
 from weft.policy import Policy
 from weft.prepare import make_endpoint
+from weft.slices import slice_of
 from weft.testing.members import allocate
 from weft_cli.figures import figures
 from weft_cli.planning import Sides
@@ -50,7 +51,7 @@ def test_what_is_packed_is_what_lowering_packs(sides: Sides, direct_run_bytes: i
     policy = Policy(casts=(("float32", "bfloat16"),), direct_run_bytes=direct_run_bytes)
     made = plan(sides.sources, sides.targets, sides.layouts, policy)
     found = figures(made, sides)
-    programs = [lower(made, sides.layouts, member.name) for member in sides.sources]
+    programs = [lower(slice_of(made, member.name)) for member in sides.sources]
     packed = [bucket for program in programs for bucket in program.sends if bucket.slot is not None]
     assert sum(each.bytes for each in found.packed) == sum(bucket.nbytes for bucket in packed)
     assert sum(each.copies for each in found.packed) == sum(len(bucket.copies) for bucket in packed)
@@ -68,7 +69,7 @@ def test_predicted_memory_is_what_preparing_allocates(sides: Sides, direct_run_b
     for member in made.members:
         own = sides.layouts[member.source_layout or member.target_layout or ""]
         ends = [(own, allocate(own)) if address else None for address in (member.source_layout, member.target_layout)]
-        regions = {r.name: r.nbytes for r in make_endpoint(lower(made, sides.layouts, member.name), *ends).regions}
+        regions = {r.name: r.nbytes for r in make_endpoint(lower(slice_of(made, member.name)), *ends).regions}
         predicted = found.memory[member.name]
         assert predicted.staging_in == regions.get("staging-incoming", 0)
         assert predicted.staging_out == regions.get("staging-outgoing", 0)

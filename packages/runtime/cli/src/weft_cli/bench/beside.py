@@ -12,6 +12,7 @@ import msgspec
 from weft.errors import ConfigError
 from weft.lower import lower
 from weft.policy import Policy
+from weft.slices import slice_of
 from weft_cli.bench.isolated import in_own_process, rss_bytes
 from weft_cli.bench.megatron_planner import Sizes, megatron_version, run_megatron
 from weft_cli.bench.planner import Described, PlannerCase, describe_apart, read_sides, timed
@@ -66,7 +67,7 @@ def _weft(argument: bytes) -> bytes:
     before, _ = rss_bytes()
     seconds, made = timed(partial(make_plan, sides, Policy(direct_run_bytes=DIRECT_RUN_BYTES)))
     _, peak = rss_bytes()
-    sends = [len(lower(made, sides.layouts, member.name).sends) for member in sides.sources]
+    sends = [len(lower(slice_of(made, member.name)).sends) for member in sides.sources]
     statistics = made.statistics
     planned = Planned(
         seconds=seconds,
