@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import NEW_TOKENS, as_loaded, expected_parameters, gaps, prompts, reference_tokens, save_checkpoint
+from models import NEW_TOKENS, as_loaded, gaps, prompts, reference_tokens, save_checkpoint
 from safetensors.torch import load_file
+from slices import Position, expected_parameters
 from vllm import LLM, SamplingParams
 from vllm._custom_ops import cpu_prepack_moe_weight
 
@@ -59,11 +60,9 @@ def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
     slices of packed experts go through vLLM's own packing.
     """
     model, parallel = worker.get_model(), worker.parallel_config
-    rank, ranks = worker.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
-    expected = expected_parameters(
-        load_file(f"{path}/model.safetensors"), config, rank, ranks, worker.model_config.dtype,
-        parallel.enable_expert_parallel,
-    )  # fmt: skip
+    ranks = parallel.tensor_parallel_size
+    at = Position(worker.rank % ranks, ranks, parallel.enable_expert_parallel)
+    expected = expected_parameters(load_file(f"{path}/model.safetensors"), config, at, worker.model_config.dtype)
     names = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
     wrong, compared = sorted(names ^ expected.keys()), 0
     for name, want in expected.items():
@@ -72,11 +71,11 @@ def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
         if want.ndim == 2 and hasattr(module, "cpu_linear"):
             read = module.cpu_linear(torch.eye(want.shape[1], dtype=want.dtype), module.weight, None).T.contiguous()
             held = [tensor for tensor in held if tensor.numel()] + [read]
-        if want.ndim == 3:
+        if name.endswith(("w13_weight", "w2_weight")):
             want = cpu_prepack_moe_weight(want, module.quant_method.moe_kernel.fused_experts.isa)
         for tensor in held:
             compared += tensor.numel() * tensor.element_size()
-            found = tensor.cpu()
+            found = tensor.cpu().contiguous()
             if found.shape != want.shape or not torch.equal(found.view(torch.uint8), want.view(torch.uint8)):
                 wrong.append(name)
     return {"wrong": wrong, "compared_bytes": compared}
@@ -129,7 +128,7 @@ def main() -> None:
         r.pop("encoded") == a.encoded.hex() for r, a in zip(result["ranks"], analytic, strict=True)
     ]
     before = llm.collective_rpc(pointers)
-    previous = tokens()
+    previous = loaded = tokens()
     first = models[0].to(getattr(torch, case["dtype"]))
     result["first_gaps"] = gaps(first, asked, previous, reference_tokens(first, asked))
     for version, name, number in ((1, "B", 1), (2, "C", 2), (3, "C", 2), (4, "A", 0)):
@@ -142,6 +141,7 @@ def main() -> None:
              "memory": llm.collective_rpc(compare, args=(str(directory / name), config))}
         )  # fmt: skip
         previous = got
+    result["as_loaded"] = previous == loaded
     result["pointers_stable"] = llm.collective_rpc(pointers) == before
     print("RESULT " + json.dumps(result), flush=True)
     shared = llm.collective_rpc(shared_memory)
