@@ -66,6 +66,7 @@ LATENT = make_config(
     routed_scaling_factor=2.5,
     num_nextn_predict_layers=1,
 )
+SPARSE = LATENT | {"model_type": "glm_moe_dsa", "index_n_heads": 3, "index_head_dim": 20, "index_topk": 4}
 KIMI = LATENT | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
 MIXTRAL = make_config(
     model_type="mixtral", tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2, intermediate_size=16
@@ -105,6 +106,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pp2 ep2": (EXPERTS, PP2 | EP2, "bare"),
     "ep2, all biases": (EXPERTS | {"attention_bias": True, "mlp_bias": True}, EP2, "bare"),
     "tp2 ep2 etp1, latent attention": (LATENT, TP2 | EP2 | ETP1, "bare"),
+    "tp2 pp2, sparse attention, prediction layer": (SPARSE, TP2 | PP2, "mtp"),
     "tp4, latent attention": (LATENT, TP4, "bare"),
     "pp2 ep2, prediction layer": (LATENT, PP2 | EP2, "mtp"),
     "tp2 pp2, tied, prediction layer": (LATENT | {"tie_word_embeddings": True}, TP2 | PP2, "mtp"),

@@ -16,6 +16,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -86,6 +88,7 @@ LATENT = SIGMOID | {
     "n_group": 4,
     "topk_group": 2,
 }
+INDEXER = {"n_group": 1, "topk_group": 1, "index_n_heads": 2, "index_head_dim": 12, "index_topk": 6}
 STACKED = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 PARTLY = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
 MODELS |= {
@@ -97,6 +100,7 @@ MODELS |= {
         Glm4MoeForCausalLM,
         SIGMOID | {"attention_bias": True, "use_qk_norm": True, "rope_parameters": PARTLY},
     ),
+    "glm 5": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM, LATENT | INDEXER),
     "gpt-oss": (GptOssConfig, GptOssForCausalLM, STACKED),
 }
 TP2 = {"tensor_model_parallel_size": 2}
@@ -116,7 +120,9 @@ EXPERT_MESHES: dict[str, dict[str, int]] = {
 }
 RUNS = [(name, mesh) for name in MODELS if name.startswith(("llama", "qwen", "experts")) for mesh in MESHES]
 RUNS += [(name, mesh) for name in MODELS if name.startswith("experts") for mesh in EXPERT_MESHES]
-RUNS += [(name, mesh) for name in ("mixtral", "deepseek", "glm") for mesh in ("tp2 pp2", "ep4", "tp2 ep2 etp1")]
+RUNS += [
+    (name, mesh) for name in ("mixtral", "deepseek", "glm", "glm 5") for mesh in ("tp2 pp2", "ep4", "tp2 ep2 etp1")
+]
 # Megatron does not divide experts with biases.
 RUNS += [("deepseek without a query vector", "tp4"), *(("gpt-oss", mesh) for mesh in ("tp1", "ep4", "tp2 ep2 etp1"))]
 Logits = npt.NDArray[np.float32]

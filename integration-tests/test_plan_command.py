@@ -16,7 +16,7 @@ from weft_cli.models import load_config, presets
 Plan = Callable[..., tuple[int, str, str]]
 
 
-LARGE = ("deepseek-v3", "glm-4.5", "gpt-oss-120b", "kimi-k2", "mixtral-8x7b")
+LARGE = ("deepseek-v3", "glm-4.5", "glm-5", "gpt-oss-120b", "kimi-k2", "mixtral-8x7b")
 """Too large for four ranks, and with layers that `engine_elements` does not know."""
 
 

@@ -11,6 +11,9 @@ from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.experimental_attention_variant import dsa
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from weft_cli.demo import megatron_on_cpu
@@ -40,8 +43,10 @@ def build_model(
     if transformer.multi_latent_attention:
         # None without Transformer Engine, and asked for as a class.
         multi_latent_attention.TELinear = type("TELinear", (), {})
+        sparse = transformer.experimental_attention_variant == "dsa"
         for layer in layers.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = sparse_attention() if sparse else LatentCoreAttention
     predictors = None
     if transformer.mtp_num_layers:
         predictors = get_gpt_mtp_block_spec(
@@ -76,6 +81,29 @@ class LatentCoreAttention(torch.nn.Module):
         heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         found = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, scale=self.scale)
         return found.permute(2, 0, 1, 3).flatten(2)
+
+
+class WholeLinear(torch.nn.Linear):
+    """What Transformer Engine's linear layer is to Megatron's modules when every rank has all of it."""
+
+    def __init__(self, inputs: int, outputs: int, **_: Any) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(input), None
+
+
+def sparse_attention() -> ModuleSpec:
+    """As `get_dsa_module_spec_for_backend`, which needs Transformer Engine.
+
+    Queries and keys are rotated by a Hadamard matrix there, in bfloat16 on CUDA, which changes no product of the two.
+    """
+    dsa.rotate_activation = lambda activation: activation
+    indexer = dsa.DSAIndexerSubmodules(
+        linear_wq_b=WholeLinear, linear_wk=WholeLinear, k_norm=WrappedTorchNorm, linear_weights_proj=WholeLinear
+    )
+    submodules = dsa.DSAttentionSubmodules(indexer=ModuleSpec(module=dsa.DSAIndexer, submodules=indexer))
+    return ModuleSpec(module=dsa.DSAttention, submodules=submodules)
 
 
 def transformer_config(config: Config, dtype: torch.dtype = torch.float32, **options: Any) -> TransformerConfig:
@@ -143,9 +171,20 @@ def _gpt_oss(config: Config) -> dict[str, Any]:
     return gate | _mixtral(config)
 
 
+def _glm_moe_dsa(config: Config) -> dict[str, Any]:
+    indexer = {
+        "experimental_attention_variant": "dsa",
+        "dsa_indexer_n_heads": config["index_n_heads"],
+        "dsa_indexer_head_dim": config["index_head_dim"],
+        "dsa_indexer_topk": config["index_topk"],
+    }
+    return indexer | _deepseek(config)
+
+
 FAMILIES: Mapping[str, tuple[type[TransformerConfig], Callable[[Config], dict[str, Any]]]] = {
     "deepseek_v3": (MLATransformerConfig, _deepseek),
     "kimi_k2": (MLATransformerConfig, _deepseek),
+    "glm_moe_dsa": (MLATransformerConfig, _glm_moe_dsa),
     "mixtral": (TransformerConfig, _mixtral),
     "glm4_moe": (TransformerConfig, _glm4_moe),
     "gpt_oss": (TransformerConfig, _gpt_oss),

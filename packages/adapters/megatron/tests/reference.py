@@ -49,7 +49,7 @@ def sparse(config: Mapping[str, Any], layer: int) -> bool:
             return layer not in config.get("mlp_only_layers", []) and (layer + 1) % step == 0
         case "mixtral" | "gpt_oss":
             return True
-        case "deepseek_v3" | "kimi_k2" | "glm4_moe":
+        case "deepseek_v3" | "kimi_k2" | "glm4_moe" | "glm_moe_dsa":
             return bool(layer >= config["first_k_dense_replace"])
     return False
 
@@ -107,6 +107,15 @@ def latent_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "o_proj.weight": (hidden, heads * value),
     }
     queries = heads * (plain + rotary)
+    if "index_n_heads" in config:
+        index_heads, size = config["index_n_heads"], config["index_head_dim"]
+        shapes |= {
+            "indexer.wq_b.weight": (index_heads * size, config["q_lora_rank"]),
+            "indexer.wk.weight": (size, hidden),
+            "indexer.k_norm.weight": (size,),
+            "indexer.k_norm.bias": (size,),
+            "indexer.weights_proj.weight": (index_heads, hidden),
+        }
     if config["q_lora_rank"] is None:
         return shapes | {"q_proj.weight": (queries, hidden)}
     rank = config["q_lora_rank"]
@@ -265,12 +274,30 @@ class Sharding:
             local + "linear_kv_up_proj.weight": self.rows(state[at + "kv_b_proj.weight"]),
             local + "kv_layernorm.weight": state[at + "kv_a_layernorm.weight"],
         }
+        if at + "indexer.wk.weight" in state:
+            found |= self.indexer(at + "indexer.", local + "core_attention.indexer.")
         if at + "q_proj.weight" in state:
             return found | {local + "linear_q_proj.weight": self.rows(state[at + "q_proj.weight"])}
         return found | {
             local + "linear_q_down_proj.weight": down(state[at + "q_a_proj.weight"]),
             local + "linear_q_up_proj.weight": self.rows(state[at + "q_b_proj.weight"]),
             local + "q_layernorm.weight": state[at + "q_a_layernorm.weight"],
+        }
+
+    def indexer(self, at: str, local: str) -> State:
+        """Rotary elements lead every head on disk and end it in Megatron."""
+
+        def turned(tensor: torch.Tensor) -> torch.Tensor:
+            heads = tensor.reshape(-1, self.config["index_head_dim"], *tensor.shape[1:])
+            return heads.roll(-self.config["qk_rope_head_dim"], 1).reshape(tensor.shape)
+
+        state = self.state
+        return {
+            local + "linear_wq_b.weight": turned(state[at + "wq_b.weight"]),
+            local + "linear_wk.weight": turned(state[at + "wk.weight"]),
+            local + "k_norm.weight": turned(state[at + "k_norm.weight"]),
+            local + "k_norm.bias": turned(state[at + "k_norm.bias"]),
+            local + "linear_weights_proj.weight": state[at + "weights_proj.weight"],
         }
 
     def layer(self, layer: int, local: str) -> State:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from weft.errors import ConfigError, NotSupportedError
 from weft.layout import Layout
-from weft_megatron import MegatronAdapter, Spec, adapter
+from weft_megatron import MegatronAdapter, Spec, adapter, megatron_layout
 from weft_megatron.configs import read_config
 from weft_megatron.mesh import padded_vocabulary
 from weft_megatron.table import name_map
@@ -150,6 +150,9 @@ def latent_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     )
     if config["num_nextn_predict_layers"]:
         sizes["mtp"] = config["num_nextn_predict_layers"]
+    if config["q_lora_rank"] and draw(st.booleans()):
+        config |= {"model_type": "glm_moe_dsa", "index_n_heads": draw(st.integers(1, 3))}
+        config["index_head_dim"] = rotary + draw(st.integers(0, 3))
     return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
 
@@ -324,6 +327,14 @@ def test_experts_are_divided_by_their_own_tensor_parallel_size() -> None:
         layouts = adapter.layouts(make_experts(), sizes, "float32")
         found = [[(p.box.lo[-2], p.box.hi[-2]) for p in layout if p.buffer == name] for layout in layouts]
         assert found == rows
+
+
+def test_the_layout_of_one_rank_is_that_of_the_list() -> None:
+    config, sizes = make_experts(), {"tp": 2, "dp": 2, "ep": 2, "etp": 1}
+    every = adapter.layouts(config, sizes, "bfloat16")
+    assert [megatron_layout(config, sizes, rank) for rank in range(4)] == list(every)
+    with pytest.raises(ConfigError, match="rank 4 of a megatron job: it has ranks 0 to 3"):
+        megatron_layout(config, sizes, 4)
 
 
 @pytest.mark.trap(17)

@@ -138,7 +138,7 @@ def test_unknown_model_is_a_usage_error_that_lists_presets(weft, toy_framework: 
 
 
 def test_every_preset_is_a_config_with_sizes_and_in_the_help(weft) -> None:
-    large = ["deepseek-v3", "glm-4.5", "gpt-oss-120b", "kimi-k2", "mixtral-8x7b"]
+    large = ["deepseek-v3", "glm-4.5", "glm-5", "gpt-oss-120b", "kimi-k2", "mixtral-8x7b"]
     small = ["llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-30b-a3b", "qwen3-4b", "qwen3-moe-0.6b"]
     assert presets() == sorted([*large, *small])
     _, words, _ = weft("plan", "--help")

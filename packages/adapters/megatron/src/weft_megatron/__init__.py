@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from weft_megatron.adapter import MegatronAdapter
+from weft_megatron.adapter import MegatronAdapter, megatron_layout
 from weft_megatron.rows import Spec
 
 if TYPE_CHECKING:
     from weft_megatron.live import MegatronSource, MegatronTarget, member_name
 
-__all__ = ["MegatronAdapter", "MegatronSource", "MegatronTarget", "Spec", "adapter", "member_name"]
+__all__ = ["MegatronAdapter", "MegatronSource", "MegatronTarget", "Spec", "adapter", "megatron_layout", "member_name"]
 
 adapter = MegatronAdapter()
 

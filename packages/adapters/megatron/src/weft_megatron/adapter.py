@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weft.errors import NotSupportedError
+from weft.errors import ConfigError, NotSupportedError
 from weft.layout import Layout
 from weft_megatron.configs import read_config
 from weft_megatron.family import DecoderModel
@@ -16,6 +16,13 @@ from weft_megatron.parameters import Part, Stage, parameters
 from weft_megatron.placement import layout_of
 from weft_megatron.rows import Spec
 from weft_megatron.stages import Pipeline, Share
+
+
+def megatron_layout(
+    hf_config: Mapping[str, Any], parallel: Mapping[str, int], rank: int, dtype: str = "bfloat16"
+) -> Layout:
+    """The layout of one rank of a job with Megatron's defaults: `MegatronAdapter.layout`."""
+    return MegatronAdapter().layout(hf_config, parallel, rank, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +57,26 @@ class MegatronAdapter:
         `config` is a Hugging Face config, `dtype` the dtype of the parameters, such as `bfloat16`. Raises `ConfigError`
         for sizes that do not fit and `NotSupportedError` for a family or an axis that is not mapped.
         """
+        model, stages = self._stages(config, parallel)
+        built = {stage: self._layout(model, stage, dtype) for stage in dict.fromkeys(stages)}
+        return [built[stage] for stage in stages]
+
+    def layout(self, config: Mapping[str, Any], parallel: Mapping[str, int], rank: int, dtype: str) -> Layout:
+        """The layout of one rank. Raises what `layouts` raises, and `ConfigError` for a rank that is not there."""
+        model, stages = self._stages(config, parallel)
+        if not 0 <= rank < len(stages):
+            raise ConfigError(f"rank {rank} of a megatron job: it has ranks 0 to {len(stages) - 1}")
+        return self._layout(model, stages[rank], dtype)
+
+    def _stages(self, config: Mapping[str, Any], parallel: Mapping[str, int]) -> tuple[DecoderModel, list[Stage]]:
+        """What every rank holds."""
         mesh = Mesh.from_sizes(parallel, self.order)
         model = read_config(config).predicting(mesh.mtp)
         if mesh.ep > 1 and model.experts is None:
             raise NotSupportedError(f"ep={mesh.ep}: {model.family} of this config has no experts to divide")
         padded = padded_vocabulary(model.vocabulary, self.make_vocab_size_divisible_by, mesh.tp)
         shares = self._pipeline(mesh).deal(model.layers, model.predictors)
-        built: dict[Stage, Layout] = {}
-        result = []
-        for rank in range(mesh.world):
-            stage = _stage(mesh, model, shares, rank, padded)
-            if stage not in built:
-                built[stage] = self._layout(model, stage, dtype)
-            result.append(built[stage])
-        return result
+        return model, [_stage(mesh, model, shares, rank, padded) for rank in range(mesh.world)]
 
     def _pipeline(self, mesh: Mesh) -> Pipeline:
         return Pipeline(

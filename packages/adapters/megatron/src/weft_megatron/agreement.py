@@ -68,7 +68,12 @@ def _expected_attention(model: DecoderModel) -> dict[str, object]:
     """What the configuration of a model with this attention must say."""
     if model.latent is None:
         return {"multi_latent_attention": False, "num_query_groups": model.groups, "kv_channels": model.head}
+    indexer = model.latent.indexer
+    sparse: dict[str, object] = {}
+    if indexer:
+        sparse = {"dsa_indexer_n_heads": indexer.heads, "dsa_indexer_head_dim": indexer.head}
     return {
+        **sparse,
         "multi_latent_attention": True,
         "q_lora_rank": model.latent.query_rank,
         "kv_lora_rank": model.latent.key_rank,

@@ -1,12 +1,12 @@
 """Attention's lines of the table.
 
 From Megatron-Core 0.16: `transformer/attention.py` (rows of `linear_qkv`), `transformer/multi_latent_attention.py`,
-`transformer/dot_product_attention.py` (sinks).
+`transformer/dot_product_attention.py` (sinks), `transformer/experimental_attention_variant/dsa.py`.
 """
 
 from __future__ import annotations
 
-from weft_megatron.family import DecoderModel, LatentAttention
+from weft_megatron.family import DecoderModel, Indexer, LatentAttention
 from weft_megatron.rows import DECODER_LAYER, LAYER, Row, Spec, Split, layer_row
 
 
@@ -73,10 +73,34 @@ def latent_rows(model: DecoderModel, latent: LatentAttention, spec: Spec) -> lis
             norm("q", "q_a_layernorm", latent.query_rank),
             linear("q_up", "q_b_proj", (queries, latent.query_rank), Split.ROWS),
         ]
+    if latent.indexer:
+        rows += _indexer_rows(model, latent, latent.indexer)
     return [
         *rows,
         linear("kv_down", "kv_a_proj_with_mqa", (keys + latent.rotary, hidden), down),
         norm("kv", "kv_a_layernorm", keys),
         linear("kv_up", "kv_b_proj", (model.heads * (latent.plain + latent.value), keys), Split.ROWS),
         *_output_rows(model, model.heads * latent.value),
+    ]
+
+
+def _indexer_rows(model: DecoderModel, latent: LatentAttention, indexer: Indexer) -> list[Row]:
+    """`DSAIndexer` rotates the end of a head, `GlmMoeDsaIndexer` its beginning; both interleave."""
+    queries = (indexer.heads * indexer.head, latent.query_rank or model.hidden)
+    lines: list[tuple[str, str, str, tuple[int, ...], Split]] = [
+        ("linear_wq_b", "wq_b", "weight", queries, Split.ROTARY_LAST),
+        ("linear_wk", "wk", "weight", (indexer.head, model.hidden), Split.ROTARY_LAST),
+        ("k_norm", "k_norm", "weight", (indexer.head,), Split.ROTARY_LAST),
+        ("k_norm", "k_norm", "bias", (indexer.head,), Split.ROTARY_LAST),
+        ("linear_weights_proj", "weights_proj", "weight", (indexer.heads, model.hidden), Split.REPLICATED),
+    ]
+    return [
+        layer_row(
+            f"self_attention.core_attention.indexer.{local}.{kind}",
+            [f"self_attn.indexer.{logical}"],
+            kind,
+            [shape],
+            split,
+        )
+        for local, logical, kind, shape, split in lines
     ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
-from weft_megatron.family import DecoderModel, ExpertNames, Experts, LatentAttention
+from weft_megatron.family import DecoderModel, ExpertNames, Experts, Indexer, LatentAttention
 
 Config = Mapping[str, Any]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -84,18 +84,32 @@ def _gpt_oss(config: Config) -> DecoderModel:
     return _decoder(config, qkv_bias=True, linear_bias=True, experts=experts, sinks=True, head=head)
 
 
-def _deepseek(config: Config) -> DecoderModel:
+def _glm_moe_dsa(config: Config) -> DecoderModel:
+    """GLM-5: DeepSeek's attention and experts, and `GlmMoeDsaIndexer` in every layer."""
+    _require(config, ("q_lora_rank", "index_n_heads", "index_head_dim"))
+    if "shared" in (config.get("indexer_types") or ()) or int(config.get("index_topk_freq") or 1) > 1:
+        raise NotSupportedError("glm_moe_dsa with layers that share an indexer's choice: Megatron's all have their own")
+    kinds = config.get("mlp_layer_types") or ()
+    dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
+    if any(kind != "sparse" for kind in kinds[dense:]):
+        raise NotSupportedError("glm_moe_dsa with dense layers behind sparse ones in mlp_layer_types is not mapped")
+    first = {"first_k_dense_replace": dense} if kinds else {}
+    indexer = Indexer(int(config["index_n_heads"]), int(config["index_head_dim"]))
+    return _deepseek({"first_k_dense_replace": 3} | dict(config) | first, indexer)
+
+
+def _deepseek(config: Config, indexer: Indexer | None = None) -> DecoderModel:
     """DeepSeek-V3 and Kimi-K2: `DeepseekV3Attention`, `DeepseekV3MoE`, and the prediction layers of its checkpoint."""
     latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     _require(config, (*_SIZES, *latent, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
     if config.get("attention_bias"):
         raise NotSupportedError(f"{config['model_type']} with attention_bias: Megatron's latent attention has none")
-    rank = config.get("q_lora_rank")
+    rank, sizes = config.get("q_lora_rank"), [int(config[name]) for name in latent]
     return _decoder(
         config,
         experts=_sigmoid_experts(config),
         qk_norm=True,
-        latent=LatentAttention(int(rank) if rank else None, *(int(config[name]) for name in latent)),
+        latent=LatentAttention(int(rank) if rank else None, sizes[0], sizes[1], sizes[2], sizes[3], indexer),
         predictors=_predictors(config),
     )
 
@@ -198,6 +212,7 @@ FAMILIES: Mapping[str, Callable[[Config], DecoderModel]] = {
     "kimi_k2": _deepseek,
     "mixtral": _mixtral,
     "glm4_moe": _glm4_moe,
+    "glm_moe_dsa": _glm_moe_dsa,
     "gpt_oss": _gpt_oss,
 }
 """By `model_type`."""

@@ -8,6 +8,16 @@ from weft.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
+class Indexer:
+    """What chooses the keys that sparse attention looks at (DeepSeek-V3.2, GLM-5)."""
+
+    heads: int
+    """`index_n_heads`."""
+    head: int
+    """`index_head_dim`, of which as many elements have a position as in the attention's own heads."""
+
+
+@dataclass(frozen=True, slots=True)
 class LatentAttention:
     """Multi-latent attention: queries, keys and values are projected up from short vectors (DeepSeek-V2 and later)."""
 
@@ -21,6 +31,8 @@ class LatentAttention:
     """`qk_rope_head_dim`: elements with one; those of the key are shared by all heads."""
     value: int
     """`v_head_dim`: elements of a value head."""
+    indexer: Indexer | None = None
+    """Where attention is sparse."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def _instance(
 def _local_shape(model: DecoderModel, stage: Stage, row: Row, size: int) -> tuple[int, ...]:
     shape = row.shapes[0]
     match row.split:
-        case Split.REPLICATED:
+        case Split.REPLICATED | Split.ROTARY_LAST:
             return shape
         case Split.VOCABULARY:
             return (stage.padded_vocabulary // size, *shape[1:])

@@ -46,6 +46,20 @@ def _replicated(builder: LayoutBuilder, model: DecoderModel, parameter: Paramete
     builder.shard(tensor, parameter.name)
 
 
+def _rotary_last(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
+    if not (model.latent and model.latent.indexer):
+        raise AssertionError("only indexers have such rows")
+    size, rotary, tail = model.latent.indexer.head, model.latent.rotary, shape[1:]
+    row, heads, whole = math.prod(tail), shape[0] // size, tuple(0 for _ in tail)
+    strides = (size * row, row, *(1 for _ in tail))
+    builder.tensor(tensor, shape, dtype)
+    for start, stop, offset in ((0, rotary, size - rotary), (rotary, size, 0)):
+        if start < stop:
+            box = Box((heads, size, *tail), (0, start, *whole), (heads, stop, *tail))
+            builder.piece(tensor, box, parameter.name, offset * row, strides)
+
+
 def _rows(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
     (tensor,), (shape,) = parameter.logical, parameter.logical_shapes
     start = parameter.shape[0] * parameter.part.rank
@@ -158,6 +172,7 @@ def _grouped(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, 
 
 _PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], None]] = {
     Split.REPLICATED: _replicated,
+    Split.ROTARY_LAST: _rotary_last,
     Split.ROWS: _rows,
     Split.COLUMNS: _columns,
     Split.STACKED_GATED: _stacked_gated,

@@ -44,6 +44,8 @@ class Split(StrEnum):
     """Rows of the padded vocabulary."""
     ROWS = "rows"
     """Output rows of a column-parallel linear layer."""
+    ROTARY_LAST = "rotary_last"
+    """Whole on every rank, with the rotary rows of every head behind its others; on disk they come first."""
     GROUPED = "grouped"
     """Rows of q, k and v interleaved per key-value group (trap 5)."""
     GATED = "gated"

@@ -52,7 +52,7 @@ def plan(
     memory that weft would allocate: scratch arenas, and staging for what is packed.
 
     Presets: llama-3.1-8b, qwen2.5-7b, qwen3-0.6b, qwen3-4b, qwen3-30b-a3b, mixtral-8x7b, gpt-oss-120b, glm-4.5,
-    deepseek-v3, kimi-k2, and qwen3-moe-0.6b, made up for `weft bench`.
+    glm-5, deepseek-v3, kimi-k2, and qwen3-moe-0.6b, made up for `weft bench`.
 
     **Examples**
 
