@@ -151,7 +151,7 @@ def mlp_shapes(config: Mapping[str, Any], with_experts: bool) -> dict[str, tuple
         shapes["mlp.gate.bias"] = (count,)
     for expert in range(count):
         shapes |= gated_shapes(config, f"mlp.experts.{expert}.", config["moe_intermediate_size"])
-    if "n_shared_experts" in config:
+    if family != "qwen3_moe":
         shapes["mlp.gate.e_score_correction_bias"] = (count,)
         if config["n_shared_experts"]:
             shared = config["n_shared_experts"] * config["moe_intermediate_size"]

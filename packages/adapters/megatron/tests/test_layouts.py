@@ -18,7 +18,8 @@ from weft_megatron.configs import read_config
 from weft_megatron.mesh import padded_vocabulary
 from weft_megatron.table import name_map
 
-from .reference import State, engine_names, legacy_names, logical_state, megatron_shard, places
+from .holdings import holdings
+from .reference import State, logical_state, places
 
 POISON = torch.tensor(float("nan")).view(torch.int32).item()
 
@@ -191,11 +192,7 @@ def test_every_rank_holds_what_independent_slicing_gives(
     holders = {name: torch.zeros(tensor.shape, dtype=torch.int32) for name, tensor in state.items()}
     assert len(layouts) == sizes["tp"] * sizes["pp"] * sizes["dp"]
     for place, layout in zip(places(sizes), layouts, strict=True):
-        expected = megatron_shard(config, state, place, padded, engine=spec.fused)
-        if spec.legacy:
-            expected = legacy_names(expected)
-        if spec.fused:
-            expected = engine_names(expected, grouped=spec is Spec.GROUPED)
+        expected = holdings(config, state, place, padded, spec)
         found = write(layout, state)
         assert sorted(found) == sorted(expected)
         for name, tensor in expected.items():

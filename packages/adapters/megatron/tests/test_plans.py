@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from weft import Layout, Member, execute, plan
 from weft.errors import WeftError
-from weft_megatron import MegatronAdapter
+from weft_megatron import MegatronAdapter, Spec
 from weft_megatron.mesh import padded_vocabulary
 
-from .reference import State, logical_state, megatron_shard, places
+from .holdings import holdings
+from .reference import State, logical_state, places
 
 EXPERTS = 4
+DENSE = ("llama", "qwen2", "qwen3")
 HEAD = 2
 MODEL: dict[str, Any] = {
     "model_type": "qwen3",
@@ -54,8 +56,9 @@ def sizes_of(draw: st.DrawFn) -> dict[str, int]:
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
     """A model that fits every one of `sizes_of`."""
+    family = draw(st.sampled_from([*DENSE, "qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"]))
     return {
-        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
+        "model_type": family,
         "hidden_size": draw(st.integers(1, 5)),
         "num_hidden_layers": 2,
         "num_attention_heads": 4 * draw(st.integers(1, 2)),
@@ -65,9 +68,31 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "vocab_size": draw(st.integers(1, 30)),
         "tie_word_embeddings": draw(st.booleans()),
         "num_experts": EXPERTS,
+        "num_local_experts": EXPERTS,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "attention_bias": family == "gpt_oss",
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 4 * draw(st.integers(1, 2)),
         "mlp_only_layers": draw(st.lists(st.integers(0, 1), max_size=1)),
+    }
+
+
+@st.composite
+def latent_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """The same with latent attention, sparse or not, and prediction layers."""
+    return draw(configs()) | {
+        "model_type": draw(st.sampled_from(["deepseek_v3", "glm_moe_dsa"])),
+        "hidden_size": 4 * draw(st.integers(1, 2)),
+        "q_lora_rank": 8,
+        "kv_lora_rank": 6,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": draw(st.integers(1, 3)),
+        "index_n_heads": 3,
+        "index_head_dim": 5,
+        "num_nextn_predict_layers": 1,
     }
 
 
@@ -86,14 +111,19 @@ def member(name: str, source: Layout | None, target: Layout | None) -> Member:
 
 def meshed(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
     """The sizes without expert axes for a model that has no experts."""
-    expert_axes = ("ep", "etp") if config["model_type"] != "qwen3_moe" else ()
-    return {axis: size for axis, size in sizes.items() if axis not in expert_axes}
+    if config["model_type"] in DENSE:
+        return {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
+    more = {"mtp": config["num_nextn_predict_layers"]} if "num_nextn_predict_layers" in config else {}
+    # Experts with biases are not divided.
+    return sizes | more | ({"etp": 1} if config["model_type"] == "gpt_oss" else {})
 
 
-def shards(config: dict[str, Any], state: State, sizes: dict[str, int], divisor: int) -> list[State]:
+def shards(
+    config: dict[str, Any], state: State, sizes: dict[str, int], divisor: int, spec: Spec = Spec.LOCAL
+) -> list[State]:
     """What every rank holds, in Megatron's default rank order."""
     padded = padded_vocabulary(config["vocab_size"], divisor, sizes["tp"])
-    return [megatron_shard(config, state, place, padded) for place in places(sizes)]
+    return [holdings(config, state, place, padded, spec) for place in places(sizes)]
 
 
 def flat(ranks: Sequence[State]) -> list[State]:
@@ -102,25 +132,51 @@ def flat(ranks: Sequence[State]) -> list[State]:
 
 @pytest.mark.trap(4, 5, 6, 8, 13, 14)
 @settings(max_examples=60, deadline=None)
-@given(configs(), sizes_of(), sizes_of(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 3, 8]))
+@given(configs() | latent_configs(), sizes_of(), sizes_of(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 3, 8]))
 def test_any_mesh_feeds_any_other(
     config: dict[str, Any], source_sizes: dict[str, int], target_sizes: dict[str, int], divisor: int, other: int
 ) -> None:
     check_arrival(config, meshed(config, source_sizes), meshed(config, target_sizes), divisor, other)
 
 
+@pytest.mark.trap(4, 6)
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(Spec), st.sampled_from(Spec), sizes_of(), sizes_of())
+def test_any_specification_feeds_any_other_under_a_change_of_expert_parallelism(
+    source: Spec, target: Spec, source_sizes: dict[str, int], target_sizes: dict[str, int]
+) -> None:
+    config = MODEL | EXPERT_SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    check_arrival(config, source_sizes, target_sizes, 1, 1, (source, target))
+
+
+@pytest.mark.trap(4)
+@pytest.mark.parametrize("spec", [Spec.LOCAL, Spec.GROUPED, Spec.LEGACY])
+@pytest.mark.parametrize(("source", "target"), [(1, 4), (4, 1), (2, 4)])
+def test_row_parallel_weights_of_experts_follow_a_change_of_expert_tensor_parallelism(
+    spec: Spec, source: int, target: int
+) -> None:
+    config, sizes = MODEL | EXPERT_SIZES, {"tp": 1, "pp": 1, "dp": 4, "ep": 1}
+    check_arrival(config, sizes | {"etp": source}, sizes | {"etp": target}, 1, 1, (spec, spec))
+
+
 def check_arrival(
-    config: dict[str, Any], source_sizes: dict[str, int], target_sizes: dict[str, int], divisor: int, other: int
+    config: dict[str, Any],
+    source_sizes: dict[str, int],
+    target_sizes: dict[str, int],
+    divisor: int,
+    other: int,
+    specs: tuple[Spec, Spec] = (Spec.LOCAL, Spec.LOCAL),
 ) -> None:
     """Weights planned from one mesh to another arrive in poisoned memory."""
     state = logical_state(config)
-    held = MegatronAdapter(make_vocab_size_divisible_by=divisor).layouts(config, source_sizes, "float32")
-    wanted = MegatronAdapter(make_vocab_size_divisible_by=other).layouts(config, target_sizes, "float32")
+    source, target = specs
+    held = MegatronAdapter(make_vocab_size_divisible_by=divisor, spec=source).layouts(config, source_sizes, "float32")
+    wanted = MegatronAdapter(make_vocab_size_divisible_by=other, spec=target).layouts(config, target_sizes, "float32")
     sources, targets = members(held, wanted)
     layouts = {layout.address: layout for layout in (*held, *wanted)}
     planned = plan(sources, targets, layouts)
-    source_memory = flat(shards(config, state, source_sizes, divisor))
-    expected = flat(shards(config, state, target_sizes, other))
+    source_memory = flat(shards(config, state, source_sizes, divisor, source))
+    expected = flat(shards(config, state, target_sizes, other, target))
     memory = [{name: torch.full_like(part, float("nan")) for name, part in rank.items()} for rank in expected]
     execute(
         planned,
@@ -191,3 +247,29 @@ def test_data_parallel_replicas_share_the_sending() -> None:
     assert statistics.egress_max_over_mean < 1.1
     padding = sum(fill.sizes[0] * fill.sizes[1] * 2 for layout in wanted for fill in layout.fills)
     assert statistics.bytes == sum(layout.nbytes for layout in wanted) - padding
+
+
+@pytest.mark.trap(8, 10)
+def test_context_parallel_ranks_are_more_holders_of_the_same() -> None:
+    adapter = MegatronAdapter()
+    held = adapter.layouts(MODEL, {"tp": 2, "cp": 2, "dp": 2}, "bfloat16")
+    wanted = adapter.layouts(MODEL, {"tp": 2}, "bfloat16")
+    assert [layout.address for layout in held] == [layout.address for layout in wanted] * 4
+    planned = plan(*members(held, wanted), {layout.address: layout for layout in held})
+    assert len(planned.statistics.egress_bytes) == 8
+    assert all(planned.statistics.egress_bytes.values())
+
+
+@pytest.mark.trap(5, 20, 72)
+def test_stacked_experts_with_alternating_columns_are_two_boxes_each() -> None:
+    config = {
+        "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128,
+        "num_experts_per_tok": 4, "vocab_size": 201088, "attention_bias": True,
+    }  # fmt: skip
+    layouts = MegatronAdapter().layouts(config, {"tp": 1, "dp": 8, "ep": 8, "etp": 1}, "bfloat16")
+    pieces = [piece for piece in layouts[3] if piece.tensor.endswith("gate_up_proj")]
+    assert len(pieces) == 36 * 16 * 2
+    assert {piece.box.factors for piece in pieces} == {(128, 2880, 2880, 2)}
+    assert {piece.box.lo[0] for piece in pieces} == set(range(48, 64))
+    assert sum(len(layout.pieces) for layout in layouts) < 50_000
