@@ -71,7 +71,9 @@ def test_a_row_has_the_figures_of_the_plan_that_is_saved(toy_framework: Path, tm
     assert row.ingress_over_bound == 1.0
     assert row.peers_per_rank_max == max(statistics.peers.values()) == 4
     assert row.distinct_layouts == 6
-    assert row.bytes_per_member_read == max(len(slice_of(saved, member.name).encoded) for member in saved.members)
+    slices = [len(slice_of(saved, member.name).encoded) for member in saved.members]
+    assert (row.bytes_per_member_read, row.bytes_planner_published) == (max(slices), sum(slices))
+    assert row.bytes_planner_read > 0
     assert min(row.plan_seconds, row.decode_seconds, row.rank_plan_seconds, row.calibration_sort_seconds) > 0
     assert row.peak_rss_bytes >= row.rss_before_bytes > 1_000_000
 

@@ -22,9 +22,10 @@ class PlannerRow(msgspec.Struct, frozen=True, kw_only=True):
     """Every distinct layout from its record."""
     plan_seconds: float
     """The global plan with coalescing, balance and proof of coverage, its statistics included."""
+    slices_seconds: float
+    """Every member's slice of the plan, made and encoded by the one member that plans."""
     rank_plan_seconds: float
-    """One member's slice, read from its record and proven against its own layouts: the longest of those examined, which
-    are the members with the most copies on either side."""
+    """One member's slice, read from its record and proven against its own layouts: the slowest of the longest few."""
     calibration_sort_seconds: float
     """numpy's sort of 2²² random 64-bit integers in the same process."""
     rss_before_bytes: int
@@ -36,7 +37,11 @@ class PlannerRow(msgspec.Struct, frozen=True, kw_only=True):
     ingress_over_bound: float
     peers_per_rank_max: int
     bytes_per_member_read: int
-    """The record of a member's slice, the longest of those examined."""
+    """The record of a member's slice, the longest of all: all that it reads of the plan and of others' layouts."""
+    bytes_planner_read: int
+    """The records of all distinct layouts."""
+    bytes_planner_published: int
+    """The records of all slices, one store operation each."""
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
