@@ -107,7 +107,7 @@ def latent_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "o_proj.weight": (hidden, heads * value),
     }
     queries = heads * (plain + rotary)
-    if "index_n_heads" in config:
+    if config["model_type"] == "glm_moe_dsa":
         index_heads, size = config["index_n_heads"], config["index_head_dim"]
         shapes |= {
             "indexer.wq_b.weight": (index_heads * size, config["q_lora_rank"]),
