@@ -95,6 +95,14 @@ def test_the_lengths_that_torch_itself_mistakes_are_refused_on_every_rank_concer
     assert refused == [(3, 0), (3, 1)]
 
 
+@pytest.mark.trap(4, 16)
+def test_packed_parts_cut_by_tensor_parallelism_are_refused_where_fsdp_cuts_the_same_axis() -> None:
+    gate_up = [Split(0, 2, 0, 2), Split(0, 2, 0, 2)]  # FSDP has rows 0 and 1, and placements say 0 and 4
+    with pytest.raises(LayoutError, match="holds 0:2, by torch's placements 0:1, 4:5"):
+        held_ranges((8,), gate_up)
+    assert held_ranges((8, 4), [Split(1, 2, 0), gate_up[1]]) == (((0, 2), (4, 6)), ((0, 2),))
+
+
 @pytest.mark.trap(8, 16)
 @given(st.integers(1, 30), st.integers(1, 6))
 def test_all_ranks_together_hold_every_row_once(size: int, parts: int) -> None:

@@ -1,10 +1,11 @@
 """weft adapter for torch modules of plain tensors or DTensors, and for safetensors checkpoints.
 
 `ModuleSource` and `ModuleTarget` take a live module under FSDP1, FSDP2, HSDP, tensor parallelism or none;
-`CheckpointSource` takes the files of a checkpoint; `adapter` makes layouts from a Hugging Face config.
+`CheckpointSource` takes the files of a checkpoint; `adapter` and `dtensor_layout` make layouts from a Hugging Face
+config.
 """
 
-from weft_dtensor.adapter import DTensorAdapter
+from weft_dtensor.adapter import DTensorAdapter, dtensor_layout
 from weft_dtensor.checkpoint import CheckpointSource
 from weft_dtensor.live import ModuleSource, ModuleTarget
 from weft_dtensor.naming import expert_rules, identity_names
@@ -16,6 +17,7 @@ __all__ = [
     "ModuleSource",
     "ModuleTarget",
     "adapter",
+    "dtensor_layout",
     "expert_rules",
     "identity_names",
     "verify_module",

@@ -17,9 +17,7 @@ from weft_dtensor.flat import flat_shards, settle_flat
 from weft_dtensor.naming import default_names
 from weft_dtensor.pieces import FlatRange, LocalTensor, layout_of
 from weft_dtensor.shards import held_ranges
-from weft_dtensor.upstream import local_part, named_tensors, settle_shards, transient_names, unwrapped
-
-_TRANSIENT = "non-persistent buffer: recomputed, in no checkpoint"
+from weft_dtensor.upstream import TRANSIENT, local_part, named_tensors, settle_shards, transient_names, unwrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ def inspect_module(module: nn.Module, names: NameMap | None, *, written: bool) -
         shapes = {name: tensor.shape for name, tensor in found.items()}
         shapes |= {alias: shapes[name] for alias, name in ties.items()}
         names = default_names(shapes, getattr(module, "config", None))
-    skipped = [(name, _TRANSIENT) for name in transient_names(module)]
+    skipped = [(name, TRANSIENT) for name in transient_names(module)]
     layout = layout_of(list(found.values()), names, ties, skipped)
     kept = {buffer.name for buffer in layout.buffers}
     return Inspection(module, layout, {name: each for name, each in memory.items() if name in kept})

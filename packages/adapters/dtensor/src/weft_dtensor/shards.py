@@ -34,17 +34,20 @@ def held_ranges(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Ranges, 
     divides what the first one left.
 
     A strided split stands for one that was applied *after* those to its right (FSDP over tensor parallelism), while
-    torch reads placements from left to right. Where lengths do not divide, the two may disagree about who holds what:
-    then this raises `LayoutError`, since nothing but the history of the tensor could tell.
+    torch reads placements from left to right. Where lengths do not divide, or tensor parallelism cut packed parts of
+    the same axis, the two may disagree about who holds what: then this raises `LayoutError`, since nothing but the
+    history of the tensor could tell.
     """
     held: list[Ranges] = [((0, size),) if size else () for size in shape]
     for split in splits:
         held[split.axis] = _divide(held[split.axis], split)
-    plain = [split for split in splits if split.before == 1]
-    strided = [split for split in splits if split.before > 1]
-    if all(_stands_for_later(split, splits) for split in strided):
+    later = [n for n, split in enumerate(splits) if split.before > 1 and _stands_for_later(splits, n)]
+    if later:
         applied: list[Ranges] = [((0, size),) if size else () for size in shape]
-        for split in (*plain, *reversed(strided)):
+        for n, split in enumerate(splits):
+            if n not in later:
+                applied[split.axis] = _divide(applied[split.axis], split)
+        for split in (splits[n] for n in reversed(later)):
             applied[split.axis] = _chunk(applied[split.axis], split.parts, split.index)
         faults = [
             f"axis {axis} of {tuple(shape)} does not divide over its two mesh dimensions: by the order of application "
@@ -57,10 +60,10 @@ def held_ranges(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Ranges, 
     return tuple(held)
 
 
-def _stands_for_later(split: Split, splits: Sequence[Split]) -> bool:
+def _stands_for_later(splits: Sequence[Split], n: int) -> bool:
     """Whether a strided split's factor is the number of shards that the dimensions to its right make of its axis."""
-    right = list(splits)[splits.index(split) + 1 :]
-    return split.before == math.prod(other.parts for other in right if other.axis == split.axis)
+    right = math.prod(other.parts for other in splits[n + 1 :] if other.axis == splits[n].axis)
+    return splits[n].before == right
 
 
 def _divide(ranges: Ranges, split: Split) -> Ranges:

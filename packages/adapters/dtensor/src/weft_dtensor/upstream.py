@@ -22,6 +22,8 @@ from weft_dtensor.shards import Split
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 """What `torch.compile`, activation checkpointing and FSDP put into names."""
+TRANSIENT = "non-persistent buffer: recomputed, in no checkpoint"
+"""Why such buffers are skipped."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
