@@ -85,6 +85,15 @@ def check_bucket(planned: Plan, sent: LoweredBucket, received: LoweredBucket, sl
     return width
 
 
+def fewest_runs(here: Host, there: Host, bucket: LoweredBucket, width: Int64s) -> int:
+    """Byte ranges that are contiguous at both ends, counted byte by byte (trap 20)."""
+    copies, every = bucket.copies, range(len(bucket.copies))
+    out = np.concatenate([here.bytes_of(copies, n, int(width[n]), sending=True) for n in every])
+    into = np.concatenate([there.bytes_of(copies, n, int(width[n]), sending=False) for n in every])
+    order = np.argsort(into)
+    return 1 + int(((np.diff(into[order]) != 1) | (np.diff(out[order]) != 1)).sum())
+
+
 def replay(planned: Plan, programs: dict[str, MemberProgram], hosts: dict[str, Host]) -> int:
     """Move every bucket as bytes, through segments or through a slot. Returns the number of buckets."""
     moved = 0
@@ -108,6 +117,7 @@ def replay(planned: Plan, programs: dict[str, MemberProgram], hosts: dict[str, H
                     assert table[field].tolist() == mirror[twin].tolist()
                     assert table[twin].tolist() == mirror[field].tolist()
                 assert table["nbytes"].sum() == sent.nbytes
+                assert len(table) == fewest_runs(here, there, sent, width)
                 assert len(table) <= planned.policy.max_segments
                 for row in table:
                     source = here.region[row["offset"] : row["offset"] + row["nbytes"]]

@@ -69,7 +69,7 @@ def loops_of(parts: Parts, splits: Int64s) -> Loops:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routes:
-    """Who sends which part to whom, in plan order: by target, group, tensor, box. Shapes (n,)."""
+    """Who sends which part to whom, in plan order: by target, group and place in the target's memory. Shapes (n,)."""
 
     source: Int64s
     """Index into `Plan.members`."""

@@ -19,7 +19,7 @@ class Wanted:
     """One row per box and member that wants it, in plan order: by member, then as the boxes are sorted."""
 
     boxes: Overlaps
-    """Sorted by target layout, group, tensor and box; behind these, parts of boxes that had to be divided."""
+    """Sorted by target layout, group and place in memory; behind these, parts of boxes that had to be divided."""
     target: Int64s
     """Member."""
     box: Int64s
@@ -71,9 +71,11 @@ class _Kind:
 
 
 def _in_order(joined: Joined, found: Overlaps, group: Int64s) -> Overlaps:
-    row = found.target
-    keys = joined.targets.tensor[row], group[row], joined.targets.layout[row]
-    return found.select(np.lexsort((*found.lo.T[::-1], *keys)))
+    """By target layout, group and place in memory: what is next to each other there moves together."""
+    targets, row = joined.targets, found.target
+    offset = targets.offset[row] + ((found.lo - targets.lo[row]) * targets.strides[row]).sum(axis=1)
+    keys = offset, targets.buffer[row], group[row], targets.layout[row]
+    return found.select(np.lexsort((*found.lo.T[::-1], targets.tensor[row], *keys)))
 
 
 def _count(

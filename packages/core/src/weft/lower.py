@@ -206,8 +206,9 @@ class Binding:
 
 
 def segments(copies: Copies, itemsize: Int64s, source: Binding, target: Binding, sending: bool) -> npt.NDArray[np.void]:
-    """Lower copies to segments, neighbours joined. `itemsize` is bytes per element of every copy; see
-    `contracts.SEGMENT`.
+    """Lower copies to segments: as few as both sides' memory allows, in the order of the target's memory.
+
+    `itemsize` is bytes per element of every copy; see `contracts.SEGMENT`.
     """
     run = run_elements(copies)
     outer_sizes = copies.sizes.copy()
@@ -226,8 +227,10 @@ def segments(copies: Copies, itemsize: Int64s, source: Binding, target: Binding,
         (source, copies.source_buffer[owner], from_offset), (target, copies.target_buffer[owner], to_offset)
     ):  # fmt: skip
         ends.append((binding.region[buffer], binding.offset[buffer] + offset * size))
+    order = np.lexsort((ends[1][1], ends[1][0]))  # runs of different copies may continue each other, row by row
+    ends = [(region[order], offset[order]) for region, offset in ends]
     (region, offset), (remote_region, remote_offset) = ends if sending else ends[::-1]
-    length = run[owner] * size
+    length = (run[owner] * size)[order]
     joins = np.zeros(len(length), dtype=bool)
     joins[1:] = (
         (region[1:] == region[:-1]) & (remote_region[1:] == remote_region[:-1])

@@ -79,22 +79,23 @@ def run_elements(sizes: Int64s, source_strides: Int64s, target_strides: Int64s) 
 
 
 def _segments(parts: Parts, loops: Loops, routes: Routes, count: int) -> int:
-    """Runs of all copies, less those that go on where the copy before them, between the same two members, ends."""
-    runs = volume(np.zeros_like(loops.sizes), loops.sizes) // run_elements(
-        loops.sizes, loops.source_strides, loops.target_strides
-    )
-    ends = [
-        offset + ((loops.sizes - 1) * strides).sum(axis=1) + 1
-        for offset, strides in (
-            (parts.source_offset, loops.source_strides), (parts.target_offset, loops.target_strides)
-        )
-    ]  # fmt: skip
+    """Runs of all copies, less those that continue one of the copy before them between the same two members."""
+    run = run_elements(loops.sizes, loops.source_strides, loops.target_strides)
+    runs = volume(np.zeros_like(loops.sizes), loops.sizes) // run
     pair = routes.source * count + routes.target
     order = np.argsort(pair, kind="stable")
     pair, part = pair[order], routes.part[order]
     here, there = part[:-1], part[1:]
-    joins = pair[1:] == pair[:-1]
+    near = pair[1:] == pair[:-1]
     for column in (parts.source_buffer, parts.target_buffer):
-        joins &= column[here] == column[there]
-    joins &= (ends[0][here] == parts.source_offset[there]) & (ends[1][here] == parts.target_offset[there])
-    return int(runs[part].sum() - joins.sum())
+        near &= column[here] == column[there]
+    end = next_run = near
+    for offset, strides in (
+        (parts.source_offset, loops.source_strides), (parts.target_offset, loops.target_strides)
+    ):  # fmt: skip
+        last = offset + ((loops.sizes - 1) * strides).sum(axis=1)
+        end = end & (last[here] + 1 == offset[there])
+        next_run = next_run & (offset[here] + run[here] == offset[there]) & (runs[here] == runs[there])
+        next_run &= (strides[here, :-1] == strides[there, :-1]).all(axis=1)
+    next_run &= (loops.sizes[here, :-1] == loops.sizes[there, :-1]).all(axis=1)
+    return int(runs[part].sum() - np.where(next_run, runs[here], end).sum())
