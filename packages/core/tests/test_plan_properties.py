@@ -209,6 +209,11 @@ def test_statistics_are_the_sums_of_what_moves(seed: int) -> None:
     assert Counter(statistics.egress_bytes) == egress
     assert Counter(statistics.ingress_bytes) == ingress
     assert statistics.local_bytes == local
+    hosts = {member.name: member.host for member in planned.members}
+    far = [move for move in moves(planned, case.layouts) if hosts[move.source] != hosts[move.target]]
+    assert statistics.cross_host_bytes == sum(len(move.indices) * size[move.tensor] for move in far)
+    boxes = {(hosts[m.target], m.tensor, *sorted(m.indices.tolist())): len(m.indices) * size[m.tensor] for m in far}
+    assert statistics.once_per_host_bytes == sum(boxes.values())
     assert statistics.peers == {name: len(others - {name}) for name, others in peers.items()}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from weft.copies import Loops, Parts, Routes
 from weft.member import Member
-from weft.table import Int64s, volume
+from weft.table import Int64s, unique_rows, volume
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -19,6 +19,10 @@ class Statistics(msgspec.Struct, frozen=True):
     """All bytes written into targets."""
     local_bytes: int
     """Those of them that stay within one member."""
+    cross_host_bytes: int
+    """Those of them that move between hosts."""
+    once_per_host_bytes: int
+    """What would move between hosts if targets of one host passed each box on to each other: the gain of relays."""
     copies: int
     tensors: int
     segments: int
@@ -50,9 +54,15 @@ def statistics_of(
     peers = np.bincount(np.concatenate([pairs // count, pairs % count]), minlength=count)
     sources = np.array([m.is_source for m in members])
     mean = egress[sources].mean() if sources.any() else 0.0
+    hosts: dict[str, int] = {}
+    host = np.array([hosts.setdefault(member.host, len(hosts)) for member in members], dtype=np.int64)
+    far = np.flatnonzero(host[routes.source] != host[routes.target])
+    _, box = unique_rows(np.concatenate([parts.tensor[:, None], parts.lo, parts.hi], axis=1))
+    _, once = np.unique(box[routes.part[far]] * len(hosts) + host[routes.target[far]], return_index=True)
     most, needed = int(ingress.max(initial=0)), _needed(routes, part_bytes, count)
     return Statistics(
-        bytes=int(size.sum()), local_bytes=int(size[routes.source == routes.target].sum()), copies=len(routes),
+        bytes=int(size.sum()), local_bytes=int(size[routes.source == routes.target].sum()),
+        cross_host_bytes=int(size[far].sum()), once_per_host_bytes=int(size[far][once].sum()), copies=len(routes),
         tensors=tensors, segments=_segments(parts, loops, routes, count),
         egress_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if m.is_source},
         ingress_bytes={m.name: int(n) for m, n in zip(members, ingress, strict=True) if m.is_target},
