@@ -157,6 +157,42 @@ def test_all_ranks_together_make_a_whole_model(sizes: dict[str, int]) -> None:
     assert min(whole.statistics.egress_bytes.values()) > 0
 
 
+@pytest.mark.trap(8, 10, 50)
+@pytest.mark.parametrize(
+    ("targets", "senders"),
+    [
+        (["far"], {0: 1 / 8, 1: 1 / 8, 2: 1 / 8, 3: 1 / 8}),  # all replicas are equally near: equal shares
+        (["h2"], {2: 1 / 2}),  # one replica is beside the only target: the others would not help
+        (["h1", "h3"], {1: 1 / 2, 3: 1 / 2}),
+        (["h0", "far"], {0: 1 / 2, 1: 1 / 6, 2: 1 / 6, 3: 1 / 6}),  # the busy one is spared
+    ],
+    ids=str,
+)
+def test_only_the_replicas_of_hsdp_that_help_send_and_they_do_in_equal_shares(
+    targets: list[str], senders: dict[int, float]
+) -> None:
+    config = AutoConfig.for_model(
+        "qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, vocab_size=32768, head_dim=128,
+        num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=False,
+    ).to_dict()  # fmt: skip
+    sizes = {"replicate": 4, "fsdp": 2}
+    ranks = adapter.layouts(config, sizes, "bfloat16")
+    (wanted,) = adapter.layouts(config, {}, "bfloat16")
+    sources = [
+        weft.Member(f"s/{rank}", held.address, None, None, 0, f"h{rank // 2}", "here", "cpu")
+        for rank, held in enumerate(ranks)
+    ]
+    served = [
+        weft.Member(f"t/{n}", None, wanted.address, f"r{n}", 1, host, "here", "cpu") for n, host in enumerate(targets)
+    ]
+    statistics = weft.plan(sources, served, {layout.address: layout for layout in (*ranks, wanted)}).statistics
+    assert statistics.bytes == len(targets) * wanted.nbytes
+    for rank in range(8):
+        share = statistics.egress_bytes.get(f"s/{rank}", 0) / wanted.nbytes
+        assert share == pytest.approx(senders.get(rank // 2, 0), rel=0.03), rank
+    assert statistics.egress_over_bound < 1.03
+
+
 @pytest.mark.trap(17)
 def test_sizes_that_a_plan_cannot_divide_are_named_with_their_numbers() -> None:
     moe, dense = (FAMILIES[family].to_dict() for family in ("qwen3_moe", "qwen3"))
