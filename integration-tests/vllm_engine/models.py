@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -29,6 +31,18 @@ from transformers import (
 
 from weft.layout import Kind, Layout
 
+
+def vision_language_config(**text: Any) -> Any:
+    """Of a decoder of these sizes, and a tower of two layers."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    tower = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 128}
+    return Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope}, vision_config={**tower, "fullatt_block_indexes": [1]},
+        tie_word_embeddings=text["tie_word_embeddings"], vision_start_token_id=250, vision_end_token_id=251,
+        image_token_id=252, video_token_id=253,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -38,6 +52,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "qwen2_5_vl": (vision_language_config, Qwen2_5_VLForConditionalGeneration),
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {

@@ -236,6 +236,37 @@ def test_stages_hold_their_layers_and_ends(family: str, tied: bool) -> None:
     assert all({"model.embed_tokens.weight", "lm_head.weight"} <= {t.name for t in each.tensors} for each in everywhere)
 
 
+@pytest.mark.trap(13, 71)
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_vision_tower_is_cut_beside_its_decoder(nested: bool) -> None:
+    tower = {"depth": 2, "hidden_size": 6, "intermediate_size": 10, "num_heads": 2, "out_hidden_size": HIDDEN}
+    text = config("qwen2_5_vl_text")
+    asked = {**({"text_config": text} if nested else text), "model_type": "qwen2_5_vl", "vision_config": tower}
+    for rank, layout in enumerate(adapter.layouts(asked, {"tp": 2}, "bfloat16")):
+        values = numbered(layout)
+        held = executed(layout, values)
+        assert all((memory != -1).all() for memory in held.values())
+        block = "visual.blocks.1"
+        for kind in ("weight", "bias"):
+            q, k, v = np.split(values[f"{block}.attn.qkv.{kind}"], 3)
+            mine = np.concatenate([np.split(part, 2)[rank] for part in (q, k, v)])
+            assert np.array_equal(held[f"{block}.attn.qkv.{kind}"], mine.ravel())
+        for name in (f"{block}.attn.proj", f"{block}.mlp.down_proj", "visual.merger.mlp.2"):
+            assert np.array_equal(held[f"{name}.weight"], np.split(values[f"{name}.weight"], 2, axis=1)[rank].ravel())
+            assert np.array_equal(held[f"{name}.bias"], values[f"{name}.bias"])
+        merger = "visual.merger.mlp.0.weight"
+        assert values[merger].shape == (24, 24)
+        assert np.array_equal(held[merger], np.split(values[merger], 2)[rank].ravel())
+        assert values["visual.patch_embed.proj.weight"].shape == (6, 3, 2, 14, 14)
+        layer = "layers.1.mlp.down_proj.weight"
+        mine = np.split(values[f"model.{layer}"], 2, axis=1)[rank]
+        assert np.array_equal(held[f"language_model.model.{layer}"], mine.ravel())
+    with pytest.raises(ConfigError, match=r"vision heads 2 over tp 4; .*pp 2 of a model with a vision tower"):
+        adapter.layouts(asked, {"tp": 4, "pp": 2}, "bfloat16")
+    with pytest.raises(ConfigError, match="qwen2_5_vl lacks hidden_size, depth"):
+        adapter.layouts({**asked, "vision_config": {}}, {}, "bfloat16")
+
+
 @pytest.mark.trap(59, 63)
 def test_copies_of_experts_follow_all_of_them() -> None:
     layouts = adapter.layouts(config("deepseek_v3", **LATENT), {"dp": 4, "ep": 4, "redundant": 4}, "bfloat16")

@@ -1,7 +1,7 @@
 """What a Hugging Face config says of a model, as far as the layouts of vLLM ranks depend on it.
 
-Sources: `vllm/model_executor/models/{llama,qwen2,qwen3,qwen3_moe,mixtral,glm4_moe,deepseek_v2}.py`, for what each
-family's modules are and what they read from the config.
+Sources: `vllm/model_executor/models/{llama,qwen2,qwen2_5_vl,qwen3,qwen3_moe,mixtral,glm4_moe,gpt_oss,deepseek_v2}.py`,
+for what each family's modules are and what they read from the config.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
+from weft_vllm.fields import Fields
+from weft_vllm.vision import Vision, read_vision
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,9 @@ class Model:
     """Whether every pipeline stage has the embedding, the last norm and the output layer."""
     engine_names: Mapping[str, str] = field(default_factory=dict)
     """Parts of module paths that are called otherwise in the engine than in the checkpoint."""
+    engine_prefix: str = ""
+    """What the engine puts before the checkpoint's module paths of the decoder."""
+    vision: Vision | None = None
 
 
 def read_model(config: Mapping[str, Any]) -> Model:
@@ -98,40 +103,15 @@ def read_model(config: Mapping[str, Any]) -> Model:
         raise NotSupportedError(
             f"weft-vllm maps {', '.join(_FAMILIES)} without an engine, not {family!r}; start one and record it"
         )
-    fields = _Fields(config)
+    fields = Fields(config)
     model = _FAMILIES[family](family, fields)
     if fields.missing:
         raise ConfigError(f"config of {family} lacks {', '.join(fields.missing)}")
     return model
 
 
-class _Fields:
-    """A config, and the sizes that were asked of it in vain."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
-        self.missing: list[str] = []
-
-    def size(self, name: str, *others: str) -> int:
-        """An integer, under the first of several names that has one; 1 where none has."""
-        for key in (name, *others):
-            if isinstance(self._config.get(key), int):
-                return int(self._config[key])
-        self.missing.append(name)
-        return 1
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Anything that has a default; null counts as not given."""
-        found = self._config.get(name)
-        return default if found is None else found
-
-    def flag(self, *names: str) -> bool:
-        """Whether any of them is set."""
-        return any(bool(self._config.get(name)) for name in names)
-
-
 def _decoder(
-    family: str, fields: _Fields, attention: GroupedQuery | Latent, experts: Experts | None = None,
+    family: str, fields: Fields, attention: GroupedQuery | Latent, experts: Experts | None = None,
     dense: Callable[[int], bool] = lambda _: True, **more: Any,
 ) -> Model:  # fmt: skip
     """What all families have in common; `dense` says whether a layer has no experts."""
@@ -151,7 +131,7 @@ def _decoder(
     )
 
 
-def _grouped_query(fields: _Fields, head: int | None = None, **more: bool) -> GroupedQuery:
+def _grouped_query(fields: Fields, head: int | None = None, **more: bool) -> GroupedQuery:
     heads = fields.size("num_attention_heads")
     return GroupedQuery(
         heads=heads,
@@ -161,21 +141,28 @@ def _grouped_query(fields: _Fields, head: int | None = None, **more: bool) -> Gr
     )
 
 
-def _llama(family: str, fields: _Fields) -> Model:
+def _llama(family: str, fields: Fields) -> Model:
     bias = fields.flag("attention_bias", "bias")
     attention = _grouped_query(fields, qkv_bias=bias, out_bias=bias)
     return _decoder(family, fields, attention, mlp_bias=fields.flag("mlp_bias"))
 
 
-def _qwen2(family: str, fields: _Fields) -> Model:
+def _qwen2(family: str, fields: Fields) -> Model:
     return _decoder(family, fields, _grouped_query(fields, qkv_bias=True))
 
 
-def _qwen3(family: str, fields: _Fields) -> Model:
+def _qwen2_5_vl(family: str, fields: Fields) -> Model:
+    """The text model's sizes are in a part of their own, or in older configs beside those of the tower."""
+    text = fields.merged("text_config")
+    vision = read_vision(fields.part("vision_config"))
+    return _decoder(family, text, _grouped_query(text, qkv_bias=True), engine_prefix="language_model.", vision=vision)
+
+
+def _qwen3(family: str, fields: Fields) -> Model:
     return _decoder(family, fields, _grouped_query(fields, 128, qkv_bias=fields.flag("attention_bias"), qk_norm=True))
 
 
-def _qwen3_moe(family: str, fields: _Fields) -> Model:
+def _qwen3_moe(family: str, fields: Fields) -> Model:
     if fields.flag("shared_expert_intermediate_size"):
         raise NotSupportedError(f"{family} with shared experts is not mapped yet; start an engine and record it")
     # Transformers writes the number of experts under another name than it reads
@@ -188,7 +175,7 @@ def _qwen3_moe(family: str, fields: _Fields) -> Model:
     )  # fmt: skip
 
 
-def _mixtral(family: str, fields: _Fields) -> Model:
+def _mixtral(family: str, fields: Fields) -> Model:
     experts = Experts(
         fields.size("num_local_experts"), fields.size("intermediate_size"), projections=("w1", "w3", "w2")
     )
@@ -196,7 +183,7 @@ def _mixtral(family: str, fields: _Fields) -> Model:
     return _decoder(family, fields, _grouped_query(fields), experts, lambda _: False, **options)
 
 
-def _gpt_oss(family: str, fields: _Fields) -> Model:
+def _gpt_oss(family: str, fields: Fields) -> Model:
     attention = _grouped_query(fields, qkv_bias=True, out_bias=True, sinks=True, repeats=False)
     width = fields.size("intermediate_size")
     experts = Experts(fields.size("num_local_experts"), width, alternating=True, router="router")
@@ -206,14 +193,14 @@ def _gpt_oss(family: str, fields: _Fields) -> Model:
     )
 
 
-def _glm4_moe(family: str, fields: _Fields) -> Model:
+def _glm4_moe(family: str, fields: Fields) -> Model:
     attention = _grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=fields.flag("use_qk_norm"))
     experts = _routed(fields, router_dtype="float32", corrected=True)
     first = fields.get("first_k_dense_replace", 0)
     return _untied(_decoder(family, fields, attention, experts, lambda layer: layer < first))
 
 
-def _deepseek(family: str, fields: _Fields) -> Model:
+def _deepseek(family: str, fields: Fields) -> Model:
     attention = Latent(
         heads=fields.size("num_attention_heads"),
         query_rank=fields.get("q_lora_rank"),
@@ -234,7 +221,7 @@ def _untied(model: Model) -> Model:
     return model
 
 
-def _routed(fields: _Fields, **more: Any) -> Experts:
+def _routed(fields: Fields, **more: Any) -> Experts:
     """Experts as DeepSeek's configs name them."""
     width = fields.size("moe_intermediate_size")
     return Experts(
@@ -245,9 +232,10 @@ def _routed(fields: _Fields, **more: Any) -> Experts:
     )
 
 
-_FAMILIES: Mapping[str, Callable[[str, _Fields], Model]] = {
+_FAMILIES: Mapping[str, Callable[[str, Fields], Model]] = {
     "llama": _llama,
     "qwen2": _qwen2,
+    "qwen2_5_vl": _qwen2_5_vl,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,

@@ -17,6 +17,7 @@ from weft.layout import Layout
 from weft_vllm.families import Experts, GroupedQuery, Latent, Model
 from weft_vllm.mesh import Mesh, Place
 from weft_vllm.parameters import Parameter, Part, Writer, cut, whole
+from weft_vllm.vision import last_norm, tower
 
 _VOCABULARY_MULTIPLE = 64
 _SCRATCH_SLOTS = 2
@@ -39,6 +40,9 @@ def faults_of(model: Model, mesh: Mesh) -> list[str]:
             faults.append(f"KV heads {kv_heads} against tp {tp}")
         elif tp > kv_heads and not attention.repeats:
             faults.append(f"KV heads {kv_heads} against tp {tp}: vLLM does not repeat those of {model.family}")
+    if model.vision is not None:
+        faults += model.vision.faults(tp)
+        faults += [f"pp {mesh.pp} of a model with a vision tower, which is not mapped"] if mesh.pp > 1 else []
     if mesh.pp > model.layers:
         faults.append(f"layers {model.layers} over pp {mesh.pp}")
     if not experts:
@@ -66,22 +70,29 @@ def build_layout(model: Model, place: Place, writer: Writer) -> Layout:
 
     def put(group: str, parameter: Parameter) -> None:
         path = [model.engine_names.get(part, part) for part in parameter.name.split(".")]
-        writer.put(builder, group, replace(parameter, name=".".join(path)))
+        writer.put(builder, group, replace(parameter, name=model.engine_prefix + ".".join(path)))
 
     first = place.is_first or model.ends_everywhere
     last = place.is_last or model.ends_everywhere
-    if first or (last and model.tied):
+    embedding = first or (last and model.tied)
+    if model.vision is not None:
+        for group, parameter in tower(model.vision, place):
+            writer.put(builder, group, parameter)
+    elif embedding:
         put("pre", rank.vocabulary("model.embed_tokens.weight"))
     for layer in place.layers(model.layers):
         group = f"model.layers.{layer}"
         for parameter in rank.layer(group, layer in model.dense_layers):
-            put(group, parameter)
+            put(model.engine_prefix + group, parameter)
+    if model.vision is not None:  # its groups come before the embedding, which so lands last
+        writer.put(builder, "post", last_norm(model.vision))
+        put("post", rank.vocabulary("model.embed_tokens.weight"))
     if last:
         put("post", _vector("model.norm.weight", model.hidden))
-        if model.tied:
-            builder.tie("lm_head.weight", "model.embed_tokens.weight")
-        else:
+        if not model.tied:
             put("post", rank.vocabulary("lm_head.weight"))
+        elif not model.engine_prefix:  # ties are recorded where the engine's names are those of the checkpoint
+            builder.tie("lm_head.weight", "model.embed_tokens.weight")
     return builder.build()
 
 

@@ -1,0 +1,95 @@
+"""The vision tower of a model, as vLLM's tensor-parallel ranks hold it (`mm_encoder_tp_mode="weights"`, its default).
+
+Source: `vllm/model_executor/models/qwen2_5_vl.py` (`Qwen2_5_VisionTransformer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from weft_vllm.fields import Fields
+from weft_vllm.mesh import Place
+from weft_vllm.parameters import Parameter, Part, cut, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """A tower of Qwen2.5-VL."""
+
+    depth: int
+    hidden: int
+    inner: int
+    heads: int
+    out: int
+    """Width of the decoder."""
+    patch: tuple[int, int, int, int]
+    """Channels, frames, rows and columns of what becomes one vector."""
+    merged: int
+    """Width of the vectors that are merged into one of the decoder's."""
+
+    def faults(self, tp: int) -> list[str]:
+        """Sizes that do not divide."""
+        cuts = (("vision heads", self.heads), ("vision MLP width", self.inner), ("vision merger width", self.merged))
+        return [f"{what} {size} over tp {tp}" for what, size in cuts if size % tp]
+
+
+def read_vision(fields: Fields) -> Vision:
+    """The tower that a `vision_config` describes."""
+    hidden, patch = fields.size("hidden_size"), fields.get("patch_size", 14)
+    return Vision(
+        depth=fields.size("depth"),
+        hidden=hidden,
+        inner=fields.size("intermediate_size"),
+        heads=fields.size("num_heads"),
+        out=fields.size("out_hidden_size"),
+        patch=(fields.get("in_channels", 3), fields.get("temporal_patch_size", 2), patch, patch),
+        merged=hidden * fields.get("spatial_merge_size", 2) ** 2,
+    )
+
+
+def tower(of: Vision, place: Place) -> Iterator[tuple[str, Parameter]]:
+    """Group and parameter of all that vLLM's loading groups before the decoder; `last_norm` comes behind it."""
+    embedding = "visual.patch_embed.proj.weight"
+    yield "pre", Parameter(embedding, [whole(embedding, of.hidden, *of.patch)])
+    for number in range(of.depth):
+        block = f"visual.blocks.{number}"
+        for parameter in _block(of, place, block):
+            yield block, parameter
+    narrow, wide = "visual.merger.mlp.0", "visual.merger.mlp.2"
+    for kind, shape in (("weight", (of.merged, of.merged)), ("bias", (of.merged,))):
+        yield narrow, Parameter(f"{narrow}.{kind}", [_rows(f"{narrow}.{kind}", shape, place)])
+    for parameter in _row_parallel(wide, of.out, of.merged, place):
+        yield wide, parameter
+
+
+def last_norm(of: Vision) -> Parameter:
+    """The one parameter of the tower that lands with the decoder's ends."""
+    return Parameter("visual.merger.ln_q.weight", [whole("visual.merger.ln_q.weight", of.hidden)])
+
+
+def _block(of: Vision, place: Place, block: str) -> Iterator[Parameter]:
+    for norm in (f"{block}.norm1.weight", f"{block}.norm2.weight"):
+        yield Parameter(norm, [whole(norm, of.hidden)])
+    here = of.hidden // place.mesh.tp
+    for kind, columns in (("weight", (of.hidden,)), ("bias", ())):
+        name = f"{block}.attn.qkv.{kind}"
+        first = [part * of.hidden + place.tp_rank * here for part in range(3)]
+        yield Parameter(name, [cut(name, (3 * of.hidden, *columns), 0, start, here) for start in first])
+    yield from _row_parallel(f"{block}.attn.proj", of.hidden, of.hidden, place)
+    for kind, columns in (("weight", (of.hidden,)), ("bias", ())):
+        parts = [_rows(f"{block}.mlp.{part}_proj.{kind}", (of.inner, *columns), place) for part in ("gate", "up")]
+        yield Parameter(f"{block}.mlp.gate_up_proj.{kind}", parts)
+    yield from _row_parallel(f"{block}.mlp.down_proj", of.hidden, of.inner, place)
+
+
+def _rows(name: str, shape: tuple[int, ...], place: Place) -> Part:
+    here = shape[0] // place.mesh.tp
+    return cut(name, shape, 0, place.tp_rank * here, here)
+
+
+def _row_parallel(name: str, rows: int, columns: int, place: Place) -> Iterator[Parameter]:
+    """A linear cut along its input: a range of columns, and the whole bias."""
+    here = columns // place.mesh.tp
+    yield Parameter(f"{name}.weight", [cut(f"{name}.weight", (rows, columns), 1, place.tp_rank * here, here)])
+    yield Parameter(f"{name}.bias", [whole(f"{name}.bias", rows)])
