@@ -74,6 +74,16 @@ MIXTRAL = make_config(
 GLM = LATENT | {"model_type": "glm4_moe", "num_key_value_heads": 2, "attention_bias": True, "use_qk_norm": True}
 GLM |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 2}
 GPT_OSS = MIXTRAL | {"model_type": "gpt_oss", "attention_bias": True}
+NEXT = EXPERTS | {
+    "model_type": "qwen3_next",
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
+    "shared_expert_intermediate_size": 8,
+}
 EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
 ETP1 = {"expert_tensor_parallel_size": 1}
@@ -117,6 +127,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pp2 ep2, glm, wrapped": (GLM, PP2 | EP2, "float16"),
     "tp2 ep2 etp1, gpt-oss": (GPT_OSS, TP2 | EP2 | ETP1, "bare"),
     "tp4, gpt-oss, wrapped": (GPT_OSS, TP4 | ETP1, "float16"),
+    "dp4, gated delta": (NEXT, {}, "bare"),
+    "tp2 pp2, gated delta": (NEXT, TP2 | PP2, "bare"),
+    "tp4, gated delta, wrapped": (NEXT, TP4, "float16"),
+    "tp2 ep2 etp1, gated delta": (NEXT, TP2 | EP2 | ETP1, "bare"),
     "ep2 etp2, legacy grouped": (EXPERTS, EP2 | ETP2, "legacy"),
     "ep2 etp2, renamed as grouped": (EXPERTS, EP2 | ETP2, "grouped"),
 }
@@ -127,7 +141,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank says, from one start of all of them."""
     rendezvous: Path = tmp_path_factory.mktemp("layouts") / "rendezvous"
-    result: list[dict[str, Any]] = run_ranks(inspect, WORLD, str(rendezvous), PADDED, CASES, EXPERTS, EP2)
+    result: list[dict[str, Any]] = run_ranks(inspect, WORLD, str(rendezvous), PADDED, CASES, EXPERTS, EP2, NEXT)
     return result
 
 
@@ -154,7 +168,7 @@ def analytic(config: dict[str, Any], sizes: dict[str, Any], kind: str) -> list[L
     )
 
 
-@pytest.mark.trap(2, 4, 6, 7, 8, 13, 14)
+@pytest.mark.trap(2, 4, 6, 7, 8, 13, 14, 15)
 @pytest.mark.parametrize("case", CASES)
 def test_the_live_layout_of_every_rank_is_the_analytic_one(case: str, answers: list[dict[str, Any]]) -> None:
     expected = [layout.address for layout in analytic(*CASES[case])]
@@ -234,6 +248,24 @@ def test_experts_that_are_not_the_configs_are_refused(
     spoiled: str, words: list[str], answers: list[dict[str, Any]]
 ) -> None:
     kind, text = answers[0][f"spoiled experts: {spoiled}"]
+    assert kind == "LayoutError"
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        ("zero-centered norm", ["layers.0: the norm behind its delta rule is zero-centered"]),
+        ("other sizes", ["linear_num_value_heads=8", "linear_conv_kernel_dim=3", "in_proj.weight: shape (144, 32)"]),
+        ("no gates", ["attention_output_gate=False", "moe_shared_expert_gate=False"]),
+        ("other layers", ["layers.1.self_attention.in_proj.weight: missing", "layers.1.self_attention.linear_qkv"]),
+    ],
+)
+@pytest.mark.trap(13, 15)
+def test_linear_attention_that_is_not_the_configs_is_refused(
+    spoiled: str, words: list[str], answers: list[dict[str, Any]]
+) -> None:
+    kind, text = answers[0][f"spoiled delta: {spoiled}"]
     assert kind == "LayoutError"
     assert [word for word in words if word not in text] == []
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.ssm import gated_delta_net
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.experimental_attention_variant import dsa
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from weft_cli.demo import megatron_on_cpu
 
@@ -47,6 +52,8 @@ def build_model(
         for layer in layers.layer_specs:
             attention = layer.submodules.self_attention.submodules
             attention.core_attention = sparse_attention() if sparse else LatentCoreAttention
+    if transformer.experimental_attention_variant == "gated_delta_net":
+        use_gated_delta(layers, transformer, chunk, pp)
     predictors = None
     if transformer.mtp_num_layers:
         predictors = get_gpt_mtp_block_spec(
@@ -106,6 +113,44 @@ def sparse_attention() -> ModuleSpec:
     return ModuleSpec(module=dsa.DSAttention, submodules=submodules)
 
 
+class PlainNorm(torch.nn.RMSNorm):
+    """Megatron's own norm for CPU refuses a configuration with zero-centered weights."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=torch.float32)
+
+
+class ZeroCenteredNorm(PlainNorm):
+    """Multiplies by one more than its weights."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(input, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+def use_gated_delta(layers: Any, transformer: TransformerConfig, chunk: int | None, stage: int) -> None:
+    """As `get_transformer_block_with_experimental_attention_variant_spec`, which needs Transformer Engine.
+
+    The delta rule of its deterministic mode is in torch; the package fla, which it asks for all the same, would
+    normalize.
+    """
+    gated_delta_net.HAVE_FLA = True
+    gated_delta_net.l2norm = lambda tensor: tensor * (tensor.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    linear = gated_delta_net.GatedDeltaNetSubmodules(ColumnParallelLinear, PlainNorm, RowParallelLinear)
+    pattern = get_linear_attention_pattern(transformer)
+    first = get_transformer_layer_offset(transformer, vp_stage=chunk, pp_rank=stage)
+    layers.layer_norm = ZeroCenteredNorm
+    # Layers of one kind share a specification.
+    layers.layer_specs = [deepcopy(layer) for layer in layers.layer_specs]
+    for number, layer in enumerate(layers.layer_specs, first):
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = ZeroCenteredNorm
+        if pattern[number]:
+            parts.self_attention = ModuleSpec(module=gated_delta_net.GatedDeltaNet, submodules=linear)
+        else:
+            norms = parts.self_attention.submodules
+            norms.q_layernorm = norms.k_layernorm = ZeroCenteredNorm
+
+
 def transformer_config(config: Config, dtype: torch.dtype = torch.float32, **options: Any) -> TransformerConfig:
     """Megatron's configuration of a model of any family, for the groups that exist in this process."""
     kind, family = FAMILIES.get(config["model_type"], (TransformerConfig, lambda config: {}))
@@ -159,6 +204,29 @@ def _glm4_moe(config: Config) -> dict[str, Any]:
     return attention | _sigmoid_experts(config)
 
 
+def _qwen3_next(config: Config) -> dict[str, Any]:
+    linear = [int(kind == "linear_attention") for kind in config["layer_types"]]
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    sparse = megatron_on_cpu.sparse_layers(config)
+    return {
+        "qk_layernorm": True,
+        "layernorm_zero_centered_gamma": True,
+        "attention_output_gate": True,
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": linear,
+        **{f"linear_{name}": config[f"linear_{name}"] for name in names},
+        "deterministic_mode": True,
+        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"],
+        "moe_shared_expert_gate": True,
+        "num_moe_experts": config["num_experts"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_layer_freq": [int(layer in sparse) for layer in range(config["num_hidden_layers"])],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_router_pre_softmax": not config["norm_topk_prob"],
+        **megatron_on_cpu.experts_on_cpu(),
+    }
+
+
 def _gpt_oss(config: Config) -> dict[str, Any]:
     """As Megatron Bridge sets it up: `bridge/models/gpt_oss/gpt_oss_bridge.py`."""
     gate = {
@@ -187,6 +255,7 @@ FAMILIES: Mapping[str, tuple[type[TransformerConfig], Callable[[Config], dict[st
     "glm_moe_dsa": (MLATransformerConfig, _glm_moe_dsa),
     "mixtral": (TransformerConfig, _mixtral),
     "glm4_moe": (TransformerConfig, _glm4_moe),
+    "qwen3_next": (TransformerConfig, _qwen3_next),
     "gpt_oss": (TransformerConfig, _gpt_oss),
 }
 """Kind of configuration and its fields, by `model_type`; others are the demo's own."""

@@ -23,6 +23,8 @@ def start_job(rank: int, world: int, rendezvous: str, **sizes: Any) -> None:
     """
     answer_cuda_calls()
     torch.set_num_threads(1)
+    # Megatron compiles small functions such as gates, anew for every size: that takes long, and some do not compile.
+    torch.compiler.set_stance("force_eager")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=WAIT
     )

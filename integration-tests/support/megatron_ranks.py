@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from support.megatron_families import build_model, transformer_config
 from support.megatron_model import end_job, logits_of, stage_logits, start_job
-from support.megatron_spoiled import EXPERT_SPOIL, SPOIL, join_as_legacy, rename_as_grouped
+from support.megatron_spoiled import DELTA_SPOIL, EXPERT_SPOIL, SPOIL, join_as_legacy, rename_as_grouped
 from transformers import Qwen3Config
 
 from weft.contracts import Source, Target
@@ -59,10 +59,12 @@ def inspect(
     cases: Mapping[str, tuple[Config, Config, str]],
     experts: Config,
     expert_sizes: Config,
+    delta: Config,
 ) -> dict[str, Any]:
     """Everything about live layouts: of each case's (config, sizes, kind), of spoiled models, of moved memory.
 
-    `experts` is the config of a model with experts, for a mesh of `expert_sizes`.
+    `experts` is the config of a model with experts, for a mesh of `expert_sizes`, and `delta` one with linear
+    attention.
     """
     start_job(rank, world, rendezvous)
     try:
@@ -73,6 +75,7 @@ def inspect(
         config = next(iter(cases.values()))[0]
         with mesh():
             answers |= {f"spoiled: {name}": _faults(config, padded, spoil) for name, spoil in SPOIL.items()}
+            answers |= {f"spoiled delta: {name}": _faults(delta, padded, spoil) for name, spoil in DELTA_SPOIL.items()}
             answers["moved"] = _moved(config, padded)
             answers["readme"] = _readme(config, padded)
             answers["gathers"] = _gathers(config, padded)

@@ -121,3 +121,18 @@ EXPERT_SPOIL: Mapping[str, Callable[[Any, Config], tuple[Any, Config]]] = {
     "legacy grouped experts": _join_some,
     "other numbers": _number_anew,
 }
+
+
+def _center_norm(model: Any, config: Config) -> tuple[Any, Config]:
+    """As Transformer Engine builds it."""
+    model.decoder.layers[0].self_attention.out_norm.zero_centered_gamma = True
+    return model, config
+
+
+DELTA_SPOIL: Mapping[str, Callable[[Any, Config], tuple[Any, Config]]] = {
+    "zero-centered norm": _center_norm,
+    "other sizes": lambda model, config: (model, config | {"linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}),
+    "no gates": lambda model, config: _set(model, config, attention_output_gate=False, moe_shared_expert_gate=False),
+    "other layers": lambda model, config: (model, config | {"layer_types": ["linear_attention"] * 4}),
+}
+"""Of a model with the gated delta rule whose second layer has attention."""

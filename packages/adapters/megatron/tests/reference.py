@@ -44,7 +44,7 @@ def experts_of(config: Mapping[str, Any]) -> int:
 def sparse(config: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer has experts."""
     match config["model_type"]:
-        case "qwen3_moe":
+        case "qwen3_moe" | "qwen3_next":
             step = config.get("decoder_sparse_step", 1)
             return layer not in config.get("mlp_only_layers", []) and (layer + 1) % step == 0
         case "mixtral" | "gpt_oss":
@@ -52,6 +52,11 @@ def sparse(config: Mapping[str, Any], layer: int) -> bool:
         case "deepseek_v3" | "kimi_k2" | "glm4_moe" | "glm_moe_dsa":
             return bool(layer >= config["first_k_dense_replace"])
     return False
+
+
+def linear(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer has the gated delta rule in the place of attention."""
+    return config["model_type"] == "qwen3_next" and config["layer_types"][layer] == "linear_attention"
 
 
 def logical_state(config: Mapping[str, Any], seed: int = 0) -> State:
@@ -71,7 +76,10 @@ def logical_state(config: Mapping[str, Any], seed: int = 0) -> State:
             shapes[at + "eh_proj.weight"] = (hidden, 2 * hidden)
         shapes |= {at + name + ".weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
         attention = latent_shapes(config) if "kv_lora_rank" in config else attention_shapes(config)
-        shapes |= {f"{at}self_attn.{name}": shape for name, shape in attention.items()}
+        if linear(config, layer):
+            shapes |= {f"{at}linear_attn.{name}": shape for name, shape in delta_shapes(config).items()}
+        else:
+            shapes |= {f"{at}self_attn.{name}": shape for name, shape in attention.items()}
         shapes |= {at + name: shape for name, shape in mlp_shapes(config, sparse(config, layer)).items()}
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     values = torch.randperm(total, generator=torch.Generator().manual_seed(seed)) + 1
@@ -91,9 +99,27 @@ def attention_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {"o_proj.bias": (hidden,)}
     if config["model_type"] == "gpt_oss":
         shapes |= {"sinks": (config["num_attention_heads"],)}
-    if config["model_type"] in ("qwen3", "qwen3_moe") or config.get("use_qk_norm"):
+    if config["model_type"] in ("qwen3", "qwen3_moe", "qwen3_next") or config.get("use_qk_norm"):
         shapes |= {f"{part}_norm.weight": (head,) for part in "qk"}
+    if config["model_type"] == "qwen3_next":
+        shapes |= {"q_proj.weight": (2 * query, hidden)}
     return shapes
+
+
+def delta_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensors of linear attention."""
+    hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    return {
+        "in_proj_qkvz.weight": (2 * keys + 2 * values, hidden),
+        "in_proj_ba.weight": (2 * heads, hidden),
+        "conv1d.weight": (2 * keys + values, 1, config["linear_conv_kernel_dim"]),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "norm.weight": (config["linear_value_head_dim"],),
+        "out_proj.weight": (hidden, values),
+    }
 
 
 def latent_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -151,7 +177,10 @@ def mlp_shapes(config: Mapping[str, Any], with_experts: bool) -> dict[str, tuple
         shapes["mlp.gate.bias"] = (count,)
     for expert in range(count):
         shapes |= gated_shapes(config, f"mlp.experts.{expert}.", config["moe_intermediate_size"])
-    if family != "qwen3_moe":
+    if family == "qwen3_next" and config["shared_expert_intermediate_size"]:
+        shapes |= gated_shapes(config, "mlp.shared_expert.", config["shared_expert_intermediate_size"])
+        shapes["mlp.shared_expert_gate.weight"] = (1, hidden)
+    if family not in ("qwen3_moe", "qwen3_next"):
         shapes["mlp.gate.e_score_correction_bias"] = (count,)
         if config["n_shared_experts"]:
             shared = config["n_shared_experts"] * config["moe_intermediate_size"]
@@ -199,10 +228,16 @@ class Sharding:
     def qkv(self, at: str, kind: str) -> torch.Tensor:
         groups, head = self.config["num_key_value_heads"], self.config["head_dim"]
         query, key, value = (self.state[f"{at}{part}_proj.{kind}"] for part in "qkv")
+        gates: list[torch.Tensor] = []
+        if self.config["model_type"] == "qwen3_next":
+            # On disk the gate of each head follows it.
+            query, gate = (part.flatten(0, 1) for part in query.reshape(-1, 2, head, query.shape[1]).unbind(1))
+            gates = list(gate.chunk(groups))
         per_group = len(query) // groups
         grouped = []
         for group in range(groups):
             grouped.append(query[group * per_group : (group + 1) * per_group])
+            grouped += gates[group : group + 1]
             grouped.append(key[group * head : (group + 1) * head])
             grouped.append(value[group * head : (group + 1) * head])
         return self.rows(torch.cat(grouped))
@@ -244,8 +279,11 @@ class Sharding:
             found[local + "router.bias"] = state[f"{at}{router}.bias"]
         if at + "gate.e_score_correction_bias" in state:
             found[local + "router.expert_bias"] = state[at + "gate.e_score_correction_bias"]
-        if at + "shared_experts.down_proj.weight" in state:
-            found |= self.mlp(at + "shared_experts.", local + "shared_experts.", *self.place.tp)
+        for shared in ("shared_experts.", "shared_expert."):
+            if at + shared + "down_proj.weight" in state:
+                found |= self.mlp(at + shared, local + "shared_experts.", *self.place.tp)
+        if at + "shared_expert_gate.weight" in state:
+            found[local + "shared_experts.gate_weight"] = state[at + "shared_expert_gate.weight"]
         for expert in torch.arange(experts_of(self.config)).chunk(ranks)[rank].tolist():
             own = f"{local}experts.local_experts.{expert}."
             if router == "router":
@@ -265,6 +303,26 @@ class Sharding:
         if at + "sinks" in state:
             found[local + "core_attention.softmax_offset"] = self.rows(state[at + "sinks"])
         return found
+
+    def linear_attention(self, at: str, local: str) -> State:
+        """On disk a key head's queries, keys, values and gates are together, and so are its two rates."""
+        state, sizes = self.state, self.config
+        heads, key = sizes["linear_num_key_heads"], sizes["linear_key_head_dim"]
+        each = sizes["linear_num_value_heads"] // heads
+        wide = each * sizes["linear_value_head_dim"]
+        parts: list[torch.Tensor] = []
+        for name, widths in (("qkvz", [key, key, wide, wide]), ("ba", [each, each])):
+            per_head = state[f"{at}in_proj_{name}.weight"].reshape(heads, sum(widths), -1)
+            parts += [part.flatten(0, 1) for part in per_head.split(widths, 1)]
+        channels = state[at + "conv1d.weight"].split([heads * key, heads * key, heads * wide])
+        return {
+            local + "in_proj.weight": torch.cat([self.rows(part) for part in parts]),
+            local + "conv1d.weight": torch.cat([self.rows(part) for part in channels]),
+            local + "dt_bias": self.rows(state[at + "dt_bias"]),
+            local + "A_log": self.rows(state[at + "A_log"]),
+            local + "out_norm.weight": state[at + "norm.weight"],
+            local + "out_proj.weight": self.columns(state[at + "out_proj.weight"]),
+        }
 
     def latent_attention(self, at: str, local: str) -> State:
         state = self.state
@@ -302,9 +360,12 @@ class Sharding:
 
     def layer(self, layer: int, local: str) -> State:
         state, at = self.state, f"model.layers.{layer}."
-        attention = self.latent_attention if "kv_lora_rank" in self.config else self.attention
-        found = attention(at + "self_attn.", local + "self_attention.")
-        found[local + "self_attention.linear_proj.weight"] = self.columns(state[at + "self_attn.o_proj.weight"])
+        if linear(self.config, layer):
+            found = self.linear_attention(at + "linear_attn.", local + "self_attention.")
+        else:
+            attention = self.latent_attention if "kv_lora_rank" in self.config else self.attention
+            found = attention(at + "self_attn.", local + "self_attention.")
+            found[local + "self_attention.linear_proj.weight"] = self.columns(state[at + "self_attn.o_proj.weight"])
         if at + "self_attn.o_proj.bias" in state:
             found[local + "self_attention.linear_proj.bias"] = state[at + "self_attn.o_proj.bias"]
         found[local + "input_layernorm.weight"] = state[at + "input_layernorm.weight"]
@@ -367,6 +428,8 @@ def engine_names(held: State, *, grouped: bool) -> State:
         at = ".".join(before)
         if module == "input_layernorm" and f"{at}.self_attention.linear_qkv.weight" in held:
             name = f"{at}.self_attention.linear_qkv.layer_norm_weight"
+        elif module == "input_layernorm" and f"{at}.self_attention.in_proj.weight" in held:
+            name = f"{at}.self_attention.in_proj.layer_norm_weight"
         elif module in ("q_layernorm", "kv_layernorm") and f"{at}.linear_kv_up_proj.weight" in held:
             name = f"{at}.linear_{module.removesuffix('_layernorm')}_up_proj.layer_norm_weight"
         elif module == "pre_mlp_layernorm" and f"{at}.mlp.linear_fc1.weight" in held:

@@ -157,6 +157,40 @@ def latent_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
 
+@st.composite
+def delta_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
+    """The same of layers with the gated delta rule, attention with gates, and a shared expert with one."""
+    tp, pp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = {"tp": tp, "pp": pp, "dp": dp, "etp": draw(st.sampled_from(divisors(tp * dp)))}
+    sizes["ep"] = draw(st.sampled_from(divisors(tp * dp // sizes["etp"])))
+    groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 8) if n % tp == 0 or tp % n == 0]))
+    queries = draw(st.sampled_from([n for n in range(1, 9) if n * groups % tp == 0]))
+    layers, keys = pp * draw(st.integers(1, 2)), tp * draw(st.integers(1, 2))
+    config = make_experts(
+        model_type="qwen3_next",
+        hidden_size=draw(st.integers(1, 5)),
+        num_hidden_layers=layers,
+        num_attention_heads=queries * groups,
+        num_key_value_heads=groups,
+        head_dim=draw(st.sampled_from([n for n in range(1, 9) if groups * (2 * queries + 2) * n % tp == 0])),
+        intermediate_size=tp * draw(st.integers(1, 3)),
+        num_experts=sizes["ep"] * draw(st.integers(1, 3)),
+        num_experts_per_tok=1,
+        moe_intermediate_size=sizes["etp"] * draw(st.integers(1, 3)),
+        shared_expert_intermediate_size=tp * draw(st.integers(0, 2)),
+        mlp_only_layers=draw(st.lists(st.integers(0, 3), max_size=1)),
+        layer_types=[draw(st.sampled_from(["linear_attention", "full_attention"])) for _ in range(layers)],
+        linear_num_key_heads=keys,
+        linear_num_value_heads=keys * draw(st.integers(1, 3)),
+        linear_key_head_dim=draw(st.integers(1, 3)),
+        linear_value_head_dim=draw(st.integers(1, 3)),
+        linear_conv_kernel_dim=draw(st.integers(1, 4)),
+        vocab_size=draw(st.integers(1, 40)),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
+
+
 def write(layout: Layout, state: State) -> State:
     """Copy logical tensors into poisoned memory through the pieces, and write the fills."""
     memory = {b.name: torch.full((b.numel,), POISON, dtype=torch.int32).view(torch.float32) for b in layout.buffers}
@@ -177,9 +211,9 @@ def bits(tensor: torch.Tensor) -> list[int]:
     return tensor.reshape(-1).view(torch.int32).tolist()
 
 
-@pytest.mark.trap(1, 2, 3, 4, 5, 6, 7, 14)
-@settings(max_examples=200, deadline=None)
-@given(jobs() | latent_jobs(), st.sampled_from(Spec))
+@pytest.mark.trap(1, 2, 3, 4, 5, 6, 7, 14, 15)
+@settings(max_examples=250, deadline=None)
+@given(jobs() | latent_jobs() | delta_jobs(), st.sampled_from(Spec))
 def test_every_rank_holds_what_independent_slicing_gives(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
@@ -211,7 +245,7 @@ def test_every_rank_holds_what_independent_slicing_gives(
 
 @pytest.mark.trap(6)
 @settings(max_examples=50, deadline=None)
-@given(jobs() | latent_jobs(), st.sampled_from(Spec))
+@given(jobs() | latent_jobs() | delta_jobs(), st.sampled_from(Spec))
 def test_names_of_all_ranks_together_are_those_of_the_map(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
@@ -376,7 +410,7 @@ def test_norms_may_have_a_dtype_of_their_own() -> None:
     assert dtypes["linear_qkv"] == dtypes["word_embeddings"] == "bfloat16"
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2_moe", "deepseek_v2", "gemma2", ""])
+@pytest.mark.parametrize("family", ["mistral", "qwen2_moe", "qwen3_5_moe", "deepseek_v2", "gemma2", ""])
 def test_a_family_that_is_not_mapped_is_refused_by_name(family: str) -> None:
     with pytest.raises(NotSupportedError, match=f"model_type '{family}'"):
         adapter.layouts(make_config(model_type=family), {}, "bfloat16")

@@ -93,6 +93,23 @@ def latent_configs(draw: st.DrawFn) -> dict[str, Any]:
         "index_n_heads": 3,
         "index_head_dim": 5,
         "num_nextn_predict_layers": 1,
+        "attention_bias": False,
+    }
+
+
+@st.composite
+def delta_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """The same with linear attention, whose key heads tensor parallelism divides, and gates."""
+    return draw(configs()) | {
+        "model_type": "qwen3_next",
+        "layer_types": draw(st.permutations(["linear_attention", "full_attention"])),
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4 * draw(st.integers(1, 2)),
+        "linear_key_head_dim": draw(st.integers(1, 3)),
+        "linear_value_head_dim": draw(st.integers(1, 3)),
+        "linear_conv_kernel_dim": draw(st.integers(1, 3)),
+        "shared_expert_intermediate_size": draw(st.sampled_from([0, 4, 8])),
+        "attention_bias": False,
     }
 
 
@@ -130,9 +147,15 @@ def flat(ranks: Sequence[State]) -> list[State]:
     return [{name: tensor.reshape(-1).clone() for name, tensor in rank.items()} for rank in ranks]
 
 
-@pytest.mark.trap(4, 5, 6, 8, 13, 14)
-@settings(max_examples=60, deadline=None)
-@given(configs() | latent_configs(), sizes_of(), sizes_of(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 3, 8]))
+@pytest.mark.trap(4, 5, 6, 8, 13, 14, 15)
+@settings(max_examples=80, deadline=None)
+@given(
+    configs() | latent_configs() | delta_configs(),
+    sizes_of(),
+    sizes_of(),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([1, 3, 8]),
+)
 def test_any_mesh_feeds_any_other(
     config: dict[str, Any], source_sizes: dict[str, int], target_sizes: dict[str, int], divisor: int, other: int
 ) -> None:

@@ -26,9 +26,9 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         "qk_layernorm": model.qk_norm,
         "normalization": "RMSNorm",
         # These change what stored values mean.
-        "layernorm_zero_centered_gamma": False,
+        "layernorm_zero_centered_gamma": model.zero_centered,
         "rotary_interleaved": False,
-        "attention_output_gate": False,
+        "attention_output_gate": model.output_gate,
         "activation_func": GATE_OF_GPT_OSS if model.sinks else torch.nn.functional.silu,
         "activation_func_clamp_value": 7.0 if model.sinks else None,
         "glu_linear_offset": 1.0 if model.sinks else 0.0,
@@ -56,6 +56,12 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         )
     if model.experts and config.moe_router_load_balancing_type == "sinkhorn":
         faults.append("moe_router_load_balancing_type='sinkhorn' routes in a way that no checkpoint can express")
+    for name, layer in chunk.transformer_layers.items():
+        if getattr(getattr(layer.self_attention, "out_norm", None), "zero_centered_gamma", False):
+            faults.append(
+                f"{name}: the norm behind its delta rule is zero-centered and the checkpoint's is not, so that values "
+                "differ by one; build it without"
+            )
     if bool(chunk.module.share_embeddings_and_output_weights) != model.tied:
         faults.append(
             f"the model was built with share_embeddings_and_output_weights="
@@ -66,6 +72,17 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
 
 def _expected_attention(model: DecoderModel) -> dict[str, object]:
     """What the configuration of a model with this attention must say."""
+    if model.delta:
+        delta = model.delta
+        sizes: dict[str, object] = {
+            "experimental_attention_variant": "gated_delta_net",
+            "linear_num_key_heads": delta.keys,
+            "linear_num_value_heads": delta.values,
+            "linear_key_head_dim": delta.key_head,
+            "linear_value_head_dim": delta.value_head,
+            "linear_conv_kernel_dim": delta.kernel,
+        }
+        return sizes | {"multi_latent_attention": False, "num_query_groups": model.groups, "kv_channels": model.head}
     if model.latent is None:
         return {"multi_latent_attention": False, "num_query_groups": model.groups, "kv_channels": model.head}
     indexer = model.latent.indexer
@@ -98,9 +115,9 @@ def _expected_experts(model: DecoderModel) -> dict[str, object]:
         "moe_router_num_groups": groups,
         "moe_router_group_topk": of_groups,
         "moe_shared_expert_intermediate_size": experts.shared or None,
+        "moe_shared_expert_gate": experts.shared_gate,
         # No checkpoint of the family has a place for these, or they give stored values another meaning.
         "moe_router_enable_expert_bias": experts.corrected,
-        "moe_shared_expert_gate": False,
         "moe_apply_probs_on_input": False,
         "moe_latent_size": None,
     }

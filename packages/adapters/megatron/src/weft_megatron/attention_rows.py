@@ -1,12 +1,13 @@
 """Attention's lines of the table.
 
 From Megatron-Core 0.16: `transformer/attention.py` (rows of `linear_qkv`), `transformer/multi_latent_attention.py`,
-`transformer/dot_product_attention.py` (sinks), `transformer/experimental_attention_variant/dsa.py`.
+`transformer/dot_product_attention.py` (sinks), `transformer/experimental_attention_variant/dsa.py`,
+`ssm/gated_delta_net.py`.
 """
 
 from __future__ import annotations
 
-from weft_megatron.family import DecoderModel, Indexer, LatentAttention
+from weft_megatron.family import DecoderModel, GatedDelta, Indexer, LatentAttention
 from weft_megatron.rows import DECODER_LAYER, LAYER, Row, Spec, Split, layer_row
 
 
@@ -16,10 +17,12 @@ def attention_rows(model: DecoderModel, spec: Spec) -> list[Row]:
     query, key = model.heads * model.head, model.groups * model.head
     before = "self_attention.linear_qkv.layer_norm_weight" if spec.fused else "input_layernorm.weight"
     qkv = tuple(f"self_attn.{part}_proj" for part in "qkv")
-    qkv_shapes = [(query, hidden), (key, hidden), (key, hidden)]
+    gated = 2 if model.output_gate else 1
+    split = Split.GROUPED_GATED if model.output_gate else Split.GROUPED
+    qkv_shapes = [(gated * query, hidden), (key, hidden), (key, hidden)]
     rows = [
         layer_row(before, ["input_layernorm"], "weight", [(hidden,)], Split.REPLICATED),
-        layer_row("self_attention.linear_qkv.weight", qkv, "weight", qkv_shapes, Split.GROUPED),
+        layer_row("self_attention.linear_qkv.weight", qkv, "weight", qkv_shapes, split),
     ]
     if model.qkv_bias:
         rows += [layer_row("self_attention.linear_qkv.bias", qkv, "bias", [(query,), (key,), (key,)], Split.GROUPED)]
@@ -41,6 +44,28 @@ def _output_rows(model: DecoderModel, values: int) -> list[Row]:
     if model.linear_bias:
         rows += [layer_row("self_attention.linear_proj.bias", output, "bias", [(model.hidden,)], Split.REPLICATED)]
     return rows
+
+
+def delta_rows(model: DecoderModel, delta: GatedDelta, spec: Spec) -> list[Row]:
+    """Linear attention by the gated delta rule, and the norm before it."""
+    hidden, keys, values = model.hidden, delta.keys * delta.key_head, delta.values * delta.value_head
+    before = "self_attention.in_proj.layer_norm_weight" if spec.fused else "input_layernorm.weight"
+    inputs = [f"linear_attn.in_proj_{part}" for part in ("qkvz", "ba")]
+    input_shapes = [(2 * keys + 2 * values, hidden), (2 * delta.values, hidden)]
+    channels = [(2 * keys + values, 1, delta.kernel)]
+    at, on_disk = f"{DECODER_LAYER}.self_attention", f"model.layers.{LAYER}.linear_attn"
+    return [
+        layer_row(before, ["input_layernorm"], "weight", [(hidden,)], Split.REPLICATED),
+        layer_row("self_attention.in_proj.weight", inputs, "weight", input_shapes, Split.DELTA_INPUTS),
+        layer_row("self_attention.conv1d.weight", ["linear_attn.conv1d"], "weight", channels, Split.DELTA_CONVOLUTION),
+        *(Row(f"{at}.{name}", (f"{on_disk}.{name}",), ((delta.values,),), Split.ROWS) for name in ("dt_bias", "A_log")),
+        layer_row(
+            "self_attention.out_norm.weight", ["linear_attn.norm"], "weight", [(delta.value_head,)], Split.REPLICATED
+        ),
+        layer_row(
+            "self_attention.out_proj.weight", ["linear_attn.out_proj"], "weight", [(hidden, values)], Split.COLUMNS
+        ),
+    ]
 
 
 def latent_rows(model: DecoderModel, latent: LatentAttention, spec: Spec) -> list[Row]:

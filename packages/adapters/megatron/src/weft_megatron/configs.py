@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
-from weft_megatron.family import DecoderModel, ExpertNames, Experts, Indexer, LatentAttention
+from weft_megatron.family import DecoderModel, ExpertNames, Experts, GatedDelta, Indexer, LatentAttention
 
 Config = Mapping[str, Any]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -38,12 +38,44 @@ def _qwen3_moe(config: Config) -> DecoderModel:
     _require(config, (*_SIZES, "num_experts", "num_experts_per_tok", "moe_intermediate_size"))
     if config.get("shared_expert_intermediate_size"):
         raise NotSupportedError(f"{config['model_type']} with shared experts is not mapped")
-    step, without = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
-    layers = [n for n in range(int(config["num_hidden_layers"])) if n not in without and (n + 1) % step == 0]
+    layers = _sparse_layers(config)
     biased, experts = _biased(config), None
     if layers:
         experts = _experts(config, layers, normalized=bool(config.get("norm_topk_prob", False)))
     return _decoder(config, qkv_bias=biased, linear_bias=biased, qk_norm=True, experts=experts)
+
+
+def _qwen3_next(config: Config) -> DecoderModel:
+    """`Qwen3NextAttention`, `Qwen3NextGatedDeltaNet` in most layers, `Qwen3NextSparseMoeBlock`."""
+    delta = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    names = tuple(f"linear_{name}" for name in delta)
+    _require(config, (*_SIZES, *names, "num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    if _biased(config):
+        raise NotSupportedError("qwen3_next with attention_bias: no checkpoint has it, and it is not mapped")
+    interval, count = int(config.get("full_attention_interval") or 4), int(config["num_hidden_layers"])
+    kinds = config.get("layer_types") or [
+        "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(count)
+    ]
+    shared = int(config.get("shared_expert_intermediate_size") or 0)
+    sparse = _sparse_layers(config)
+    experts = _experts(
+        config,
+        sparse,
+        normalized=bool(config.get("norm_topk_prob", True)),
+        shared=shared,
+        shared_gate=shared > 0,
+        names=ExpertNames(shared="mlp.shared_expert"),
+    )
+    keys, values, key_head, value_head, kernel = (int(config[name]) for name in names)
+    linear = frozenset(layer for layer, kind in enumerate(kinds) if kind == "linear_attention")
+    return _decoder(
+        config,
+        qk_norm=True,
+        experts=experts if sparse else None,
+        output_gate=True,
+        zero_centered=True,
+        delta=GatedDelta(keys, values, key_head, value_head, kernel, linear),
+    )
 
 
 def _mixtral(config: Config) -> DecoderModel:
@@ -171,6 +203,12 @@ def _decoder(config: Config, **rest: Any) -> DecoderModel:
     )
 
 
+def _sparse_layers(config: Config) -> list[int]:
+    """Of Qwen's models."""
+    step, without = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
+    return [n for n in range(int(config["num_hidden_layers"])) if n not in without and (n + 1) % step == 0]
+
+
 def _biased(config: Config) -> bool:
     """Whether all linear layers have biases."""
     attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
@@ -208,6 +246,7 @@ FAMILIES: Mapping[str, Callable[[Config], DecoderModel]] = {
     "qwen2": _dense,
     "qwen3": _dense,
     "qwen3_moe": _qwen3_moe,
+    "qwen3_next": _qwen3_next,
     "deepseek_v3": _deepseek,
     "kimi_k2": _deepseek,
     "mixtral": _mixtral,

@@ -36,6 +36,24 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedDelta:
+    """Linear attention by the gated delta rule (`linear_*` of Qwen3-Next's config)."""
+
+    keys: int
+    """Heads of queries and of keys; each serves `values / keys` heads of values."""
+    values: int
+    """Heads of values, of gates, and of both rates."""
+    key_head: int
+    """Elements of a query or key head."""
+    value_head: int
+    """Elements of a value or gate head."""
+    kernel: int
+    """Steps that the convolution before it looks back."""
+    layers: frozenset[int]
+    """The layers that have it instead of attention, from 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertNames:
     """What a family's checkpoint calls a layer's router and experts, below `model.layers.N`."""
 
@@ -44,6 +62,7 @@ class ExpertNames:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    shared: str = "mlp.shared_experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,8 @@ class Experts:
     """The layers that have experts instead of one MLP, from 0; prediction layers have the numbers after the last."""
     shared: int = 0
     """Width of the MLP that every token goes to besides; 0 without one."""
+    shared_gate: bool = False
+    """Whether each token weighs that MLP's output."""
     sigmoid: bool = False
     """Whether scores are sigmoids of the router's outputs, and not a softmax over them."""
     corrected: bool = False
@@ -104,6 +125,11 @@ class DecoderModel:
     experts: Experts | None = None
     sinks: bool = False
     """Whether every query head has a logit of its own for attending to nothing, and gates are clamped (gpt-oss)."""
+    output_gate: bool = False
+    """Whether attention's output has a gate, whose rows follow those of its query head in `q_proj`."""
+    zero_centered: bool = False
+    """Whether norms, but for the one behind the delta rule, multiply by one more than their weights."""
+    delta: GatedDelta | None = None
     latent: LatentAttention | None = None
     """Sizes of multi-latent attention where it takes the place of grouped queries."""
     predictors: int = 0
@@ -122,8 +148,8 @@ class DecoderModel:
 
     @property
     def group_rows(self) -> int:
-        """Rows of Megatron's `linear_qkv` per group: its query heads, its key head, its value head."""
-        return (self.queries + 2) * self.head
+        """Rows of Megatron's `linear_qkv` per group: its query heads, their gates, its key head, its value head."""
+        return (self.queries * (2 if self.output_gate else 1) + 2) * self.head
 
     @property
     def sparse_layers(self) -> frozenset[int]:

@@ -30,7 +30,11 @@ def expert_rows(model: DecoderModel, spec: Spec, experts: Experts) -> list[Row]:
         name = "e_score_correction_bias"
         rows += [layer_row(f"mlp.{EXPERT_BIAS}", router, name, [(experts.count,)], Split.REPLICATED)]
     if experts.shared:
-        rows += _gated_rows(model, "mlp.shared_experts", "mlp.shared_experts.{linear}.{kind}", experts.shared, names)
+        local = "mlp.shared_experts.{linear}.{kind}"
+        rows += _gated_rows(model, names.shared, local, experts.shared, names)
+    if experts.shared_gate:
+        gate = ["mlp.shared_expert_gate"]
+        rows += [layer_row("mlp.shared_experts.gate_weight", gate, "weight", [(1, model.hidden)], Split.REPLICATED)]
     grouped, single = "mlp.experts.{linear}.{kind}{{expert}}", "mlp.experts.local_experts.{{expert}}.{linear}.{kind}"
     local = grouped if spec is Spec.GROUPED else single
     if spec.legacy:

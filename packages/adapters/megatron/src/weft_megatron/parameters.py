@@ -114,9 +114,11 @@ def _local_shape(model: DecoderModel, stage: Stage, row: Row, size: int) -> tupl
             return shape
         case Split.VOCABULARY:
             return (stage.padded_vocabulary // size, *shape[1:])
-        case Split.ROWS:
+        case Split.DELTA_INPUTS:
+            return ((shape[0] + row.shapes[1][0]) // size, *shape[1:])
+        case Split.ROWS | Split.DELTA_CONVOLUTION:
             return (shape[0] // size, *shape[1:])
-        case Split.GROUPED:
+        case Split.GROUPED | Split.GROUPED_GATED:
             return (model.groups * model.group_rows // size, *shape[1:])
         case Split.GATED:
             return (2 * shape[0] // size, *shape[1:])
@@ -151,6 +153,8 @@ def _check_divisible(model: DecoderModel, stage: Stage, spec: Spec) -> None:
     elif spec is Spec.LOCAL:
         divided += [("kv_lora_rank + qk_rope_head_dim", model.latent.key_rank + model.latent.rotary, "tp", size)]
         divided += [("q_lora_rank", model.latent.query_rank or 0, "tp", size)]
+    if model.delta:
+        divided += [("key heads of linear attention", model.delta.keys, "tp", size)]
     if model.predictors:
         divided += [("hidden size", model.hidden, "tp", size)]
     if model.dense_layers:

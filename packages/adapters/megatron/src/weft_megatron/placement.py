@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 from weft.box import Box
 from weft.builder import LayoutBuilder
 from weft.layout import Layout
-from weft_megatron.family import DecoderModel
+from weft_megatron.family import DecoderModel, GatedDelta
 from weft_megatron.parameters import Parameter, Stage
 from weft_megatron.rows import Split
 from weft_megatron.table import ties
@@ -170,6 +170,77 @@ def _grouped(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, 
         builder.piece(tensor, box, parameter.name, (start - low) * row, strides)
 
 
+def _grouped_gated(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    """As `_grouped`; query rows and gate rows of a group are runs over heads, and a run may begin within one."""
+    rows, tail, head = parameter.shape[0], parameter.shape[1:], model.head
+    row, whole = math.prod(tail), tuple(0 for _ in tail)
+    first, low = divmod(rows * parameter.part.rank, model.group_rows)
+    count, high = max(1, rows // model.group_rows), min(model.group_rows, low + rows)
+    query = model.queries * head
+    begins = (0, query, 2 * query, 2 * query + head, model.group_rows)
+    for part, (begin, end) in enumerate(pairwise(begins)):
+        # Queries and gates are in one tensor.
+        tensor, shape = parameter.logical[max(0, part - 1)], parameter.logical_shapes[max(0, part - 1)]
+        start, stop = max(low, begin) - begin, min(high, end) - begin
+        if start < stop:
+            builder.tensor(tensor, shape, dtype)
+        for at, to, inner, outer in _runs(start, stop, head):
+            offset = (begin + at * head + inner - low) * row
+            strides = (model.group_rows * row, head * row, row, *(1 for _ in tail))
+            if part > 1:  # one head of keys or of values
+                box = Box((model.groups, 1, head, *tail), (first, 0, inner, *whole), (first + count, 1, outer, *tail))
+            else:
+                box = Box(
+                    (model.groups, model.queries, 2, head, *tail),
+                    (first, at, part, inner, *whole),
+                    (first + count, to, part + 1, outer, *tail),
+                )
+                strides = (*strides[:2], 0, *strides[2:])
+            builder.piece(tensor, box, parameter.name, offset, strides)
+
+
+def _runs(start: int, stop: int, head: int) -> Iterator[tuple[int, int, int, int]]:
+    """The rows from `start` to `stop` as ranges of heads and of rows in each of them."""
+    (at, inner), (to, outer) = divmod(start, head), divmod(stop, head)
+    if inner and start < stop:
+        yield at, at + 1, inner, head if at < to else outer
+        at += 1
+    if at < to:
+        yield at, to, 0, head
+    if outer and at <= to:
+        yield to, to + 1, 0, outer
+
+
+def _delta_inputs(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    delta = _delta(model)
+    heads, each, hidden = delta.keys // parameter.part.size, delta.values // delta.keys, parameter.shape[1]
+    first, offset, wide = heads * parameter.part.rank, 0, each * delta.value_head
+    sizes = ((delta.key_head, delta.key_head, wide, wide), (each, each))
+    for tensor, shape, parts in zip(parameter.logical, parameter.logical_shapes, sizes, strict=True):
+        builder.tensor(tensor, shape, dtype)
+        for begin, size in zip(accumulate(parts, initial=0), parts, strict=False):
+            box = Box((delta.keys, sum(parts), hidden), (first, begin, 0), (first + heads, begin + size, hidden))
+            builder.piece(tensor, box, parameter.name, offset * hidden, (size * hidden, hidden, 1))
+            offset += heads * size
+
+
+def _delta_convolution(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    delta, part, (tensor,), (shape,) = _delta(model), parameter.part, parameter.logical, parameter.logical_shapes
+    builder.tensor(tensor, shape, dtype)
+    keys, offset, begin = delta.keys * delta.key_head, 0, 0
+    for channels in (keys, keys, delta.values * delta.value_head):
+        share = channels // part.size
+        start = begin + share * part.rank
+        builder.shard(tensor, parameter.name, start=start, stop=start + share, offset=offset * math.prod(shape[1:]))
+        begin, offset = begin + channels, offset + share
+
+
+def _delta(model: DecoderModel) -> GatedDelta:
+    if model.delta is None:
+        raise AssertionError("only linear attention has such parameters")
+    return model.delta
+
+
 _PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], None]] = {
     Split.REPLICATED: _replicated,
     Split.ROTARY_LAST: _rotary_last,
@@ -182,4 +253,7 @@ _PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], N
     Split.VOCABULARY: _vocabulary,
     Split.GATED: _gated,
     Split.GROUPED: _grouped,
+    Split.GROUPED_GATED: _grouped_gated,
+    Split.DELTA_INPUTS: _delta_inputs,
+    Split.DELTA_CONVOLUTION: _delta_convolution,
 }

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from weft.layout import Tie
 from weft.names import NameMap, NameRule, Skip
-from weft_megatron.attention_rows import attention_rows, latent_rows
-from weft_megatron.family import DecoderModel, Experts
+from weft_megatron.attention_rows import attention_rows, delta_rows, latent_rows
+from weft_megatron.family import DecoderModel, Experts, GatedDelta
 from weft_megatron.mlp_rows import dense_rows, expert_rows
 from weft_megatron.rows import DECODER_LAYER, EXPERT, LAYER, Row, Spec, Split, layer_row
 
@@ -78,7 +78,12 @@ def layer_rows(model: DecoderModel, spec: Spec, layer: int) -> list[Row]:
 
     Layers with experts and layers without differ.
     """
-    rows = _rows_of_kind(model, spec, model.experts if layer in model.sparse_layers else None)
+    rows = _rows_of_kind(
+        model,
+        spec,
+        experts=model.experts if layer in model.sparse_layers else None,
+        delta=model.delta if model.delta and layer in model.delta.layers else None,
+    )
     if layer < model.layers:
         return rows
     local = f"mtp.layers.{layer - model.layers}"
@@ -99,11 +104,17 @@ def _predictor_rows(model: DecoderModel, local: str) -> list[Row]:
     ]
 
 
-def _rows_of_kind(model: DecoderModel, spec: Spec, experts: Experts | None) -> list[Row]:
+def _rows_of_kind(
+    model: DecoderModel, spec: Spec, experts: Experts | None, delta: GatedDelta | None = None
+) -> list[Row]:
     # Nothing but a linear layer can take in a norm, and a mixture of experts begins with its router.
     before_mlp = "mlp.linear_fc1.layer_norm_weight" if spec.fused and not experts else "pre_mlp_layernorm.weight"
+    if delta:
+        attention = delta_rows(model, delta, spec)
+    else:
+        attention = latent_rows(model, model.latent, spec) if model.latent else attention_rows(model, spec)
     return [
-        *(latent_rows(model, model.latent, spec) if model.latent else attention_rows(model, spec)),
+        *attention,
         layer_row(before_mlp, ["post_attention_layernorm"], "weight", [(model.hidden,)], Split.REPLICATED),
         *(expert_rows(model, spec, experts) if experts else dense_rows(model)),
     ]
@@ -112,9 +123,10 @@ def _rows_of_kind(model: DecoderModel, spec: Spec, experts: Experts | None) -> l
 def _rows_of_all_layers(model: DecoderModel, spec: Spec) -> Iterator[Row]:
     """Every kind of layer once, with the number left open except where two kinds name one tensor differently.
 
-    With prediction layers every layer has its number: their names are those of decoder layers in the checkpoint.
+    With prediction layers every layer has its number, since the checkpoint names them as decoder layers, and with two
+    kinds of attention, which share the norm before them.
     """
-    if model.predictors:
+    if model.predictors or model.delta:
         for layer in range(model.layers + model.predictors):
             yield from (_numbered(row, layer) for row in layer_rows(model, spec, layer))
         return
