@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import count
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import weft
 from weft import Member, Refit, plan, serve_store
@@ -34,6 +42,46 @@ CONFIGS = {
     "dense": Qwen3Config(**COMMON, tie_word_embeddings=False),
     "moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2),
 }
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+}
+HYBRID: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+        "shared_expert_intermediate_size": 8, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "bamba": {
+        "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "attn_layer_indices": [1],
+    },
+    "nemotron_h": {
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "num_hidden_layers": None,
+        "moe_shared_expert_intermediate_size": 8, "layers_block_type": ["mamba", "attention", "moe", "mlp"],
+    },
+}  # fmt: skip
+"""Sizes of families whose layers are not all attention."""
+VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 16,
+    "embed_dim": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 16,
+    "fullatt_block_indexes": [1],
+}
 README = Path(__file__).parents[1] / "packages" / "adapters" / "dtensor" / "README.md"
 JOBS = count()
 
@@ -55,6 +103,22 @@ class Over(Job):
 def model(kind: str, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """A random model of a family, with its vision tower if it has one."""
+    sizes = COMMON | {"num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": None}
+    torch.manual_seed(1)
+    if "_vl" in family:
+        config = AutoConfig.for_model(family, text_config=sizes, vision_config=VISION)
+        return AutoModelForImageTextToText.from_config(config)
+    sizes |= EXPERTS | HYBRID.get(family, {})
+    if family in ("deepseek_v3", "glm_moe_dsa"):
+        sizes |= LATENT | {"index_n_heads": 2, "index_head_dim": 8}
+        del sizes["head_dim"]
+    if family == "gpt_oss":
+        sizes["rope_parameters"] = {"rope_type": "default"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
 
 
 def outputs(found: PreTrainedModel) -> torch.Tensor:
@@ -112,16 +176,30 @@ def test_a_modules_names_and_boxes_are_those_on_disk(saved: tuple[str, Path]) ->
         assert torch.equal(view.reshape(-1), stored[piece.tensor].reshape(-1)), piece
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe"])
-@pytest.mark.trap(71)
-def test_families_with_fused_experts_are_named_as_on_disk(family: str, tmp_path: Path) -> None:
-    sizes = {name: size for name, size in COMMON.items() if name != "head_dim"} | {"num_key_value_heads": 2}
-    experts = {"num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = AutoConfig.for_model(family, **sizes, **experts, moe_intermediate_size=8, eos_token_id=None)
-    made = AutoModelForCausalLM.from_config(config)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bamba", "deepseek_v3", "glm4_moe", "glm_moe_dsa", "gpt_oss", "mixtral", "nemotron_h", "olmoe", "qwen2_5_vl",
+        "qwen2_moe", "qwen2_vl", "qwen3_moe", "qwen3_next",
+    ],
+)  # fmt: skip
+@pytest.mark.trap(13, 15, 71)
+def test_names_and_boxes_of_every_family_are_those_on_disk(family: str, tmp_path: Path) -> None:
+    made = tiny(family)
+    for tensor in made.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape))  # so that no two parts of anything are equal
     made.save_pretrained(tmp_path)
-    held, stored = ModuleSource(made).layout(), CheckpointSource(tmp_path).layout()
-    assert {t.name: t.shape for t in held.tensors} == {t.name: t.shape for t in stored.tensors}
+    source, stored = ModuleSource(made), CheckpointSource(tmp_path)
+    on_disk = {tensor.name: tensor.shape for tensor in stored.layout().tensors}
+    assert {tensor.name: tensor.shape for tensor in source.layout().tensors} == on_disk
+    compared = 0
+    for piece in source.layout():
+        held = piece_view(piece, source.memory())
+        assert torch.equal(held.reshape(-1), stored.memory()[piece.tensor]), piece
+        compared += held.numel()
+    assert compared == sum(math.prod(shape) for shape in on_disk.values())
+    (layout,) = adapter.layouts(made.config.to_dict(), {}, "float32")
+    assert layout.address == source.layout().address
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
@@ -167,7 +245,7 @@ def test_a_mixture_of_eighteen_thousand_tensors_plans_to_full_coverage() -> None
 
 
 def test_a_config_that_transformers_refuses_is_an_error_of_the_config() -> None:
-    with pytest.raises(weft.ConfigError, match="makes no causal language model"):
+    with pytest.raises(weft.ConfigError, match="makes no language model"):
         adapter.layouts({"model_type": "nobody"}, {}, "float32")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from weft.errors import LayoutError, NotSupportedError
 from weft.layout import Layout
 from weft.names import NameMap, NameRule, Skip, expand
-from weft_dtensor import expert_rules, identity_names
+from weft_dtensor import family_rules, identity_names
 from weft_dtensor.naming import default_names
 from weft_dtensor.pieces import FlatRange, LocalTensor, group_of, layout_of, row_major_strides
 from weft_dtensor.shards import Split, held_ranges
@@ -60,7 +60,7 @@ def test_fused_experts_are_pieces_of_every_expert_however_sharded(
     stored = local.permute(order).contiguous()  # in memory with its axes in any order
     strides = tuple(stored.stride()[order.index(axis)] for axis in range(3))
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    names = identity_names({name: shape}, expert_rules({name: shape}))
+    names = identity_names({name: shape}, family_rules("qwen3_moe", {name: shape}))
     layout = layout_of([LocalTensor(name, shape, "float32", ranges, strides)], names, {})
     logical = {}
     for expert in range(experts):
@@ -82,7 +82,7 @@ def test_ranges_of_flattened_tensors_are_a_few_boxes_of_every_expert(
     start = data.draw(st.integers(0, whole.numel()))
     stop = data.draw(st.integers(start, whole.numel()))
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    names = identity_names({name: shape}, expert_rules({name: shape}) if fused else ())
+    names = identity_names({name: shape}, family_rules("qwen3_moe", {name: shape}) if fused else ())
     layout = layout_of([FlatRange(name, shape, "float32", start, stop - start)], names, {})
     logical = {
         f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight": whole[expert].view(2, inner, hidden)[n]

@@ -8,7 +8,7 @@ config.
 from weft_dtensor.adapter import DTensorAdapter, dtensor_layout
 from weft_dtensor.checkpoint import CheckpointSource
 from weft_dtensor.live import ModuleSource, ModuleTarget
-from weft_dtensor.naming import expert_rules, identity_names
+from weft_dtensor.naming import family_rules, identity_names
 from weft_dtensor.verification import verify_module
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "ModuleTarget",
     "adapter",
     "dtensor_layout",
-    "expert_rules",
+    "family_rules",
     "identity_names",
     "verify_module",
 ]

@@ -95,12 +95,13 @@ def _meta_model(config: Mapping[str, Any]) -> nn.Module:
         ) from error
     described = {name: value for name, value in config.items() if name != "model_type"}
     try:
+        made = transformers.AutoConfig.for_model(config["model_type"], **described)
+        sees = hasattr(made, "vision_config")
+        maker = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
         with torch.device("meta"):
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.for_model(config["model_type"], **described)
-            )
+            model: nn.Module = maker.from_config(made)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"Transformers makes no causal language model of this config: {error}") from error
+        raise ConfigError(f"Transformers makes no language model of this config: {error}") from error
     return model
 
 
