@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft import Layout, Member, execute, plan
+from weft import plan
 from weft.errors import WeftError
 from weft_megatron import MegatronAdapter, Spec
-from weft_megatron.mesh import padded_vocabulary
 
-from .holdings import holdings
-from .reference import State, logical_state, places
+from .arrivals import EXPERT_SIZES, EXPERTS, MODEL, check_arrival, members
+from .reference import logical_state
 
-EXPERTS = 4
 DENSE = ("llama", "qwen2", "qwen3")
 HEAD = 2
-MODEL: dict[str, Any] = {
-    "model_type": "qwen3",
-    "hidden_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "vocab_size": 2000,
-    "tie_word_embeddings": True,
-}
-EXPERT_SIZES: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 8,
-    "head_dim": 4,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8,
-    "intermediate_size": 16,
-    "vocab_size": 20,
-}
 
 
 @st.composite
@@ -113,19 +88,6 @@ def delta_configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def member(name: str, source: Layout | None, target: Layout | None) -> Member:
-    return Member(
-        name=name,
-        source_layout=source.address if source else None,
-        target_layout=target.address if target else None,
-        replica="rollout" if target else None,
-        replica_size=0,
-        host="here",
-        domain="here",
-        device="cpu",
-    )
-
-
 def meshed(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
     """The sizes without expert axes for a model that has no experts."""
     if config["model_type"] in DENSE:
@@ -133,18 +95,6 @@ def meshed(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
     more = {"mtp": config["num_nextn_predict_layers"]} if "num_nextn_predict_layers" in config else {}
     # Experts with biases are not divided.
     return sizes | more | ({"etp": 1} if config["model_type"] == "gpt_oss" else {})
-
-
-def shards(
-    config: dict[str, Any], state: State, sizes: dict[str, int], divisor: int, spec: Spec = Spec.LOCAL
-) -> list[State]:
-    """What every rank holds, in Megatron's default rank order."""
-    padded = padded_vocabulary(config["vocab_size"], divisor, sizes["tp"])
-    return [holdings(config, state, place, padded, spec) for place in places(sizes)]
-
-
-def flat(ranks: Sequence[State]) -> list[State]:
-    return [{name: tensor.reshape(-1).clone() for name, tensor in rank.items()} for rank in ranks]
 
 
 @pytest.mark.trap(4, 5, 6, 8, 13, 14, 15)
@@ -180,44 +130,6 @@ def test_row_parallel_weights_of_experts_follow_a_change_of_expert_tensor_parall
 ) -> None:
     config, sizes = MODEL | EXPERT_SIZES, {"tp": 1, "pp": 1, "dp": 4, "ep": 1}
     check_arrival(config, sizes | {"etp": source}, sizes | {"etp": target}, 1, 1, (spec, spec))
-
-
-def check_arrival(
-    config: dict[str, Any],
-    source_sizes: dict[str, int],
-    target_sizes: dict[str, int],
-    divisor: int,
-    other: int,
-    specs: tuple[Spec, Spec] = (Spec.LOCAL, Spec.LOCAL),
-) -> None:
-    """Weights planned from one mesh to another arrive in poisoned memory."""
-    state = logical_state(config)
-    source, target = specs
-    held = MegatronAdapter(make_vocab_size_divisible_by=divisor, spec=source).layouts(config, source_sizes, "float32")
-    wanted = MegatronAdapter(make_vocab_size_divisible_by=other, spec=target).layouts(config, target_sizes, "float32")
-    sources, targets = members(held, wanted)
-    layouts = {layout.address: layout for layout in (*held, *wanted)}
-    planned = plan(sources, targets, layouts)
-    source_memory = flat(shards(config, state, source_sizes, divisor, source))
-    expected = flat(shards(config, state, target_sizes, other, target))
-    memory = [{name: torch.full_like(part, float("nan")) for name, part in rank.items()} for rank in expected]
-    execute(
-        planned,
-        layouts,
-        {m.name: rank for m, rank in zip(sources, source_memory, strict=True)},
-        {m.name: rank for m, rank in zip(targets, memory, strict=True)},
-    )
-    for found, rank in zip(memory, expected, strict=True):
-        for name, part in rank.items():
-            assert torch.equal(found[name].view(torch.int32), part.view(torch.int32)), name
-
-
-def members(held: Sequence[Layout], wanted: Sequence[Layout]) -> tuple[list[Member], list[Member]]:
-    """Sources and targets, one for each layout."""
-    return (
-        [member(f"trainer/{rank}", layout, None) for rank, layout in enumerate(held)],
-        [member(f"rollout/{rank}", None, layout) for rank, layout in enumerate(wanted)],
-    )
 
 
 @pytest.mark.trap(7)
