@@ -84,7 +84,7 @@ def test_senders_hold_what_they_send_and_are_level(seed: int) -> None:
     share = np.array([random.randrange(len(candidates)) for _ in range(copies)], dtype=np.int64)
     target = np.sort(np.array([random.randrange(8) for _ in range(copies)], dtype=np.int64) + members)
     nbytes = np.array([random.randint(1, 10 ** random.randint(0, 6)) for _ in range(copies)], dtype=np.int64)
-    shares = Shares(share, ragged(candidates))
+    shares = Shares(share, ragged(candidates), np.zeros(len(share), np.int64))
     choice = choose_senders(shares, target, nbytes, np.arange(members), 1)
     load = [0] * members
     cut = {each.copy: each for each in choice.cuts}
@@ -110,14 +110,14 @@ def test_those_who_meet_anyway_serve_each_other() -> None:
     """Each target gets an expert from one of 8 sources, and must get what all 8 hold: then from the same one."""
     targets = np.repeat(np.arange(8, 16), 2)
     share = np.array([n // 2 if n % 2 == 0 else 8 for n in range(16)], dtype=np.int64)
-    shares = Shares(share, ragged([*([(3 * n) % 8] for n in range(8)), list(range(8))]))
+    shares = Shares(share, ragged([*([(3 * n) % 8] for n in range(8)), list(range(8))]), np.zeros(len(share), np.int64))
     choice = choose_senders(shares, targets, np.full(16, 100, dtype=np.int64), np.arange(8), 1 << 20)
     assert choice.sender.tolist() == [m for n in range(8) for m in [(3 * n) % 8] * 2]
     assert not choice.cuts
 
 
 def test_one_copy_that_eight_hold_is_sent_by_all_eight() -> None:
-    shares = Shares(np.zeros(1, np.int64), ragged([list(range(8))]))
+    shares = Shares(np.zeros(1, np.int64), ragged([list(range(8))]), np.zeros(1, np.int64))
     choice = choose_senders(shares, np.array([8]), np.array([8_000_000]), np.arange(8), 1000)
     assert choice.cuts[0].senders == tuple(range(8))
     assert choice.cuts[0].ends == tuple(1_000_000 * n for n in range(1, 9))

@@ -17,7 +17,6 @@ from weft.testing.members import MemorySource
         ({"landing": "shadow"}, 'landing "shadow" is not built yet: use landing "in_place"'),
         ({"drive": "published"}, 'drive "published" is not built yet: use drive "lock_step"'),
         ({"encodings": ("fp8_block",)}, "encodings fp8_block are not built yet"),
-        ({"relay": True}, "relays between targets are not built yet"),
     ],
 )
 def test_what_is_not_built_refuses_by_name(fields: dict[str, Any], words: str) -> None:
@@ -39,10 +38,10 @@ def test_a_job_secret_is_refused_by_name() -> None:
 
 
 def test_every_contradiction_is_named_at_once() -> None:
-    policy = weft.Policy(casts=(("float32", "bf16"),), bucket_bytes=1, staging_bytes=0)
+    policy = weft.Policy(casts=(("float32", "bf16"),), bucket_bytes=1, staging_bytes=0, relay="rack")
     with pytest.raises(weft.ConfigError) as error:
         policy.check()
-    for words in ("cast float32 to bf16", "bucket_bytes is 1", "staging_bytes is 0"):
+    for words in ("cast float32 to bf16", "bucket_bytes is 1", "staging_bytes is 0", "relay 'rack' is none of"):
         assert words in str(error.value)
 
 

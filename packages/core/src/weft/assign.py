@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,21 +13,31 @@ from weft.counting import Wanted, wanted_by_members
 from weft.holders import holder_sets, nearest
 from weft.join import Joined, Overlaps
 from weft.member import Member
+from weft.policy import Policy
+from weft.relays import passed_on_by
+from weft.rows import Rows
 from weft.table import Int64s, volume
 
 _FEWEST_STEPS = 8
 """A box is cut along its outermost axis with so many steps per part, so that parts come out about as long as meant."""
 
 
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """When the rows of the targets land."""
+
+    group: Int64s
+    scratch: Int64s
+    """Which of the scratch groups it is; -1 for live memory."""
+
+
 def assign(
     joined: Joined, found: Overlaps, classes: Int64s, members: Sequence[Member], source_addresses: Sequence[str],
-    target_addresses: Sequence[str], group: Int64s, scratch: Int64s, item_bytes: Int64s, least_cut: int,
+    target_addresses: Sequence[str], landing: Landing, item_bytes: Int64s, policy: Policy,
 ) -> tuple[Parts, Routes, int]:  # fmt: skip
     """The parts and routes of a plan, and the least bytes of its busiest sender.
 
-    `classes` are the box classes of the rows of `joined.sources`; `group` and `scratch` are the group
-    and the scratch group (or -1) of those of `joined.targets`; `item_bytes` are bytes per element and tensor;
-    `least_cut` the fewest bytes of a part of a divided copy.
+    `classes` are the box classes of the rows of `joined.sources`; `item_bytes` are bytes per element and tensor.
     """
     source_layout, target_layout = (
         np.array([numbers.get(address or "", -1) for address in addresses], dtype=np.int64)
@@ -35,48 +46,70 @@ def assign(
             ({a: n for n, a in enumerate(target_addresses)}, [m.target_layout for m in members]),
         )
     )
-    wanted = wanted_by_members(joined, found, members, target_layout, group)
+    wanted = wanted_by_members(joined, found, members, target_layout, landing.group)
     boxes = wanted.boxes
     tensor = joined.targets.tensor[boxes.target]
     box_bytes = volume(boxes.lo, boxes.hi) * item_bytes[tensor]
     holding = [np.flatnonzero(source_layout == n) for n in range(len(source_addresses))]
     set_of_class, sets = holder_sets(classes, joined.sources.layout, holding)
     shares = nearest(sets, set_of_class[boxes.box][wanted.box], wanted.target, members)
-    sources = np.flatnonzero(source_layout >= 0)
-    choice = choose_senders(shares, wanted.target, box_bytes[wanted.box], sources, least_cut)
-    boxes, sender, target, box, counted = _cut(wanted, choice.sender, choice.cuts, box_bytes)
-
-    layouts = len(source_addresses)
-    held, first_row = np.unique(classes * layouts + joined.sources.layout, return_index=True)
-    used, part = np.unique(box * layouts + source_layout[sender], return_inverse=True)
-    box_of, layout_of = used // layouts, used % layouts
-    source_row = first_row[np.searchsorted(held, boxes.box[box_of] * layouts + layout_of)]
-    parts = _parts(joined, boxes.select(box_of), source_row, group, scratch)
-    return parts, Routes(sender, target, part, counted), choice.bound
-
-
-def _parts(joined: Joined, boxes: Overlaps, source_row: Int64s, group: Int64s, scratch: Int64s) -> Parts:
-    """Where boxes sit in one source row and in their target row."""
-    sources, targets, row, lo = joined.sources, joined.targets, boxes.target, boxes.lo
-    from_strides, to_strides = sources.strides[source_row], targets.strides[row]
-    return Parts(
-        tensor=targets.tensor[row], group=group[row], scratch=scratch[row], source_buffer=sources.buffer[source_row],
-        source_offset=sources.offset[source_row] + ((lo - sources.lo[source_row]) * from_strides).sum(axis=1),
-        target_buffer=targets.buffer[row],
-        target_offset=targets.offset[row] + ((lo - targets.lo[row]) * to_strides).sum(axis=1),
-        lo=lo, hi=boxes.hi, source_strides=from_strides, target_strides=to_strides,
+    giver = np.full(len(wanted.target), -1, dtype=np.int64)
+    if policy.relay != "never":
+        live = landing.scratch[boxes.target] < 0
+        giver = passed_on_by(
+            wanted, shares, members, policy.relay, tensor, landing.group[boxes.target], live, box_bytes
+        )
+    first, later = np.flatnonzero(giver < 0), np.flatnonzero(giver >= 0)
+    choice = choose_senders(
+        shares.of(first), wanted.target[first], box_bytes[wanted.box[first]], np.flatnonzero(source_layout >= 0),
+        policy.least_cut_bytes,
     )  # fmt: skip
+    sender, held = np.empty(len(giver), dtype=np.int64), np.full(len(giver), -1, dtype=np.int64)
+    sender[first], sender[later] = choice.sender, wanted.target[giver[later]]
+    held[later] = boxes.target[wanted.box[giver[later]]]
+    cuts = [replace(cut, copy=int(first[cut.copy])) for cut in choice.cuts]
+    boxes, copy, sender, box = _cut(wanted, sender, cuts, box_bytes)
+
+    # Where a copy is read: a row of the sender's target layout where it passes on, or else any row of its source
+    # layout that has the box.
+    layouts = len(source_addresses)
+    place = np.where(held[copy] < 0, source_layout[sender], layouts + held[copy])
+    width = layouts + len(joined.targets.tensor)
+    used, part = np.unique(box * width + place, return_inverse=True)
+    box_of, place_of = used // width, used % width
+    class_of, first_row = np.unique(classes * layouts + joined.sources.layout, return_index=True)
+    found_at = np.searchsorted(class_of, boxes.box[box_of] * layouts + place_of)
+    source_row = first_row[np.minimum(found_at, len(first_row) - 1)]
+    held_row = np.where(place_of < layouts, source_row, len(joined.sources.tensor) + place_of - layouts)
+    parts = _parts(joined, boxes.select(box_of), held_row, landing)
+    return parts, Routes(sender, wanted.target[copy], part, wanted.counted[copy]), choice.bound
+
+
+def _parts(joined: Joined, boxes: Overlaps, held_row: Int64s, landing: Landing) -> Parts:
+    """Where boxes sit in the row they are read from, of the sources and behind them the targets, and in their own."""
+    row, lo = boxes.target, boxes.lo
+    buffer, offset, strides = _memory(joined.sources.followed_by(joined.targets), held_row, lo)
+    to_buffer, to_offset, to_strides = _memory(joined.targets, row, lo)
+    return Parts(
+        tensor=joined.targets.tensor[row], group=landing.group[row], scratch=landing.scratch[row],
+        source_buffer=buffer, source_offset=offset, target_buffer=to_buffer, target_offset=to_offset,
+        lo=lo, hi=boxes.hi, source_strides=strides, target_strides=to_strides,
+    )  # fmt: skip
+
+
+def _memory(rows: Rows, row: Int64s, lo: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """(buffer, offset, strides) of the boxes that begin at `lo` and lie in these rows."""
+    strides = rows.strides[row]
+    return rows.buffer[row], rows.offset[row] + ((lo - rows.lo[row]) * strides).sum(axis=1), strides
 
 
 def _cut(
     wanted: Wanted, sender: Int64s, cuts: Sequence[Cut], box_bytes: Int64s
-) -> tuple[Overlaps, Int64s, Int64s, Int64s, Int64s]:
-    """Divide the copies that several members send; returns boxes and, per copy, sender, target, box and whether it is
-    counted.
-    """
-    boxes, target, box, counted = wanted.boxes, wanted.target, wanted.box, wanted.counted
+) -> tuple[Overlaps, Int64s, Int64s, Int64s]:
+    """Divide the copies that several members send; returns boxes and, per copy, the one it is of, sender and box."""
+    boxes, box = wanted.boxes, wanted.box
     if not cuts:
-        return boxes, sender, target, box, counted
+        return boxes, np.arange(len(box)), sender, box
     rows: list[int] = []
     senders: list[int] = []
     ranges: list[tuple[list[int], list[int]]] = []
@@ -104,6 +137,6 @@ def _cut(
     order = np.argsort(old, kind="stable")
     old = old[order]
     return (
-        boxes, np.concatenate([sender[keep], np.array(senders, dtype=np.int64)])[order], target[old],
-        np.concatenate([box[keep], added])[order], counted[old],
+        boxes, old, np.concatenate([sender[keep], np.array(senders, dtype=np.int64)])[order],
+        np.concatenate([box[keep], added])[order],
     )  # fmt: skip

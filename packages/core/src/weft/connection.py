@@ -12,6 +12,7 @@ import msgspec
 from weft.contracts import Prepared, Source, Target, Transport
 from weft.deadline import Deadline
 from weft.errors import NotSupportedError, RecordError
+from weft.gates import gates
 from weft.layout import Layout
 from weft.lower import MemberProgram, lower
 from weft.member import Member
@@ -60,6 +61,9 @@ class Connection:
     wire: Wire
     prepared: Prepared
     sends: tuple[Step, ...]
+    """A source's buckets; a mere target's are those that it passes on."""
+    gates: Mapping[int, frozenset[int]]
+    """Per bucket that it passes on, those it must have taken before."""
     receives: tuple[Step, ...]
     local: Mapping[int, list[LocalMove]]
     source: tuple[Layout, Memory] | None
@@ -152,7 +156,8 @@ def _join(
     return Connection(
         me=announced, roles=roles, slice=made, program=program, endpoint=endpoint,
         wire=Wire(transport, announced, members), prepared=prepared,
-        sends=tuple(make_steps(made, program, endpoint, source, True)) if source else (),
+        sends=tuple(make_steps(made, program, endpoint, side, True)) if (side := source or target) else (),
+        gates={} if source else gates(program, frozenset(roles.sources)),
         receives=tuple(make_steps(made, program, endpoint, target, False)) if target else (),
         local=local, source=source, target=target,
         scratch_slots={m.name: n for m, n in zip(made.members, made.scratch_slots, strict=True)},

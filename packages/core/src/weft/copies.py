@@ -26,7 +26,7 @@ class Parts:
     scratch: Int64s
     """Which of the target's scratch groups, counted from 0; -1 for groups in live memory."""
     source_buffer: Int64s
-    """Index into the source layout's buffers."""
+    """Index into the buffers of the sender's source layout, or of its target layout where it is no source (relays)."""
     source_offset: Int64s
     target_buffer: Int64s
     """Index into the target layout's buffers."""
@@ -104,7 +104,7 @@ class Copies:
     scratch: Int64s
     """See `Parts.scratch`."""
     source_buffer: Int64s
-    """Index into the source layout's buffers."""
+    """See `Parts.source_buffer`."""
     source_offset: Int64s
     target_buffer: Int64s
     """Index into the target layout's buffers."""

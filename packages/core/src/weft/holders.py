@@ -44,11 +44,17 @@ class Shares:
     """Number of each copy's share."""
     candidates: Ragged
     """Per share, the nearest holders, ascending."""
+    level: Int64s
+    """How far from each copy's target they are."""
+
+    def of(self, copies: Int64s) -> Shares:
+        """Those of some copies."""
+        return Shares(self.share[copies], self.candidates, self.level[copies])
 
 
 def nearest(sets: Ragged, set_of_copy: Int64s, target: Int64s, members: Sequence[Member]) -> Shares:
     """Group copies by their nearest holders. Copy i wants what set `set_of_copy[i]` holds, at member `target[i]`."""
-    codes = _places(members)
+    codes = places(members)
     owner, holder = sets.rows(), sets.values
     pairs, pair_of_copy = np.unique(set_of_copy * len(members) + target, return_inverse=True)
     wanted, at = pairs // len(members), pairs % len(members)
@@ -67,10 +73,10 @@ def nearest(sets: Ragged, set_of_copy: Int64s, target: Int64s, members: Sequence
     member = holder[entry]
     near = np.stack(codes)[level[first][entry_of], member] == place_of_pair[first][entry_of]
     number, candidates = ragged_classes(Ragged.by_key(entry_of[near], member[near], len(first)))
-    return Shares(number[share_of_pair][pair_of_copy], candidates)
+    return Shares(number[share_of_pair][pair_of_copy], candidates, level[pair_of_copy])
 
 
-def _places(members: Sequence[Member]) -> list[Int64s]:
+def places(members: Sequence[Member]) -> list[Int64s]:
     """Per level of locality, a number for where each member is: equal numbers are that near to each other."""
     keys: list[list[object]] = [
         [m.name for m in members], [(m.host, m.device) for m in members], [m.host for m in members],

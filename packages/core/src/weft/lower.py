@@ -103,7 +103,9 @@ def staging_slot_bytes(plan: Plan | Slice) -> int:
 def _pair_buckets(own: Slice, rows: Copies, pair: int, peer: str, slot_bytes: int) -> list[LoweredBucket]:
     policy, width = own.policy, own.item_bytes
     plain = np.array([tensor.source_dtype == tensor.target_dtype for tensor in own.tensors])
-    direct = plain[rows.tensor] & (run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes)
+    # What was received has been cast already.
+    relayed = ~np.array([member.is_source for member in own.members])[rows.source]
+    direct = (plain[rows.tensor] | relayed) & (run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes)
     pieces: list[Copies] = []
     keys: list[tuple[Int64s, ...]] = []
     for kind, limit in ((0, policy.bucket_bytes), (1, slot_bytes)):

@@ -41,6 +41,11 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
         return self.source_layout is not None
 
     @property
+    def sends_from(self) -> str | None:
+        """Address of the layout of what it sends: its source's or, where it is none and passes on, its target's."""
+        return self.source_layout if self.is_source else self.target_layout
+
+    @property
     def is_target(self) -> bool:
         """Whether it receives weights."""
         return self.target_layout is not None

@@ -12,7 +12,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from weft.assign import assign
+from weft.assign import Landing, assign
 from weft.catalog import build_catalog, memory_faults, unsupported
 from weft.copies import Copies, Loops, Parts, Routes, expand, loops_of
 from weft.errors import PlanError
@@ -188,10 +188,10 @@ def plan(
         PlannedTensor(*row)
         for row in zip(catalog.names, catalog.shapes, catalog.source_dtypes, catalog.target_dtypes, strict=True)
     )
-    group, scratch = _landing([layouts[a] for a in target_addresses], joined.targets)
+    landing = _landing([layouts[a] for a in target_addresses], joined.targets)
     parts, routes, bound = assign(
-        joined, found, classes, members, source_addresses, target_addresses, group, scratch,
-        np.array([ITEM_BYTES[tensor.target_dtype] for tensor in tensors], dtype=np.int64), policy.least_cut_bytes,
+        joined, found, classes, members, source_addresses, target_addresses, landing,
+        np.array([ITEM_BYTES[tensor.target_dtype] for tensor in tensors], dtype=np.int64), policy,
     )  # fmt: skip
     aliases = tuple(
         (alias, catalog.names[n]) for alias, n in sorted(catalog.index.items()) if alias != catalog.names[n]
@@ -200,8 +200,7 @@ def plan(
     return Plan(members, tensors, aliases, policy, joined.splits, parts, routes, np.array(slots, dtype=np.int64), bound)
 
 
-def _landing(layouts: Sequence[Layout], targets: Rows) -> tuple[Int64s, Int64s]:
-    """The group, and the number of the scratch group (or -1), of every row of the targets."""
+def _landing(layouts: Sequence[Layout], targets: Rows) -> Landing:
     groups, scratches = [], []
     for layout in layouts:
         numbers = {group: n for n, group in enumerate(layout.scratch_groups)}
@@ -209,7 +208,7 @@ def _landing(layouts: Sequence[Layout], targets: Rows) -> tuple[Int64s, Int64s]:
         scratches.append(np.array([numbers.get(buffer.group, -1) for buffer in layout.buffers], dtype=np.int64))
     first = np.cumsum([0, *(len(each) for each in groups)])
     row = first[targets.layout] + targets.buffer
-    return np.concatenate(groups)[row], np.concatenate(scratches)[row]
+    return Landing(np.concatenate(groups)[row], np.concatenate(scratches)[row])
 
 
 def _first_members(members: Sequence[Member], side: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from weft.errors import ConfigError, NotSupportedError
 from weft.layout import ITEM_BYTES
 
 _MIB = 1 << 20
+_RELAYS = ("never", "host", "domain")
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +30,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Encodings other than `casts`."""
     drive: str = "lock_step"
     """`lock_step`: sources push a version and wait until it is installed."""
-    relay: bool = False
-    """Whether targets may pass boxes on to other targets."""
+    relay: str = "never"
+    """`host`: what several targets of a replica on one host want comes there once and is passed on among them;
+    `domain`: the same within a fabric domain; `never`: sources send to every target themselves.
+    """
     digests: bool = True
     """Whether every bucket's digest is compared before the vote."""
     bucket_bytes: int = 16 * _MIB
@@ -64,6 +67,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 faults.append(f"{name} is {getattr(self, name)}, it must be at least {least}")
+        if self.relay not in _RELAYS:
+            faults.append(f"relay {self.relay!r} is none of {', '.join(_RELAYS)}")
         if faults:
             raise ConfigError("policy: " + "; ".join(faults))
         if self.landing == "shadow":
@@ -76,8 +81,6 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f'drive {self.drive!r} is neither "lock_step" nor "published"')
         if self.encodings:
             raise NotSupportedError(f"encodings {', '.join(self.encodings)} are not built yet: only declared casts are")
-        if self.relay:
-            raise NotSupportedError("relays between targets are not built yet: leave relay off")
 
     def moves(self, name: str) -> bool:
         """Whether a tensor takes part at all."""

@@ -45,6 +45,7 @@ class Endpoint:
 
     regions: tuple[Region, ...]
     source: Binding
+    """Of what it sends: its source's buffers or, where it has no source and passes on, its target's."""
     target: Binding
     incoming: Mapping[str, tuple[int, int]]
     """Per sender of packed buckets: region and byte offset of its first staging slot."""
@@ -86,7 +87,7 @@ def make_endpoint(
         if peers:
             staging = torch.zeros(len(peers) * SLOTS * program.slot_bytes, dtype=torch.uint8, device=device)
             regions.append(Region(f"staging-{label}", staging))
-    bindings = [_bind(side, regions) for side in (source, target)]
+    bindings = [_bind(side, regions) for side in (source or target, target)]
     return Endpoint(tuple(regions), bindings[0], bindings[1], slots[0], slots[1])
 
 
@@ -169,7 +170,10 @@ def _columns(region: bytes, offset: bytes) -> Binding:
 def make_steps(
     own: Slice, program: MemberProgram, endpoint: Endpoint, side: tuple[Layout, Memory], sending: bool
 ) -> list[Step]:
-    """The views and digest tables of every bucket that this member sends (or receives)."""
+    """The views and digest tables of every bucket that this member sends (or receives).
+
+    `side` is what it sends from (its source or, without one, its target) or receives into.
+    """
     layout, memory = side
     steps: list[Step] = []
     for bucket in program.sends if sending else program.receives:
@@ -217,9 +221,9 @@ def _direct_runs(
 
 
 def copy_runs(own: Slice, copies: Copies, n: int, layout: Layout, memory: Memory, sending: bool) -> tuple[Bytes, Runs]:
-    """Where copy n's digest is computed in the source's (or target's) own buffer."""
+    """Where copy n's digest is computed in the sender's (or target's) own buffer, which has the bits that travel."""
     tensor = own.tensors[copies.tensor[n]]
-    itemsize = ITEM_BYTES[tensor.source_dtype if sending else tensor.target_dtype]
+    itemsize = ITEM_BYTES[tensor.target_dtype]
     buffer, offset, strides = (
         (copies.source_buffer, copies.source_offset, copies.source_strides)
         if sending

@@ -278,7 +278,13 @@ class Refit:
             clock,
             partial=bool(self._policy.only),
         )
-        session = TargetSession(wire, found, self._target, receiver, leader_name, leader, clock)
+        relay = None
+        if self._source is None and connection.sends:
+            relay = Sender(
+                wire, connection.prepared, connection.sends, connection.scratch_slots, found, clock,
+                lambda bucket: receiver.has(connection.gates.get(bucket, ())),
+            )  # fmt: skip
+        session = TargetSession(wire, found, self._target, receiver, relay, leader_name, leader, clock)
         installation = Installation(
             loop, session, self._deadlines, account, len(connection.receives), connection.segments
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -51,7 +51,7 @@ def digest_of(runs: Sequence[tuple[Bytes, Runs]]) -> Digest:
 
 
 class Sender:
-    """Moves one source's buckets for one replica."""
+    """Moves one member's buckets to one replica: a source's, or those that a target passes on."""
 
     def __init__(
         self,
@@ -61,7 +61,10 @@ class Sender:
         scratch_slots: Mapping[str, int],
         version: int,
         clock: Clock,
+        may_read: Callable[[int], bool] = lambda _: True,
     ) -> None:
+        """`may_read` says whether the bytes of a bucket, by index, are there to be sent."""
+        self._may_read = may_read
         self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
         self._queues: dict[str, deque[Step]] = {}
         for step in steps:
@@ -97,6 +100,8 @@ class Sender:
 
     def _may_go(self, peer: str, step: Step) -> bool:
         bucket = step.bucket
+        if not self._may_read(bucket.index):
+            return False
         returned, landed = self._credit[peer]
         if bucket.slot is not None:
             mine_busy = any(active.bucket.slot == bucket.slot for active, _ in self._active[peer])
@@ -169,6 +174,10 @@ class Receiver:
     def waiting_for(self) -> list[str]:
         """Senders whose buckets are still missing."""
         return sorted({step.bucket.peer for step in self._steps.values()})
+
+    def has(self, buckets: Iterable[int]) -> bool:
+        """Whether these buckets have been taken, by index."""
+        return self._steps.keys().isdisjoint(buckets)
 
     def step(self) -> None:
         """Do what can be done now. Raises `TransportError` when a digest differs or a bucket comes twice."""

@@ -25,6 +25,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     allocations: int
     """Staging buffers allocated during this refit; 0 when warm."""
     store_operations: int
+    relayed_bytes: int = 0
+    """What a target passed on to others of its replica."""
     outcomes: dict[str, str | None] = {}
     """On sources, per replica: None when it committed, else why it did not."""
     events: tuple[tuple[float, str], ...] = ()

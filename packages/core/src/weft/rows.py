@@ -37,6 +37,10 @@ class Rows:
         """Elements per row."""
         return volume(self.lo, self.hi)
 
+    def followed_by(self, others: Rows) -> Rows:
+        """These and behind them those of another side."""
+        return Rows(*(np.concatenate([getattr(rows, f.name) for rows in (self, others)]) for f in fields(self)))
+
     def select(self, rows: Int64s) -> Rows:
         """Those at `rows`, in that order."""
         return Rows(*(getattr(self, column.name)[rows] for column in fields(self)))

@@ -129,10 +129,11 @@ class TargetSession:
     """A target's part in one version."""
 
     def __init__(
-        self, wire: Wire, version: int, target: Target, receiver: Receiver, leader_name: str,
+        self, wire: Wire, version: int, target: Target, receiver: Receiver, relay: Sender | None, leader_name: str,
         leader: ReplicaLeader | None, clock: Clock,
     ) -> None:  # fmt: skip
-        self.version, self.receiver, self.leader, self.clock = version, receiver, leader, clock
+        """`relay` passes on what the receiver has taken."""
+        self.version, self.receiver, self.relay, self.leader, self.clock = version, receiver, relay, leader, clock
         self.state = "offered"
         self.digest = ""
         self.events: list[tuple[float, str]] = []
@@ -148,7 +149,9 @@ class TargetSession:
         """Whom this member is waiting for."""
         if self.leader is not None and (missing := self.leader.missing(self.state)):
             return missing
-        return self.receiver.waiting_for() if self.state == "begun" else [self._leader_name]
+        if self.state != "begun":
+            return [self._leader_name]
+        return self.receiver.waiting_for() or (self.relay.waiting_for() if self.relay is not None else [])
 
     def step(self) -> None:
         """Do what can be done now. Raises `RefitAbortedError` when the replica gives the version up."""
@@ -159,7 +162,11 @@ class TargetSession:
         self._wire.check(lambda: [self._leader_name])
         if self.state == "begun":
             self.receiver.step()
-            if self.receiver.done:
+            if self.relay is not None:
+                for peer, notice in self._wire.take(self.version, "credit"):
+                    self.relay.take_credit(peer, *notice.numbers)
+                self.relay.step()
+            if self.receiver.done and (self.relay is None or self.relay.done):
                 self._reach("verified", self.receiver.digest.lanes)
         elif self.state == "verified" and self._wire.take(self.version, "prepare"):
             with self.clock.phase("commit"):
@@ -181,6 +188,8 @@ class TargetSession:
         if self.state in ("aborted", "committed"):
             return
         self.state = "aborted"
+        if self.relay is not None:
+            self.relay.cancel()
         if not isinstance(error, RefitAbortedError):
             self._tell("failed", text=f"{type(error).__name__}: {error}")
             if self.leader is not None:

@@ -15,15 +15,16 @@ from functools import cached_property
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from weft.copies import Copies, Parts, Routes, expand, loops_of
 from weft.errors import PlanError, RecordError
-from weft.layout import ITEM_BYTES, Layout
+from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.member import Member
 from weft.plan import Plan, PlannedTensor
 from weft.policy import Policy
 from weft.rows import Rows, in_splits, pieces_of
-from weft.table import Int64s, intersect, pairs_by_key, unique_rows
+from weft.table import Int64s, intersect, pairs_by_key, unique_rows, volume
 
 _COMPRESSION = 1
 """Columns of small integers shrink to a few percent at the fastest level."""
@@ -90,6 +91,11 @@ class Slice:
     def me(self) -> int:
         """Index of the member in `members`."""
         return [member.name for member in self.members].index(self.name)
+
+    @cached_property
+    def from_sources(self) -> npt.NDArray[np.bool_]:
+        """Which of `routes` come from sources; targets that received them pass the others on."""
+        return np.array([member.is_source for member in self.members])[self.routes.source]
 
     def copies(self) -> Copies:
         """Its copies, spelled out; members count in `members`."""
@@ -177,6 +183,8 @@ def prove(own: Slice, source: Layout | None, target: Layout | None) -> None:
         row, part, wrong = _placed(rows, got, got.target_buffer, got.target_offset, got.target_strides)
         faults += [f"{own.tensors[n].name}: a copy writes where this target does not have its box" for n in wrong]
         faults += _coverage(own, rows, got, row, part)
+        if source is None:
+            faults += _relay_faults(own, target, rows)
         ties = {tie.alias: tie.name for tie in target.ties}
         wanted = [target.tensors[n].name for n in np.unique(target.pieces.tensor).tolist()]
         missing = [name for name in wanted if name not in index and own.policy.moves(ties.get(name, name))]
@@ -216,6 +224,32 @@ def _coverage(own: Slice, rows: Rows, parts: Parts, row: Int64s, part: Int64s) -
     short = np.unique(rows.tensor[written < rows.numel]).tolist()
     return [f"{own.tensors[n].name}: elements that no copy writes" for n in short] + [
         f"{own.tensors[n].name}: elements that two copies write" for n in doubled
+    ]
+
+
+def _relay_faults(own: Slice, target: Layout, rows: Rows) -> list[str]:
+    """What this member passes on must lie in live memory, in the group of the receiver's, and come from sources."""
+    sent = np.unique(own.routes.part[own.routes.source == own.me])
+    parts = own.parts.select(sent)
+    row, part, wrong = _placed(rows, parts, parts.source_buffer, parts.source_offset, parts.source_strides)
+    live = np.array([buffer.kind is Kind.LIVE for buffer in target.buffers], dtype=bool)
+    group = np.array([buffer.group for buffer in target.buffers], dtype=np.int64)
+    late = ~live[rows.buffer[row]] | (group[rows.buffer[row]] != parts.group[part])
+    got = own.parts.select(own.routes.part[(own.routes.target == own.me) & own.from_sources])
+    here, come_part, _ = _placed(rows, got, got.target_buffer, got.target_offset, got.target_strides)
+    left, right = pairs_by_key(row, here)
+    left, right = part[left], come_part[right]
+    lo, hi, meets = intersect(parts.lo[left], parts.hi[left], got.lo[right], got.hi[right])
+    come = np.zeros(len(parts), dtype=np.int64)
+    np.add.at(come, left[meets], volume(lo[meets], hi[meets]))
+    never = parts.tensor[come != parts.numel]
+    return [
+        *(f"{own.tensors[n].name}: a copy passes on what this target does not have there" for n in wrong),
+        *(
+            f"{own.tensors[n].name}: a copy passes on what is not live memory of the receiver's group"
+            for n in np.unique(parts.tensor[part[late]]).tolist()
+        ),
+        *(f"{own.tensors[n].name}: a copy passes on what no source sends here" for n in np.unique(never).tolist()),
     ]
 
 

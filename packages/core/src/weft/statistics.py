@@ -31,10 +31,12 @@ class Statistics(msgspec.Struct, frozen=True):
     """Per source member."""
     ingress_bytes: dict[str, int]
     """Per target member."""
+    relayed_bytes: dict[str, int]
+    """Per target that passes on what it received."""
     egress_max_over_mean: float
-    """The busiest sender over the mean of all sources; 1.0 is perfect."""
+    """The busiest source over the mean of all sources; 1.0 is perfect."""
     egress_over_bound: float
-    """The busiest sender over what geometry and the order of locality allow at best; 1.0 is optimal."""
+    """The busiest source over what geometry and the order of locality allow at best; 1.0 is optimal."""
     ingress_over_bound: float
     """The busiest receiver over what the neediest target wants; 1.0: no byte comes twice."""
     peers: dict[str, int]
@@ -53,7 +55,7 @@ def statistics_of(
     pairs = pairs[pairs // count != pairs % count]
     peers = np.bincount(np.concatenate([pairs // count, pairs % count]), minlength=count)
     sources = np.array([m.is_source for m in members])
-    mean = egress[sources].mean() if sources.any() else 0.0
+    mean, busiest = (egress[sources].mean(), int(egress[sources].max())) if sources.any() else (0.0, 0)
     hosts: dict[str, int] = {}
     host = np.array([hosts.setdefault(member.host, len(hosts)) for member in members], dtype=np.int64)
     far = np.flatnonzero(host[routes.source] != host[routes.target])
@@ -66,8 +68,9 @@ def statistics_of(
         tensors=tensors, segments=_segments(parts, loops, routes, count),
         egress_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if m.is_source},
         ingress_bytes={m.name: int(n) for m, n in zip(members, ingress, strict=True) if m.is_target},
-        egress_max_over_mean=float(egress.max() / mean) if mean else 1.0,
-        egress_over_bound=int(egress.max(initial=0)) / bound if bound else 1.0,
+        relayed_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if n and not m.is_source},
+        egress_max_over_mean=float(busiest / mean) if mean else 1.0,
+        egress_over_bound=busiest / bound if bound else 1.0,
         ingress_over_bound=most / needed if needed else 1.0,
         peers={m.name: int(n) for m, n in zip(members, peers, strict=True)},
     )  # fmt: skip

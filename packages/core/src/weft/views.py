@@ -75,7 +75,8 @@ def execute(
     """
     for n, source, target, source_buffer, target_buffer in _ends(plan, layouts):
         view = target_view(plan.copies, n, targets[target][target_buffer])
-        view.copy_(source_view(plan.copies, n, sources[source][source_buffer]))
+        held = sources[source] if source in sources else targets[source]
+        view.copy_(source_view(plan.copies, n, held[source_buffer]))
     for name, memory in targets.items():
         layout = layouts[plan.members[plan.index(name)].target_layout or ""]
         for group in range(len(layout.groups)):
@@ -83,11 +84,12 @@ def execute(
 
 
 def _ends(plan: Plan, layouts: Mapping[str, Layout]) -> Iterator[tuple[int, str, str, str, str]]:
-    """(copy, source member, target member, source buffer, target buffer) of every copy."""
+    """(copy, sender, target member, sender's buffer, target's buffer) of every copy; what is passed on comes last."""
     copies = plan.copies
-    for n in range(len(copies)):
+    passed_on = ~np.array([member.is_source for member in plan.members])[copies.source]
+    for n in np.argsort(passed_on, kind="stable").tolist():
         source, target = plan.members[copies.source[n]], plan.members[copies.target[n]]
-        held, wanted = layouts[source.source_layout or ""], layouts[target.target_layout or ""]
+        held, wanted = layouts[source.sends_from or ""], layouts[target.target_layout or ""]
         yield (
             n, source.name, target.name,
             held.buffers[copies.source_buffer[n]].name, wanted.buffers[copies.target_buffer[n]].name,

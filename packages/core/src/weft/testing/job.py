@@ -30,6 +30,8 @@ class Part:
     target: Target | None = None
     replica: str | None = None
     replica_size: int = 1
+    host: str | None = None
+    """Where it says that it runs; None for this machine."""
     script: Script | None = None
     """With one, its transport is `faulty`."""
 
@@ -73,6 +75,7 @@ class Job:
             source=part.source, target=part.target, transport="local" if part.script is None else "faulty",
             transport_options=options, store=self.store, job=self.name, name=part.name, replica=part.replica,
             replica_size=part.replica_size, expect=self.expect, deadlines=self.deadlines, policy=self.policy,
+            host=part.host,
         )  # fmt: skip
 
     def _play(self, part: Part, results: dict[str, Any]) -> None:

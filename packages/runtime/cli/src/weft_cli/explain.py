@@ -172,7 +172,7 @@ def _origins(
                 target_buffer=buffer(target.target_layout, int(copies.target_buffer[n])),
                 target_offset=int(copies.target_offset[n]),
                 source=source.name,
-                source_buffer=buffer(source.source_layout, int(copies.source_buffer[n])),
+                source_buffer=buffer(source.sends_from, int(copies.source_buffer[n])),
                 source_offset=int(copies.source_offset[n]),
                 distance=DISTANCES[distance],
                 holders=len(holders) if held else None,
