@@ -52,6 +52,39 @@ def test_plan_for_a_transport_packs_what_it_would(weft, toy_framework: Path) -> 
     assert "pigeon" in err
 
 
+@pytest.mark.parametrize(("ranks_per_host", "once"), [(8, 1024), (4, 2048), (1, 2048)])
+def test_plan_says_what_moves_between_hosts_and_what_would_once_per_host(
+    weft, toy_framework: Path, ranks_per_host: int, once: int
+) -> None:
+    sides = ("--source", "toy:tp2", "--target", "toy:tp4,dp2", "--ranks-per-host", ranks_per_host)
+    found = json.loads(weft("plan", "--model", toy_framework, *sides, "--json")[1])
+    assert (found["cross_host_bytes"], found["once_per_host_bytes"]) == (2048, once)
+    _, out, _ = weft("plan", "--model", toy_framework, *sides)
+    assert f"2,048 bytes between hosts; {once:,} if every box came once" in " ".join(out.split())
+
+
+def test_plan_lists_the_members_that_move_something(weft, toy_framework: Path) -> None:
+    code, out, _ = weft("plan", "--model", toy_framework, "--source", "toy:tp1,dp4", "--target", "toy:tp1")
+    assert code == 0
+    assert "in 1 replica " in out
+    assert "and 3 that move nothing" in out
+
+
+@pytest.mark.parametrize("arguments", [("explain", "{file}", "w"), ("diff", "{file}", "{file}")])
+def test_a_plan_file_that_cannot_be_read_is_used_wrongly(weft, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    for file, reason in ((tmp_path / "none.plan", "No such file or directory"), (tmp_path, "Is a directory")):
+        code, _, err = weft(*(argument.format(file=file) for argument in arguments))
+        assert code == 2
+        assert f"plan {file} cannot be read: {reason}" in err
+
+
+def test_a_plan_that_cannot_be_saved_is_used_wrongly(weft, toy_framework: Path, tmp_path: Path) -> None:
+    file = tmp_path / "none" / "toy.plan"
+    code, _, err = weft("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp2", "--save", file)
+    assert code == 2
+    assert f"plan {file} cannot be written: No such file or directory" in err
+
+
 @pytest.mark.trap(73)
 def test_plan_of_equal_sides_is_equal(weft, toy_framework: Path) -> None:
     arguments = ("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp4", "--json")

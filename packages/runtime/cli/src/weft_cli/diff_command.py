@@ -10,17 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weft.planfile import load_plan
 from weft_cli.diff import Difference, diff
 from weft_cli.plan_command import console
+from weft_cli.planning import read_plan
 
 _MOST_ROWS = 16
 """Names and pairs listed one by one; `--json` has them all."""
 
 
 def show(before: Path, after: Path, *, as_json: bool) -> bool:
-    """Compare, print, and say whether they are equal. Raises what `load_plan` raises."""
-    found = diff(load_plan(before), load_plan(after))
+    """Compare, print, and say whether they are equal. Raises what `read_plan` raises."""
+    found = diff(read_plan(before), read_plan(after))
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:

@@ -10,10 +10,9 @@ import typer
 from rich.table import Table
 
 from weft.errors import ConfigError
-from weft.planfile import load_plan
 from weft_cli.explain import Explanation, Origin, explain
 from weft_cli.plan_command import Request, console, describe, progress
-from weft_cli.planning import make_plan
+from weft_cli.planning import make_plan, read_plan
 
 _MOST_ROWS = 32
 """Boxes listed in the table; `--json` has them all."""
@@ -27,7 +26,7 @@ def show(what: Sequence[str], model: Request | None, rank: str | None, *, as_jso
     with progress() as report:
         sides = describe(model, report) if model else None
         if len(what) == 2:
-            plan = load_plan(Path(what[0]))
+            plan = read_plan(Path(what[0]))
         elif len(what) == 1 and model and sides:
             plan = make_plan(sides, model.policy)
         else:

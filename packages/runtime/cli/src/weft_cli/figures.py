@@ -47,6 +47,10 @@ class Figures(msgspec.Struct, frozen=True):
     """Written into targets in one refit."""
     local_bytes: int
     """Those of them that stay within one member."""
+    cross_host_bytes: int
+    """Those of them that move between hosts."""
+    once_per_host_bytes: int
+    """What would move between hosts if every box came once to each host that wants it."""
     copies: int
     segments: int
     """Contiguous byte ranges between members, neighbours joined."""
@@ -78,6 +82,8 @@ def figures(made: Plan, sides: Sides) -> Figures:
         tensors=statistics.tensors,
         bytes=statistics.bytes,
         local_bytes=statistics.local_bytes,
+        cross_host_bytes=statistics.cross_host_bytes,
+        once_per_host_bytes=statistics.once_per_host_bytes,
         copies=statistics.copies,
         segments=statistics.segments,
         busiest_over_mean=statistics.egress_max_over_mean,

@@ -12,12 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weft.planfile import save_plan
 from weft.plugins import load
 from weft.policy import Policy
 from weft_cli.figures import Figures, figures
 from weft_cli.models import load_config
-from weft_cli.planning import Report, Sides, make_plan, members_of
+from weft_cli.planning import Report, Sides, make_plan, members_of, write_plan
 from weft_cli.sides import parse_side
 
 _MOST_ROWS = 8
@@ -68,7 +67,7 @@ def show(request: Request, transport: str | None, save: Path | None, *, as_json:
         found = figures(plan, sides)
         if save is not None:
             report(f"saving {save}")
-            save_plan(plan, save)
+            write_plan(plan, save)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
         return
@@ -97,8 +96,11 @@ def _summary(request: Request, found: Figures) -> Table:
     rows = [
         ("plan", f"{request.model}: {request.source} -> {request.target}"),
         ("fingerprint", found.fingerprint[:16]),
-        ("members", f"{found.sources} sources, {found.targets} targets in {found.replicas} replicas"),
+        ("members", f"{_count(found.sources, 'source')}, {_count(found.targets, 'target')} in "
+         f"{_count(found.replicas, 'replica')}"),
         ("bytes", f"{found.bytes:,} written per refit, {found.local_bytes:,} of them within a member"),
+        ("hosts", f"{found.cross_host_bytes:,} bytes between hosts; {found.once_per_host_bytes:,} if every box came "
+         "once to each host that wants it"),
         ("copies", f"{found.copies:,} of {found.tensors:,} tensors"),
         ("segments", f"{found.segments:,}, {found.bytes // max(1, found.segments):,} bytes each on average"),
         ("balance", f"busiest sender {found.busiest_over_mean:.2f} x the mean, {found.egress_over_bound:.2f} x the "
@@ -115,16 +117,22 @@ def _summary(request: Request, found: Figures) -> Table:
     return table
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _members(found: Figures) -> Table:
-    """The busiest of each side, by what they send or receive."""
+    """The busiest of each side, by what they send or receive; not those that do nothing."""
     table = Table("busiest", "sends", "receives", "peers", "memory", box=None, pad_edge=False)
     for side in (found.egress_bytes, found.ingress_bytes):
-        names = sorted(side, key=lambda name: -side[name])
-        for name in names[:_MOST_ROWS]:
+        busy = sorted((name for name in side if side[name]), key=lambda name: -side[name])
+        for name in busy[:_MOST_ROWS]:
             table.add_row(
                 name, f"{found.egress_bytes.get(name, 0):,}", f"{found.ingress_bytes.get(name, 0):,}",
                 str(found.peers[name]), f"{found.memory[name].total:,}",
             )  # fmt: skip
-        if len(names) > _MOST_ROWS:
-            table.add_row(f"and {len(names) - _MOST_ROWS} more", "", "", "", "")
+        if len(busy) > _MOST_ROWS:
+            table.add_row(f"and {len(busy) - _MOST_ROWS} more", "", "", "", "")
+        if len(side) > len(busy):
+            table.add_row(f"and {len(side) - len(busy)} that move nothing", "", "", "", "")
     return table

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from weft.contracts import Adapter
+from weft.errors import ConfigError
 from weft.layout import Layout
 from weft.member import Member
 from weft.plan import Plan, plan
+from weft.planfile import load_plan, save_plan
 from weft.plugins import load
 from weft.policy import Policy
 from weft_cli.sides import Side, check_axes
@@ -78,3 +81,19 @@ def members_of(
 def make_plan(sides: Sides, policy: Policy) -> Plan:
     """`weft.plan`. Raises `PlanError` with every fault."""
     return plan(sides.sources, sides.targets, sides.layouts, policy)
+
+
+def read_plan(path: Path) -> Plan:
+    """`weft.planfile.load_plan`. Raises `ConfigError` for a file that cannot be read, and what it raises itself."""
+    try:
+        return load_plan(path)
+    except OSError as error:
+        raise ConfigError(f"plan {path} cannot be read: {error.strerror}") from error
+
+
+def write_plan(made: Plan, path: Path) -> None:
+    """`weft.planfile.save_plan`. Raises `ConfigError` for a file that cannot be written."""
+    try:
+        save_plan(made, path)
+    except OSError as error:
+        raise ConfigError(f"plan {path} cannot be written: {error.strerror}") from error
