@@ -11,8 +11,8 @@ from weft import Layout, Member, execute, plan
 from weft_megatron import MegatronAdapter, Spec
 from weft_megatron.mesh import padded_vocabulary
 
-from .holdings import holdings
-from .reference import State, logical_state, places
+from .holdings import holdings, logical_state
+from .reference import State, places
 
 EXPERTS = 4
 MODEL: dict[str, Any] = {

@@ -7,11 +7,21 @@ from typing import Any
 
 from weft_megatron import Spec
 
-from .reference import Place, State, engine_names, legacy_names, megatron_shard
+from .hybrid_reference import hybrid_shapes, hybrid_shard
+from .reference import Place, State, engine_names, legacy_names, logical_shapes, megatron_shard, random_state
+
+HYBRID = "nemotron_h"
+
+
+def logical_state(config: Mapping[str, Any]) -> State:
+    """A random checkpoint: every element of every tensor differs from all others."""
+    return random_state(hybrid_shapes(config) if config["model_type"] == HYBRID else logical_shapes(config))
 
 
 def holdings(config: Mapping[str, Any], state: State, place: Place, padded: int, spec: Spec) -> State:
     """Every parameter of one rank."""
+    if config["model_type"] == HYBRID:
+        return hybrid_shard(config, state, place, padded, engine=spec.fused)
     held = megatron_shard(config, state, place, padded, engine=spec.fused)
     if spec.legacy:
         held = legacy_names(held)

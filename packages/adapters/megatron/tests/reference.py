@@ -59,8 +59,16 @@ def linear(config: Mapping[str, Any], layer: int) -> bool:
     return config["model_type"] == "qwen3_next" and config["layer_types"][layer] == "linear_attention"
 
 
-def logical_state(config: Mapping[str, Any], seed: int = 0) -> State:
-    """A random checkpoint: every element of every tensor differs from all others."""
+def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> State:
+    """Tensors of these shapes: every element of every tensor differs from all others."""
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    values = torch.randperm(total, generator=torch.Generator().manual_seed(seed)) + 1
+    parts = values.to(torch.int32).view(torch.float32).split([torch.Size(shape).numel() for shape in shapes.values()])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def logical_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensors of a checkpoint."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     count = config["num_hidden_layers"]
     shapes: dict[str, tuple[int, ...]] = {
@@ -81,10 +89,7 @@ def logical_state(config: Mapping[str, Any], seed: int = 0) -> State:
         else:
             shapes |= {f"{at}self_attn.{name}": shape for name, shape in attention.items()}
         shapes |= {at + name: shape for name, shape in mlp_shapes(config, sparse(config, layer)).items()}
-    total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    values = torch.randperm(total, generator=torch.Generator().manual_seed(seed)) + 1
-    parts = values.to(torch.int32).view(torch.float32).split([torch.Size(shape).numel() for shape in shapes.values()])
-    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return shapes
 
 
 def attention_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

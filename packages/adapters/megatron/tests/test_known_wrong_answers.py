@@ -14,7 +14,8 @@ from weft.errors import WeftError
 from weft_megatron import MegatronAdapter, Spec
 
 from .arrivals import EXPERT_SIZES, MODEL, check_arrival, members, shards
-from .reference import State, logical_state
+from .holdings import logical_state
+from .reference import State
 
 EXPERTS = MODEL | EXPERT_SIZES
 NEXT = EXPERTS | {
@@ -26,6 +27,18 @@ NEXT = EXPERTS | {
     "linear_value_head_dim": 3,
     "linear_conv_kernel_dim": 4,
     "shared_expert_intermediate_size": 8,
+}
+HYBRID = MODEL | {
+    "model_type": "nemotron_h",
+    "hidden_size": 8,
+    "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 3,
+    "n_groups": 4,
+    "ssm_state_size": 5,
+    "conv_kernel": 4,
 }
 
 
@@ -86,6 +99,16 @@ def test_projections_of_the_gated_delta_rule_under_a_change_of_tensor_parallelis
         name = f"decoder.layers.0.self_attention.{name}"
         assert differs(gathered(one, name, target), other, name)
     check(NEXT, {"tp": source}, {"tp": target})
+
+
+@pytest.mark.trap(15)
+@pytest.mark.parametrize(("source", "target"), [(2, 1), (1, 2), (4, 2)])
+def test_projections_of_mamba_under_a_change_of_tensor_parallelism(source: int, target: int) -> None:
+    one, other = held(HYBRID, {"tp": source}), held(HYBRID, {"tp": target})
+    for name in ("in_proj.weight", "conv1d.weight", "conv1d.bias"):
+        name = f"decoder.layers.0.mixer.{name}"
+        assert differs(gathered(one, name, target), other, name)
+    check(HYBRID, {"tp": source}, {"tp": target})
 
 
 @pytest.mark.trap(5, 15)

@@ -18,8 +18,8 @@ from weft_megatron.configs import read_config
 from weft_megatron.mesh import padded_vocabulary
 from weft_megatron.table import name_map
 
-from .holdings import holdings
-from .reference import State, logical_state, places
+from .holdings import holdings, logical_state
+from .reference import State, places
 
 POISON = torch.tensor(float("nan")).view(torch.int32).item()
 
@@ -191,6 +191,33 @@ def delta_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
 
+@st.composite
+def hybrid_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
+    """The same of layers of Mamba, of attention and of MLPs."""
+    tp, pp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6) if n % tp == 0 or tp % n == 0]))
+    queries = draw(st.sampled_from([n for n in range(1, 9) if n * groups % tp == 0]))
+    layers, state_groups = pp * draw(st.integers(1, 3)), tp * draw(st.integers(1, 2))
+    kinds = ["linear_attention", "full_attention", "mlp"]
+    config = make_config(
+        model_type="nemotron_h",
+        hidden_size=draw(st.integers(1, 5)),
+        num_hidden_layers=layers,
+        layers_block_type=[draw(st.sampled_from(kinds)) for _ in range(layers)],
+        num_attention_heads=queries * groups,
+        num_key_value_heads=groups,
+        head_dim=draw(st.sampled_from([n for n in range(1, 9) if groups * (queries + 2) * n % tp == 0])),
+        intermediate_size=tp * draw(st.integers(1, 4)),
+        mamba_num_heads=state_groups * draw(st.integers(1, 2)),
+        mamba_head_dim=draw(st.integers(1, 3)),
+        n_groups=state_groups,
+        ssm_state_size=draw(st.integers(1, 3)),
+        conv_kernel=draw(st.integers(1, 4)),
+        vocab_size=draw(st.integers(1, 40)),
+    )
+    return config, {"tp": tp, "pp": pp, "dp": draw(st.integers(1, 2))}, draw(st.sampled_from([1, 2, 5, 16]))
+
+
 def write(layout: Layout, state: State) -> State:
     """Copy logical tensors into poisoned memory through the pieces, and write the fills."""
     memory = {b.name: torch.full((b.numel,), POISON, dtype=torch.int32).view(torch.float32) for b in layout.buffers}
@@ -212,8 +239,8 @@ def bits(tensor: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.trap(1, 2, 3, 4, 5, 6, 7, 14, 15)
-@settings(max_examples=250, deadline=None)
-@given(jobs() | latent_jobs() | delta_jobs(), st.sampled_from(Spec))
+@settings(max_examples=300, deadline=None)
+@given(jobs() | latent_jobs() | delta_jobs() | hybrid_jobs(), st.sampled_from(Spec))
 def test_every_rank_holds_what_independent_slicing_gives(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
@@ -245,7 +272,7 @@ def test_every_rank_holds_what_independent_slicing_gives(
 
 @pytest.mark.trap(6)
 @settings(max_examples=50, deadline=None)
-@given(jobs() | latent_jobs() | delta_jobs(), st.sampled_from(Spec))
+@given(jobs() | latent_jobs() | delta_jobs() | hybrid_jobs(), st.sampled_from(Spec))
 def test_names_of_all_ranks_together_are_those_of_the_map(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
@@ -459,3 +486,54 @@ def test_every_missing_size_of_a_config_is_named() -> None:
 def test_shared_experts_are_refused_by_name() -> None:
     with pytest.raises(NotSupportedError, match="shared experts"):
         adapter.layouts(make_experts(shared_expert_intermediate_size=64), {}, "bfloat16")
+
+
+def make_hybrid(**changes: Any) -> dict[str, Any]:
+    hybrid = {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["linear_attention", "mlp"],
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 2,
+        "n_groups": 2,
+        "ssm_state_size": 3,
+        "conv_kernel": 4,
+    }
+    return make_config(**(hybrid | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers_block_type": ["mamba", "moe"]}, "a layer of moe"),
+        ({"use_bias": True, "tie_word_embeddings": True}, "use_bias=True, tie_word_embeddings=True"),
+        ({"mlp_hidden_act": "silu", "use_conv_bias": False}, "use_conv_bias=False, mlp_hidden_act='silu'"),
+    ],
+)
+def test_hybrids_that_are_not_mapped_are_refused_by_what_they_have(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(NotSupportedError, match=f"nemotron_h with {words} is not mapped"):
+        adapter.layouts(make_hybrid(**changes), {}, "bfloat16")
+
+
+@pytest.mark.parametrize("kinds", [["linear_attention", "mlp"], ["mamba", "mlp"], "M-"])
+def test_kinds_of_layers_go_by_several_names(kinds: list[str] | str) -> None:
+    key = "hybrid_override_pattern" if isinstance(kinds, str) else "layers_block_type"
+    config = {name: value for name, value in make_hybrid().items() if name not in ("layers_block_type", key)}
+    layout = adapter.layouts(config | {key: kinds}, {}, "float32")[0]
+    assert layout == adapter.layouts(make_hybrid(), {}, "float32")[0]
+    with pytest.raises(ConfigError, match="num_hidden_layers is 3, and it has the kinds of 2"):
+        adapter.layouts(config | {key: kinds, "num_hidden_layers": 3}, {}, "float32")
+
+
+def test_groups_of_mamba_that_do_not_divide_are_named() -> None:
+    with pytest.raises(ConfigError, match="heads of Mamba 6 is not a multiple of tp=4; groups of Mamba 2"):
+        adapter.layouts(make_hybrid(), {"tp": 4}, "float32")
+
+
+def test_rates_and_skips_of_mamba_may_be_in_float32_with_the_norms() -> None:
+    layout = MegatronAdapter(norm_dtype="float32").layouts(make_hybrid(), {}, "bfloat16")[0]
+    dtypes = {buffer.name: buffer.dtype for buffer in layout.buffers}
+    small = {name.removeprefix("decoder.layers.0.") for name, dtype in dtypes.items() if dtype == "float32"}
+    assert small == {
+        "norm.weight", "mixer.A_log", "mixer.D", "decoder.layers.1.pre_mlp_layernorm.weight",
+        "decoder.final_norm.weight",
+    }  # fmt: skip

@@ -13,9 +13,10 @@ from weft.errors import WeftError
 from weft_megatron import MegatronAdapter, Spec
 
 from .arrivals import EXPERT_SIZES, EXPERTS, MODEL, check_arrival, members
-from .reference import logical_state
+from .holdings import logical_state
 
 DENSE = ("llama", "qwen2", "qwen3")
+WITHOUT_EXPERTS = (*DENSE, "nemotron_h")
 HEAD = 2
 
 
@@ -88,9 +89,26 @@ def delta_configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@st.composite
+def hybrid_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """The same with layers of one kind each."""
+    return draw(configs()) | {
+        "model_type": "nemotron_h",
+        "layers_block_type": draw(st.permutations(["linear_attention", "full_attention", "linear_attention", "mlp"])),
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4 * draw(st.integers(1, 2)),
+        "mamba_head_dim": draw(st.integers(1, 3)),
+        "n_groups": 4,
+        "ssm_state_size": draw(st.integers(1, 3)),
+        "conv_kernel": draw(st.integers(1, 3)),
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
 def meshed(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
     """The sizes without expert axes for a model that has no experts."""
-    if config["model_type"] in DENSE:
+    if config["model_type"] in WITHOUT_EXPERTS:
         return {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
     more = {"mtp": config["num_nextn_predict_layers"]} if "num_nextn_predict_layers" in config else {}
     # Experts with biases are not divided.
@@ -98,9 +116,9 @@ def meshed(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
 
 
 @pytest.mark.trap(4, 5, 6, 8, 13, 14, 15)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    configs() | latent_configs() | delta_configs(),
+    configs() | latent_configs() | delta_configs() | hybrid_configs(),
     sizes_of(),
     sizes_of(),
     st.sampled_from([1, 3, 8]),

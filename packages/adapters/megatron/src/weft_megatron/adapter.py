@@ -96,7 +96,7 @@ class MegatronAdapter:
     def _dtype(self, name: str, dtype: str) -> str:
         if name.endswith(EXPERT_BIAS):
             return "float32"
-        return self.norm_dtype or dtype if is_norm(name) else dtype
+        return self.norm_dtype or dtype if starts_in_float32(name) else dtype
 
 
 def _stage(mesh: Mesh, model: DecoderModel, shares: Sequence[Share], rank: int, padded: int) -> Stage:
@@ -115,6 +115,12 @@ def _stage(mesh: Mesh, model: DecoderModel, shares: Sequence[Share], rank: int, 
     )
 
 
-def is_norm(name: str) -> bool:
-    """Whether a parameter is a norm's weight, by Megatron's name."""
-    return name.endswith(("norm.weight", "layer_norm_weight"))
+def starts_in_float32(name: str) -> bool:
+    """Whether Megatron makes a parameter in float32 whatever the model is, by its name: norms, Mamba's rates and skips.
+
+    Not so the norm behind the state of Mamba.
+    """
+    return name.endswith(("norm.weight", "layer_norm_weight", *_MAMBA_IN_FLOAT32)) and not name.endswith(_MAMBA_NORM)
+
+
+_MAMBA_IN_FLOAT32, _MAMBA_NORM = (".mixer.A_log", ".mixer.D"), ".mixer.norm.weight"

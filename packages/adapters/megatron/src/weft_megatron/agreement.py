@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from weft_megatron.family import DecoderModel
-from weft_megatron.upstream import GATE_OF_GPT_OSS, Chunk
+from weft_megatron.upstream import ACTIVATION_OF_HYBRIDS, GATE_OF_GPT_OSS, Chunk
 
 
 def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
     """Where the model's own configuration contradicts the Hugging Face config."""
-    config = chunk.module.config
+    config, hybrid = chunk.module.config, model.hybrid
+    activation: object = ACTIVATION_OF_HYBRIDS if hybrid else torch.nn.functional.silu
     expected: dict[str, object] = {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
         "num_attention_heads": model.heads,
-        "gated_linear_unit": True,
+        "gated_linear_unit": hybrid is None,
         "add_bias_linear": model.linear_bias,
         "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.qk_norm,
@@ -29,7 +30,7 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         "layernorm_zero_centered_gamma": model.zero_centered,
         "rotary_interleaved": False,
         "attention_output_gate": model.output_gate,
-        "activation_func": GATE_OF_GPT_OSS if model.sinks else torch.nn.functional.silu,
+        "activation_func": GATE_OF_GPT_OSS if model.sinks else activation,
         "activation_func_clamp_value": 7.0 if model.sinks else None,
         "glu_linear_offset": 1.0 if model.sinks else 0.0,
         "softmax_type": "learnable" if model.sinks else "vanilla",
@@ -57,7 +58,7 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
     if model.experts and config.moe_router_load_balancing_type == "sinkhorn":
         faults.append("moe_router_load_balancing_type='sinkhorn' routes in a way that no checkpoint can express")
     for name, layer in chunk.transformer_layers.items():
-        if getattr(getattr(layer.self_attention, "out_norm", None), "zero_centered_gamma", False):
+        if model.delta and getattr(getattr(layer.self_attention, "out_norm", None), "zero_centered_gamma", False):
             faults.append(
                 f"{name}: the norm behind its delta rule is zero-centered and the checkpoint's is not, so that values "
                 "differ by one; build it without"
@@ -71,7 +72,16 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
 
 
 def _expected_attention(model: DecoderModel) -> dict[str, object]:
-    """What the configuration of a model with this attention must say."""
+    """What the configuration of a model with this attention, or with what takes its place, must say."""
+    if model.hybrid:
+        hybrid = model.hybrid
+        # Shapes tell the number of Mamba's heads, which Megatron may derive.
+        mamba: dict[str, object] = {
+            "mamba_head_dim": hybrid.head,
+            "mamba_num_groups": hybrid.groups,
+            "mamba_state_dim": hybrid.state,
+        }
+        return mamba | {"multi_latent_attention": False, "num_query_groups": model.groups, "kv_channels": model.head}
     if model.delta:
         delta = model.delta
         sizes: dict[str, object] = {

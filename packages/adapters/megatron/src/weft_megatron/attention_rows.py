@@ -52,12 +52,18 @@ def delta_rows(model: DecoderModel, delta: GatedDelta, spec: Spec) -> list[Row]:
     before = "self_attention.in_proj.layer_norm_weight" if spec.fused else "input_layernorm.weight"
     inputs = [f"linear_attn.in_proj_{part}" for part in ("qkvz", "ba")]
     input_shapes = [(2 * keys + 2 * values, hidden), (2 * delta.values, hidden)]
-    channels = [(2 * keys + values, 1, delta.kernel)]
+    channels = keys, keys, values
     at, on_disk = f"{DECODER_LAYER}.self_attention", f"model.layers.{LAYER}.linear_attn"
     return [
         layer_row(before, ["input_layernorm"], "weight", [(hidden,)], Split.REPLICATED),
         layer_row("self_attention.in_proj.weight", inputs, "weight", input_shapes, Split.DELTA_INPUTS),
-        layer_row("self_attention.conv1d.weight", ["linear_attn.conv1d"], "weight", channels, Split.DELTA_CONVOLUTION),
+        Row(
+            f"{at}.conv1d.weight",
+            (f"{on_disk}.conv1d.weight",),
+            ((sum(channels), 1, delta.kernel),),
+            Split.COMPONENTS,
+            channels,
+        ),
         *(Row(f"{at}.{name}", (f"{on_disk}.{name}",), ((delta.values,),), Split.ROWS) for name in ("dt_bias", "A_log")),
         layer_row(
             "self_attention.out_norm.weight", ["linear_attn.norm"], "weight", [(delta.value_head,)], Split.REPLICATED

@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
-from weft_megatron.family import DecoderModel, ExpertNames, Experts, GatedDelta, Indexer, LatentAttention
+from weft_megatron.family import (
+    ATTENTION,
+    MAMBA,
+    MLP,
+    DecoderModel,
+    ExpertNames,
+    Experts,
+    GatedDelta,
+    Hybrid,
+    Indexer,
+    LatentAttention,
+)
 
 Config = Mapping[str, Any]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -146,6 +157,35 @@ def _deepseek(config: Config, indexer: Indexer | None = None) -> DecoderModel:
     )
 
 
+def _nemotron_h(config: Config) -> DecoderModel:
+    """`NemotronHBlock`: one mixer per layer, in older files by the letters of Megatron's pattern."""
+    names = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel")
+    kinds = config.get("layers_block_type") or config.get("layer_types") or config.get("hybrid_override_pattern") or ""
+    pattern = "".join(_BLOCKS.get(kind, "E") for kind in kinds)
+    config = {"num_hidden_layers": len(pattern)} | dict(config)
+    _require(config, (*_SIZES, "head_dim", *names))
+    needed = {"use_conv_bias": True, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu"}
+    without = ("use_bias", "attention_bias", "mlp_bias", "mamba_proj_bias", "tie_word_embeddings")
+    unmapped = [f"{name}={config[name]!r}" for name, value in needed.items() if config.get(name, value) != value]
+    unmapped += [f"{name}={config[name]!r}" for name in without if config.get(name)]
+    unmapped += [f"a layer of {kind}" for kind in dict.fromkeys(kinds) if kind not in _BLOCKS]
+    if unmapped:
+        raise NotSupportedError(f"nemotron_h with {', '.join(unmapped)} is not mapped")
+    if len(pattern) != config["num_hidden_layers"]:
+        count = config["num_hidden_layers"]
+        raise ConfigError(f"config of nemotron_h: num_hidden_layers is {count}, and it has the kinds of {len(pattern)}")
+    heads, head, groups, state, kernel = (int(config[name]) for name in names)
+    return _decoder(config, hybrid=Hybrid(pattern, heads, head, groups, state, kernel))
+
+
+_BLOCKS = {
+    **dict.fromkeys(("linear_attention", "mamba", MAMBA), MAMBA),
+    **dict.fromkeys(("full_attention", "attention", ATTENTION), ATTENTION),
+    **dict.fromkeys(("mlp", MLP), MLP),
+}
+"""What files of Nemotron-H call kinds of layers."""
+
+
 def _sigmoid_experts(config: Config) -> Experts | None:
     """`DeepseekV3MoE`: dense layers first, then experts beside a shared one, chosen by corrected sigmoids."""
     first, step = int(config.get("first_k_dense_replace") or 0), int(config.get("moe_layer_freq") or 1)
@@ -253,5 +293,6 @@ FAMILIES: Mapping[str, Callable[[Config], DecoderModel]] = {
     "glm4_moe": _glm4_moe,
     "glm_moe_dsa": _glm_moe_dsa,
     "gpt_oss": _gpt_oss,
+    "nemotron_h": _nemotron_h,
 }
 """By `model_type`."""

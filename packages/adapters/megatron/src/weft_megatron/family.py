@@ -53,6 +53,28 @@ class GatedDelta:
     """The layers that have it instead of attention, from 0."""
 
 
+MAMBA, ATTENTION, MLP = "M*-"
+"""Letters of `Hybrid.pattern`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hybrid:
+    """Layers of one kind each instead of attention and an MLP in every layer, some of them Mamba 2 (Nemotron-H)."""
+
+    pattern: str
+    """A letter per layer, as in Megatron's `hybrid_override_pattern`."""
+    heads: int
+    """Heads of a Mamba layer, of its rates and of its skips."""
+    head: int
+    """Elements of one of them."""
+    groups: int
+    """Groups of heads that share what writes to the state and what reads it; a head group is normalized alone."""
+    state: int
+    """Elements of the state per element of a head."""
+    kernel: int
+    """Steps that the convolution looks back."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
     """What a family's checkpoint calls a layer's router and experts, below `model.layers.N`."""
@@ -130,6 +152,8 @@ class DecoderModel:
     zero_centered: bool = False
     """Whether norms, but for the one behind the delta rule, multiply by one more than their weights."""
     delta: GatedDelta | None = None
+    hybrid: Hybrid | None = None
+    """Where layers are of one kind each; MLPs then have no gate."""
     latent: LatentAttention | None = None
     """Sizes of multi-latent attention where it takes the place of grouped queries."""
     predictors: int = 0

@@ -10,7 +10,7 @@ import torch
 
 from weft.errors import ConfigError, LayoutError
 from weft.layout import ITEM_BYTES, Layout
-from weft_megatron.adapter import is_norm
+from weft_megatron.adapter import starts_in_float32
 from weft_megatron.agreement import config_faults
 from weft_megatron.configs import read_config
 from weft_megatron.parameters import Parameter, Part, Stage, parameters
@@ -141,7 +141,7 @@ def _differences(held: Sequence[Parameter], tensors: Mapping[str, torch.Tensor])
 
 def _may_be_float32(name: str) -> bool:
     """Whether a parameter may be float32 beside weights of a smaller dtype."""
-    return is_norm(name) or ".mlp.router." in name
+    return starts_in_float32(name) or ".mlp.router." in name
 
 
 def _dtype(tensor: torch.Tensor) -> str:

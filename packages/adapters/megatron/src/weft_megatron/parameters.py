@@ -57,6 +57,8 @@ class Parameter:
     """The logical tensors it holds parts of, ties resolved."""
     logical_shapes: tuple[tuple[int, ...], ...]
     split: Split
+    components: tuple[int, ...]
+    """Rows of each component on disk, where the split is by components."""
     part: Part
     """Which part of the split it is."""
     expert: int
@@ -101,6 +103,7 @@ def _instance(
         logical=tuple(EMBEDDING if model.tied and name == HEAD else name for name in names),
         logical_shapes=row.shapes * len(experts),
         split=row.split,
+        components=row.components,
         part=part,
         expert=experts.start,
         group=group,
@@ -116,7 +119,7 @@ def _local_shape(model: DecoderModel, stage: Stage, row: Row, size: int) -> tupl
             return (stage.padded_vocabulary // size, *shape[1:])
         case Split.DELTA_INPUTS:
             return ((shape[0] + row.shapes[1][0]) // size, *shape[1:])
-        case Split.ROWS | Split.DELTA_CONVOLUTION:
+        case Split.ROWS | Split.COMPONENTS:
             return (shape[0] // size, *shape[1:])
         case Split.GROUPED | Split.GROUPED_GATED:
             return (model.groups * model.group_rows // size, *shape[1:])
@@ -155,6 +158,11 @@ def _check_divisible(model: DecoderModel, stage: Stage, spec: Spec) -> None:
         divided += [("q_lora_rank", model.latent.query_rank or 0, "tp", size)]
     if model.delta:
         divided += [("key heads of linear attention", model.delta.keys, "tp", size)]
+    if model.hybrid:
+        divided += [
+            ("heads of Mamba", model.hybrid.heads, "tp", size),
+            ("groups of Mamba", model.hybrid.groups, "tp", size),
+        ]
     if model.predictors:
         divided += [("hidden size", model.hidden, "tp", size)]
     if model.dense_layers:

@@ -224,15 +224,15 @@ def _delta_inputs(builder: LayoutBuilder, model: DecoderModel, parameter: Parame
             offset += heads * size
 
 
-def _delta_convolution(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
-    delta, part, (tensor,), (shape,) = _delta(model), parameter.part, parameter.logical, parameter.logical_shapes
+def _components(builder: LayoutBuilder, model: DecoderModel, parameter: Parameter, dtype: str) -> None:
+    part, (tensor,), (shape,) = parameter.part, parameter.logical, parameter.logical_shapes
     builder.tensor(tensor, shape, dtype)
-    keys, offset, begin = delta.keys * delta.key_head, 0, 0
-    for channels in (keys, keys, delta.values * delta.value_head):
-        share = channels // part.size
+    begin, offset = 0, 0
+    for rows in parameter.components:
+        share = rows // part.size
         start = begin + share * part.rank
         builder.shard(tensor, parameter.name, start=start, stop=start + share, offset=offset * math.prod(shape[1:]))
-        begin, offset = begin + channels, offset + share
+        begin, offset = begin + rows, offset + share
 
 
 def _delta(model: DecoderModel) -> GatedDelta:
@@ -255,5 +255,5 @@ _PLACE: Mapping[Split, Callable[[LayoutBuilder, DecoderModel, Parameter, str], N
     Split.GROUPED: _grouped,
     Split.GROUPED_GATED: _grouped_gated,
     Split.DELTA_INPUTS: _delta_inputs,
-    Split.DELTA_CONVOLUTION: _delta_convolution,
+    Split.COMPONENTS: _components,
 }

@@ -52,8 +52,8 @@ class Split(StrEnum):
     """The same with gates behind a group's queries; on disk each head's gate follows its query."""
     DELTA_INPUTS = "delta_inputs"
     """Rows of queries, keys, values, gates and both rates of a rank's heads (trap 15); on disk per key head."""
-    DELTA_CONVOLUTION = "delta_convolution"
-    """Channels of a rank's queries, keys and values (trap 15); on disk those of all ranks' queries come first."""
+    COMPONENTS = "components"
+    """A rank's rows of every component in turn (trap 15); on disk each component is whole."""
     GATED = "gated"
     """Each rank's rows of gate, then the same rows of up (trap 4); `partition_stride` does not tell for experts."""
     COLUMNS = "columns"
@@ -78,6 +78,8 @@ class Row:
     shapes: tuple[tuple[int, ...], ...]
     """Of the logical tensors."""
     split: Split
+    components: tuple[int, ...] = ()
+    """Rows of each component on disk, where it is split by components."""
     expert: bool = False
     """Whether it is one expert's: divided among the expert groups instead of the tensor-parallel group."""
 

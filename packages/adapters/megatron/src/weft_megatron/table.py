@@ -13,6 +13,7 @@ from weft.layout import Tie
 from weft.names import NameMap, NameRule, Skip
 from weft_megatron.attention_rows import attention_rows, delta_rows, latent_rows
 from weft_megatron.family import DecoderModel, Experts, GatedDelta
+from weft_megatron.hybrid_rows import hybrid_embedding_rows, hybrid_output_rows, hybrid_rows
 from weft_megatron.mlp_rows import dense_rows, expert_rows
 from weft_megatron.rows import DECODER_LAYER, EXPERT, LAYER, Row, Spec, Split, layer_row
 
@@ -60,12 +61,16 @@ def ties(model: DecoderModel) -> dict[str, str]:
 
 def embedding_rows(model: DecoderModel) -> list[Row]:
     """What the first pipeline stage holds besides layers, and the stage of prediction layers."""
+    if model.hybrid:
+        return hybrid_embedding_rows(model)
     shape = (model.vocabulary, model.hidden)
     return [Row("embedding.word_embeddings.weight", (EMBEDDING,), (shape,), Split.VOCABULARY)]
 
 
 def output_rows(model: DecoderModel) -> list[Row]:
     """What the last pipeline stage holds besides layers."""
+    if model.hybrid:
+        return hybrid_output_rows(model)
     shape = (model.vocabulary, model.hidden)
     return [
         Row("decoder.final_layernorm.weight", ("model.norm.weight",), ((model.hidden,),), Split.REPLICATED),
@@ -78,6 +83,8 @@ def layer_rows(model: DecoderModel, spec: Spec, layer: int) -> list[Row]:
 
     Layers with experts and layers without differ.
     """
+    if model.hybrid:
+        return hybrid_rows(model, model.hybrid, spec, layer)
     rows = _rows_of_kind(
         model,
         spec,
@@ -124,9 +131,9 @@ def _rows_of_all_layers(model: DecoderModel, spec: Spec) -> Iterator[Row]:
     """Every kind of layer once, with the number left open except where two kinds name one tensor differently.
 
     With prediction layers every layer has its number, since the checkpoint names them as decoder layers, and with two
-    kinds of attention, which share the norm before them.
+    kinds of attention or of layers, which share the norm before them.
     """
-    if model.predictors or model.delta:
+    if model.predictors or model.delta or model.hybrid:
         for layer in range(model.layers + model.predictors):
             yield from (_numbered(row, layer) for row in layer_rows(model, spec, layer))
         return

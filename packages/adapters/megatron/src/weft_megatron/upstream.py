@@ -24,9 +24,10 @@ try:
         warnings.simplefilter("ignore")
         import megatron.core as megatron_core
         from megatron.core import parallel_state
-        from megatron.core.activations import quick_gelu
+        from megatron.core.activations import quick_gelu, squared_relu
         from megatron.core.distributed import DistributedDataParallel
         from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.mamba import MambaModel
         from megatron.core.transformer.module import Float16Module
         from megatron.core.transformer.moe.router import TopKRouter
 except ImportError as error:
@@ -37,6 +38,8 @@ if not str(megatron_core.__version__).startswith("0.16."):
 
 GATE_OF_GPT_OSS: Any = quick_gelu
 """Activation of its gates: a sigmoid with a gain of 1.702."""
+ACTIVATION_OF_HYBRIDS: Any = squared_relu
+"""Of MLPs without a gate."""
 
 _LAYER = re.compile(r"(?P<at>decoder\.layers\.(?P<number>\d+)|mtp\.layers\.\d+\.transformer_layer)\.(?P<rest>.*)")
 """A parameter of a layer; prediction layers have the same numbers in every chunk."""
@@ -52,7 +55,7 @@ class Chunk:
     """One pipeline chunk of a live model, out of its wrappers."""
 
     module: Any
-    """The `GPTModel`."""
+    """The `GPTModel` or `MambaModel`."""
     data_parallel: tuple[Any, ...]
     """`DistributedDataParallel` wrappers found around it."""
 
@@ -105,7 +108,8 @@ class Chunk:
     @property
     def _predictors(self) -> Sequence[Any]:
         """All of a model's are in one chunk."""
-        return self.module.mtp.layers if self.module.mtp_process else ()
+        # A MambaModel knows of none.
+        return self.module.mtp.layers if getattr(self.module, "mtp_process", False) else ()
 
     @property
     def padded_vocabulary(self) -> int:
@@ -142,7 +146,7 @@ def chunks_of(model: Any) -> list[Chunk]:
     """The chunks of a model: bare, in a list (virtual pipeline stages), wrapped in `Float16Module` and DDP.
 
     Raises `NotSupportedError` for wrappers that hold parameters in shards of their own, and `ConfigError` for a model
-    that is no `GPTModel`.
+    that is no `GPTModel` and no `MambaModel`.
     """
     given = list(model) if isinstance(model, Sequence | torch.nn.ModuleList) else [model]
     if not given:
@@ -161,8 +165,10 @@ def _unwrap(module: Any) -> Chunk:
         raise NotSupportedError(
             f"{kind}: its parameters are sharded once more; weft-megatron takes DistributedDataParallel"
         )
-    if not isinstance(module, GPTModel):
-        raise ConfigError(f"expected a GPTModel, bare or in Float16Module and DistributedDataParallel, found {kind}")
+    if not isinstance(module, GPTModel | MambaModel):
+        raise ConfigError(
+            f"expected a GPTModel or MambaModel, bare or in Float16Module and DistributedDataParallel, found {kind}"
+        )
     for router in module.modules():
         if isinstance(router, TopKRouter):
             # Float16Module has cast its bias; the first forward pass would replace it by a float32 one elsewhere.
