@@ -84,6 +84,17 @@ NEXT = EXPERTS | {
     "linear_conv_kernel_dim": 3,
     "shared_expert_intermediate_size": 8,
 }
+HYBRID = make_config(
+    model_type="nemotron_h",
+    tie_word_embeddings=False,
+    layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+    layer_norm_epsilon=1e-5,
+    mamba_num_heads=8,
+    mamba_head_dim=6,
+    n_groups=4,
+    ssm_state_size=5,
+    conv_kernel=4,
+)
 EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
 ETP1 = {"expert_tensor_parallel_size": 1}
@@ -131,6 +142,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tp2 pp2, gated delta": (NEXT, TP2 | PP2, "bare"),
     "tp4, gated delta, wrapped": (NEXT, TP4, "float16"),
     "tp2 ep2 etp1, gated delta": (NEXT, TP2 | EP2 | ETP1, "bare"),
+    "dp4, mamba": (HYBRID, {}, "bare"),
+    "tp2 pp2, mamba": (HYBRID, TP2 | PP2, "bare"),
+    "tp4, mamba, wrapped": (HYBRID, TP4, "float16"),
+    "tp2, mamba, float32 norms": (HYBRID, TP2, "bare-bfloat16"),
     "ep2 etp2, legacy grouped": (EXPERTS, EP2 | ETP2, "legacy"),
     "ep2 etp2, renamed as grouped": (EXPERTS, EP2 | ETP2, "grouped"),
 }

@@ -24,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -121,6 +123,16 @@ NEXT = EXPERTS | {
     "tie_word_embeddings": False,
     "rope_parameters": PARTLY,
 }
+HYBRID = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+    "layer_norm_epsilon": 1e-5,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "n_groups": 4,
+    "ssm_state_size": 5,
+    "conv_kernel": 4,
+}
+MODELS |= {"mamba": (NemotronHConfig, NemotronHForCausalLM, HYBRID)}
 MODELS |= {"gated delta": (Qwen3NextConfig, Qwen3NextForCausalLM, NEXT)}
 TP2 = {"tensor_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
@@ -143,6 +155,7 @@ RUNS += [
     (name, mesh) for name in ("mixtral", "deepseek", "glm", "glm 5") for mesh in ("tp2 pp2", "ep4", "tp2 ep2 etp1")
 ]
 RUNS += [("gated delta", mesh) for mesh in ("tp1", "tp2", "tp4", "tp2 pp2", "tp2 ep2 etp1")]
+RUNS += [("mamba", mesh) for mesh in MESHES]
 # Megatron does not divide experts with biases.
 RUNS += [("deepseek without a query vector", "tp4"), *(("gpt-oss", mesh) for mesh in ("tp1", "ep4", "tp2 ep2 etp1"))]
 Logits = npt.NDArray[np.float32]

@@ -12,6 +12,7 @@ from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.mamba import MambaModel
 from megatron.core.ssm import gated_delta_net
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
@@ -20,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from support.megatron_hybrid import build_hybrid, hybrid_config
 
 from weft_cli.demo import megatron_on_cpu
 
@@ -33,11 +35,13 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
     **options: Any,
-) -> GPTModel:
+) -> GPTModel | MambaModel:
     """This rank's part of a model of any family, or one of its virtual pipeline chunks; see the demo's `build_model`.
 
     `options` are more fields of `TransformerConfig`. Collective: `parallel_state` is set up already.
     """
+    if config["model_type"] == "nemotron_h":
+        return build_hybrid(config, padded_vocabulary=padded_vocabulary, dtype=dtype)
     transformer = transformer_config(config, dtype, **options)
     pp = parallel_state.get_pipeline_model_parallel_rank()
     last = parallel_state.get_pipeline_model_parallel_world_size() - 1
@@ -153,6 +157,8 @@ def use_gated_delta(layers: Any, transformer: TransformerConfig, chunk: int | No
 
 def transformer_config(config: Config, dtype: torch.dtype = torch.float32, **options: Any) -> TransformerConfig:
     """Megatron's configuration of a model of any family, for the groups that exist in this process."""
+    if config["model_type"] == "nemotron_h":
+        return hybrid_config(config, dtype)
     kind, family = FAMILIES.get(config["model_type"], (TransformerConfig, lambda config: {}))
     return megatron_on_cpu.transformer_config(config, dtype, kind, **(family(config) | options))
 

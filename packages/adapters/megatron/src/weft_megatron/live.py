@@ -14,9 +14,10 @@ from weft_megatron.upstream import finish_parameter_gathers, global_rank
 class MegatronSource(LiveSource):
     """One rank of a Megatron trainer (`weft.contracts.Source`); reads the live parameters where they are.
 
-    `model` is what the trainer has: a `GPTModel`, a list of virtual pipeline chunks, either of them in `Float16Module`
-    and `DistributedDataParallel`. Make it after wrapping, since wrappers move parameters. `hf_config` is the Hugging
-    Face config of the same model, as a mapping or a transformers config. Raises what `inspect_model` raises.
+    `model` is what the trainer has: a `GPTModel` or `MambaModel`, a list of virtual pipeline chunks, either of them in
+    `Float16Module` and `DistributedDataParallel`. Make it after wrapping, since wrappers move parameters. `hf_config`
+    is the Hugging Face config of the same model, as a mapping or a transformers config. Raises what `inspect_model`
+    raises.
 
     `hold` finishes pending parameter gathers and the device's work. It is collective over the data-parallel group when
     DDP overlaps its parameter gather (`overlap_param_gather` with the distributed optimizer), else local. It raises
