@@ -2,25 +2,28 @@
 
 Run as `python layout_case.py '{"tp": 1, …}' DIRECTORY`; `test_vllm_layouts.py` does. A rank's model needs only to be
 told its ranks to build its parameters, so one process stands in for all of them. Post-load processing of experts wants
-communicators once engines are data parallel: those meshes are recorded as they are right after loading.
+communicators once engines are data parallel, and kernels: those meshes and families are recorded as they are right
+after loading.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from construction import let_build
+from independent import loaded_otherwise
 from models import as_loaded, save_checkpoint
+from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_pp_group, get_tp_group
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models import registry
 from vllm.model_executor.models import utils as model_utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -29,6 +32,7 @@ from weft_vllm import adapter, plugin, vllm_layout
 from weft_vllm.binding import RecordedLayout, record_layout
 from weft_vllm.checkpoint import logical_tensors
 from weft_vllm.compat import AtLoad, base_loader, meta_like
+from weft_vllm.parameters import LOADER
 from weft_vllm.target import VllmTarget
 
 DENSE = [{"tp": 1}, {"tp": 2}, {"tp": 4}]
@@ -54,19 +58,19 @@ CASES: list[Case] = [
       for family in ("llama", "qwen2", "qwen3") for tied in (True, False) for kv in (1, 4)),
     ("qwen2", {"kv_heads": 2, "num_hidden_layers": 5}, [{"pp": 3}]),
     ("qwen2_5_vl", {"kv_heads": 2}, DENSE),
+    ("qwen3_next", {"kv_heads": 2, "num_hidden_layers": 4, "mlp_only_layers": [1]}, [*MIXTURE, *STAGES]),
+    ("qwen3_next", {"kv_heads": 1, "layer_types": ["full_attention", "linear_attention"]}, WIDE),
+    ("nemotron_h", {"kv_heads": 2}, [*MIXTURE, *WIDE[2:]]),
+    ("nemotron_h", {"kv_heads": 2, "layers_block_type": ["mlp", "moe", "linear_attention"] * 2}, STAGES),
+    ("nemotron_h", {"kv_heads": 4, "n_groups": 1}, DENSE),
+    ("glm_moe_dsa", {"kv_heads": 4, "num_hidden_layers": 5, "index_topk_freq": 2}, [*MIXTURE, *STAGES]),
+    ("glm_moe_dsa", {"kv_heads": 4, "first_k_dense_replace": 0}, WIDE),
     ("qwen2_5_vl", {"kv_heads": 4, "tied": True}, DENSE),
 ]  # fmt: skip
 
 
-def without_torchvision() -> None:
-    """Let vLLM import its vision-language models. They want one function of an image processor that needs torchvision,
-    whose builds do not go with torch for CPU; and vLLM inspects models in a process that would not know of this.
-    """
-    name = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
-    processing: Any = ModuleType(name)
-    processing.smart_resize, processing.Qwen2VLImageProcessor = None, object
-    sys.modules[name] = processing
-    registry._run_in_subprocess = lambda function: function()
+NOT_PROCESSED = {"nemotron_h", "glm_moe_dsa"}
+"""vLLM has no kernels for them on CPU."""
 
 
 def stand_in(group: Any, rank: int, size: int) -> None:
@@ -75,8 +79,19 @@ def stand_in(group: Any, rank: int, size: int) -> None:
     group.ranks, group.world_size = list(range(size)), size
 
 
-def recorded(config: Any, rank: int, parallel: dict[str, int]) -> tuple[RecordedLayout, int]:
-    """What one rank's model wants, with weights that were never loaded, and how many elements nothing writes."""
+@dataclass(frozen=True)
+class Recorded:
+    """What a rank's model wants."""
+
+    layout: RecordedLayout
+    never_written: int
+    """Elements."""
+    otherwise: list[str] | None
+    """Parameters that the model's own loader fills otherwise; None where it did not run."""
+
+
+def recorded(config: Any, rank: int, parallel: dict[str, int], family: str) -> Recorded:
+    """Record one rank's model; the last of a mesh is loaded, too."""
     tp, pp, dp, ep = (parallel.get(axis, 1) for axis in ("tp", "pp", "dp", "ep"))
     tp_rank, pp_rank, dp_rank = rank % tp, rank // tp % pp, rank // (tp * pp)
     stand_in(get_tp_group(), tp_rank, tp)
@@ -91,20 +106,24 @@ def recorded(config: Any, rank: int, parallel: dict[str, int]) -> tuple[Recorded
     model_utils._model_to_pp_missing_layer_names.clear()  # keyed by the id of a model that may be gone
     with set_default_torch_dtype(torch.bfloat16):
         model: Any = initialize_model(config)
-    if dp == 1:
-        base_loader.process_weights_after_loading(model, config.model_config, torch.device("cpu"))
-        target = VllmTarget.from_worker(model, config)
-        return target.recorded, target.never_written()
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     model._weft_at_load = {name: AtLoad(meta_like(tensor), tensor.data_ptr()) for name, tensor in named}
     of = config.model_config
-    return record_layout(model, logical_tensors(of.model, of.hf_config, "bfloat16")), 0
+    found = record_layout(model, logical_tensors(of.model, of.hf_config, "bfloat16"))
+    otherwise = None
+    if rank == adapter.world_size(parallel) - 1:
+        otherwise = loaded_otherwise(model, found, load_file(Path(of.model) / "model.safetensors"))
+    if dp > 1 or family in NOT_PROCESSED:
+        return Recorded(found, 0, otherwise)
+    base_loader.process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+    target = VllmTarget.from_worker(model, config)
+    return Recorded(target.recorded, target.never_written(), otherwise)
 
 
 def main() -> None:
     directory = Path(sys.argv[2])
     plugin.register()
-    without_torchvision()
+    let_build()
     results: dict[str, Any] = {}
     for number, (family, more, meshes) in enumerate(CASES):
         path = directory / f"{family}-{number}"
@@ -121,15 +140,20 @@ def main() -> None:
                 initialize_model_parallel(1, 1)
             for parallel in meshes:
                 for rank in range(adapter.world_size(parallel)):
-                    found, never_written = recorded(config, rank, parallel)
-                    layout = found.layout
+                    found = recorded(config, rank, parallel, family)
+                    layout = found.layout.layout
                     analytic = vllm_layout(model.config.to_dict(), parallel, rank)
                     results[f"{path.name} {parallel} rank {rank}"] = {
                         "equal": as_loaded(layout).address == analytic.address,
-                        "packed": [buffer.name for buffer in layout.buffers if buffer.kind is Kind.SCRATCH],
+                        "packed": [
+                            buffer.name
+                            for buffer in layout.buffers
+                            if buffer.kind is Kind.SCRATCH and not buffer.name.startswith(LOADER)
+                        ],
                         "float32": sorted(tensor.name for tensor in layout.tensors if tensor.dtype == "float32"),
-                        "loader_landed": found.loader_landed,
-                        "never_written": never_written,
+                        "loader_landed": found.layout.loader_landed,
+                        "never_written": found.never_written,
+                        "otherwise": found.otherwise,
                         "pieces": len(layout.pieces),
                     }
     print("RESULT " + json.dumps(results), flush=True)

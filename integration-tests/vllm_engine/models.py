@@ -13,12 +13,16 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -27,9 +31,12 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from weft.layout import Kind, Layout
+from weft_vllm.parameters import LOADER
 
 
 def vision_language_config(**text: Any) -> Any:
@@ -43,6 +50,11 @@ def vision_language_config(**text: Any) -> Any:
     )  # fmt: skip
 
 
+def nemotron_config(num_hidden_layers: int, **more: Any) -> Any:
+    """Of the layers that `layers_block_type` lists, however many they are."""
+    return NemotronHConfig(**more)
+
+
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -52,6 +64,9 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "nemotron_h": (nemotron_config, NemotronHForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "qwen2_5_vl": (vision_language_config, Qwen2_5_VLForConditionalGeneration),
 }
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -68,6 +83,21 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
         "head_dim": 64,
         "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc",
+    },
+    "qwen3_next": {
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp", "linear_attention"],
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 96, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 4,
+        "ssm_state_size": 16,
+    },
+    "glm_moe_dsa": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+        "q_lora_rank": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
+        "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "index_n_heads": 4, "index_head_dim": 128,
     },
 }  # fmt: skip
 """Of mixtures; widths that every CPU kernel of vLLM takes as they are, also halved, and the one size of heads that its
@@ -140,5 +170,8 @@ def gaps(model: Any, asked: list[list[int]], got: list[list[int]], want: list[li
 
 def as_loaded(layout: Layout) -> Layout:
     """A recorded layout without what only a live engine says: what it leaves out, and which buffers it packs."""
-    plain = tuple(msgspec.structs.replace(buffer, kind=Kind.LIVE) for buffer in layout.buffers)
+    plain = tuple(
+        buffer if buffer.name.startswith(LOADER) else msgspec.structs.replace(buffer, kind=Kind.LIVE)
+        for buffer in layout.buffers
+    )
     return replace(layout, skipped=(), buffers=plain)

@@ -8,47 +8,9 @@ import numpy as np
 import pytest
 
 from weft.errors import ConfigError, NotSupportedError
-from weft.layout import Layout
 from weft_vllm import adapter, vllm_layout
 
-HIDDEN, HEAD, INNER, VOCABULARY = 8, 4, 24, 67
-EXPERTS, EXPERT_INNER = 5, 16
-
-
-def config(family: str, heads: int = 8, kv_heads: int = 2, tied: bool = False, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": family, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": HEAD, "vocab_size": VOCABULARY,
-        "tie_word_embeddings": tied, "num_experts": EXPERTS, "moe_intermediate_size": EXPERT_INNER, **more,
-    }  # fmt: skip
-
-
-def numbered(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
-    """A different value for every element of every logical tensor."""
-    values, first = {}, 1
-    for tensor in sorted(layout.tensors, key=lambda t: t.name):
-        values[tensor.name] = np.arange(first, first + tensor.numel).reshape(tensor.shape)
-        first += tensor.numel
-    return values
-
-
-def executed(layout: Layout, values: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Poisoned buffers, with every piece and fill written, and nothing twice."""
-    memory = {buffer.name: np.full(buffer.numel, -1) for buffer in layout.buffers}
-
-    def write(buffer: str, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], what: Any) -> None:
-        flat = memory[buffer]
-        view = np.lib.stride_tricks.as_strided(flat[offset:], sizes, [8 * stride for stride in strides])
-        assert (view == -1).all(), f"{buffer}: written twice"
-        view[...] = what
-
-    for piece in layout:
-        ranges = tuple(slice(low, high) for low, high in zip(piece.box.lo, piece.box.hi, strict=True))
-        part = values[piece.tensor].reshape(piece.box.factors)[ranges]
-        write(piece.buffer, piece.offset, part.shape, piece.strides, part)
-    for fill in layout.fills:
-        write(fill.buffer, fill.offset, fill.sizes, fill.strides, fill.value)
-    return memory
+from .by_hand import EXPERT_INNER, EXPERTS, HEAD, HIDDEN, INNER, LATENT, VOCABULARY, config, executed, numbered
 
 
 @pytest.mark.trap(1, 2, 3, 5, 14)
@@ -103,12 +65,6 @@ def test_experts_are_cut_or_spread_whole(parallel: dict[str, int]) -> None:
             w2.append(np.split(down, cut, axis=1)[rank % cut].ravel())
         assert np.array_equal(held[f"{mlp}.experts.routed_experts.w13_weight"], np.concatenate(w13))
         assert np.array_equal(held[f"{mlp}.experts.routed_experts.w2_weight"], np.concatenate(w2))
-
-
-LATENT = {
-    "q_lora_rank": 12, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3,
-    "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "topk_method": "noaux_tc",
-}  # fmt: skip
 
 
 @pytest.mark.trap(1, 2, 6, 17)
@@ -287,7 +243,7 @@ def test_the_remedy_for_an_ep_that_is_too_small_is_said() -> None:
         adapter.layouts(config("deepseek_v3", **LATENT), {"dp": 4, "ep": 4, "redundant": 3}, "bfloat16")
     with pytest.raises(ConfigError, match="ep 3: vLLM loads equally many"):
         adapter.layouts(config("gpt_oss", **ALTERNATING), {"dp": 3, "ep": 3}, "bfloat16")
-    with pytest.raises(ConfigError, match="KV heads 2 against tp 4: vLLM does not repeat those of gpt_oss"):
+    with pytest.raises(ConfigError, match="gpt_oss does not divide: KV heads 2 against tp 4: vLLM does not repeat"):
         adapter.layouts(config("gpt_oss", **ALTERNATING), {"tp": 4}, "bfloat16")
     with pytest.raises(ConfigError, match="layers 2 over pp 3"):
         adapter.layouts(config("qwen3"), {"pp": 3}, "bfloat16")
@@ -368,5 +324,5 @@ def test_what_does_not_divide_or_is_not_known_is_named() -> None:
 def test_what_the_engine_would_refuse_or_add_is_refused() -> None:
     with pytest.raises(ConfigError, match="ep 4 of a model without experts"):
         adapter.layouts(config("qwen3"), {"tp": 2, "dp": 2, "ep": 4}, "bfloat16")
-    with pytest.raises(NotSupportedError, match="shared experts"):
+    with pytest.raises(NotSupportedError, match="qwen3_moe with shared_expert_intermediate_size=64"):
         adapter.layouts(config("qwen3_moe", shared_expert_intermediate_size=64), {"tp": 1}, "bfloat16")

@@ -15,8 +15,9 @@ from typing import Any
 from weft.errors import ConfigError
 from weft.layout import Layout
 from weft.verification import Request, Verification
-from weft_vllm.families import Model, read_model
+from weft_vllm.families import read_model
 from weft_vllm.mesh import AXES, Mesh
+from weft_vllm.model import Model
 from weft_vllm.parameters import Writer
 from weft_vllm.stack import build_layout, faults_of
 from weft_vllm.verification import start_and_verify

@@ -21,13 +21,12 @@ from weft.errors import LayoutError, NotSupportedError
 from weft.layout import Kind, Layout, LogicalTensor
 from weft_vllm import compat
 from weft_vllm.overlay import Placed, overlay
+from weft_vllm.parameters import LOADER
 from weft_vllm.recorder import record
 from weft_vllm.recording import Read, SlotRecord, dense_numel
 
 PRE, POST = "pre", "post"
 """Groups of what comes before and after the stack of layers."""
-LOADER = "loader:"
-"""Prefix of the scratch buffers that hold whole checkpoint tensors for the engine's own loader."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import torch
 
 from weft.compare import compare
 from weft.policy import Policy
-from weft_vllm.binding import LOADER
 from weft_vllm.compat import VllmConfig
+from weft_vllm.parameters import LOADER
 from weft_vllm.target import VllmTarget
 from weft_vllm.verification import reference
 

@@ -1,97 +1,23 @@
 """What a Hugging Face config says of a model, as far as the layouts of vLLM ranks depend on it.
 
-Sources: `vllm/model_executor/models/{llama,qwen2,qwen2_5_vl,qwen3,qwen3_moe,mixtral,glm4_moe,gpt_oss,deepseek_v2}.py`,
-for what each family's modules are and what they read from the config.
+Sources: `vllm/model_executor/models/{llama,qwen2,qwen2_5_vl,qwen3,qwen3_moe,qwen3_next,mixtral,glm4_moe,gpt_oss,
+deepseek_v2,nemotron_h}.py` and `vllm/models/deepseek_v32/nvidia/model.py`, for what each family's modules are and what
+they read from the config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
+from weft_vllm.attention import Indexer, Latent
+from weft_vllm.feed_forward import Dense, Experts
 from weft_vllm.fields import Fields
-from weft_vllm.vision import Vision, read_vision
-
-
-@dataclass(frozen=True, slots=True)
-class GroupedQuery:
-    """Attention with key and value heads of its own."""
-
-    heads: int
-    kv_heads: int
-    head: int
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: bool = False
-    sinks: bool = False
-    """Whether every head has a learned attention sink."""
-    repeats: bool = True
-    """Whether ranks beyond the number of KV heads repeat them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """Multi-latent attention: queries, and keys with values, go through narrow projections that every rank has."""
-
-    heads: int
-    query_rank: int | None
-    """None when queries are projected at once."""
-    value_rank: int
-    """Width of what keys and values are made from (`kv_lora_rank`)."""
-    plain_head: int
-    """Part of a query and key head without positions (`qk_nope_head_dim`)."""
-    rotary_head: int
-    value_head: int
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The layers of a mixture."""
-
-    count: int
-    width: int
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    alternating: bool = False
-    """Whether the checkpoint has the experts of a layer in one tensor, with alternating gate and up columns, and biases
-    for them and the router."""
-    router: str = "gate"
-    router_dtype: str | None = None
-    """When it is not the engine's."""
-    corrected: bool = False
-    """Whether the router has a float32 `e_score_correction_bias`."""
-    shared_width: int = 0
-    """Of the experts that every token goes through, together; 0 when there are none."""
-    shared_whole: bool = False
-    """Whether shared experts are whole on every rank where tokens are spread over tensor-parallel ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A decoder."""
-
-    family: str
-    hidden: int
-    layers: int
-    vocabulary: int
-    tied: bool
-    attention: GroupedQuery | Latent
-    mlp: str
-    """Name of a layer's feed-forward module."""
-    inner: int
-    """Width of layers without experts."""
-    mlp_bias: bool
-    experts: Experts | None
-    dense_layers: frozenset[int]
-    """Layers without experts."""
-    ends_everywhere: bool = False
-    """Whether every pipeline stage has the embedding, the last norm and the output layer."""
-    engine_names: Mapping[str, str] = field(default_factory=dict)
-    """Parts of module paths that are called otherwise in the engine than in the checkpoint."""
-    engine_prefix: str = ""
-    """What the engine puts before the checkpoint's module paths of the decoder."""
-    vision: Vision | None = None
+from weft_vllm.model import Block, Ends, Layer, Model
+from weft_vllm.reading import decoder, dense_of, grouped_query, layer_of, refuse, sparse, untied
+from weft_vllm.recurrent import GatedDelta, Mamba
+from weft_vllm.vision import read_vision
 
 
 def read_model(config: Mapping[str, Any]) -> Model:
@@ -110,126 +36,207 @@ def read_model(config: Mapping[str, Any]) -> Model:
     return model
 
 
-def _decoder(
-    family: str, fields: Fields, attention: GroupedQuery | Latent, experts: Experts | None = None,
-    dense: Callable[[int], bool] = lambda _: True, **more: Any,
-) -> Model:  # fmt: skip
-    """What all families have in common; `dense` says whether a layer has no experts."""
-    layers = fields.size("num_hidden_layers")
-    options = {"mlp": "mlp", "mlp_bias": False, **more}
-    return Model(
-        family=family,
-        hidden=fields.size("hidden_size"),
-        layers=layers,
-        vocabulary=fields.size("vocab_size"),
-        tied=fields.flag("tie_word_embeddings"),
-        attention=attention,
-        inner=fields.size("intermediate_size"),
-        experts=experts,
-        dense_layers=frozenset(layer for layer in range(layers) if not experts or dense(layer)),
-        **options,
-    )
-
-
-def _grouped_query(fields: Fields, head: int | None = None, **more: bool) -> GroupedQuery:
-    heads = fields.size("num_attention_heads")
-    return GroupedQuery(
-        heads=heads,
-        kv_heads=fields.get("num_key_value_heads", heads),
-        head=fields.get("head_dim") or head or fields.size("hidden_size") // heads,
-        **more,
-    )
-
-
 def _llama(family: str, fields: Fields) -> Model:
     bias = fields.flag("attention_bias", "bias")
-    attention = _grouped_query(fields, qkv_bias=bias, out_bias=bias)
-    return _decoder(family, fields, attention, mlp_bias=fields.flag("mlp_bias"))
+    layer = layer_of(
+        grouped_query(fields, qkv_bias=bias, out_bias=bias), dense_of(fields, bias=fields.flag("mlp_bias"))
+    )
+    return decoder(family, fields, lambda _: layer)
 
 
 def _qwen2(family: str, fields: Fields) -> Model:
-    return _decoder(family, fields, _grouped_query(fields, qkv_bias=True))
+    layer = layer_of(grouped_query(fields, qkv_bias=True), dense_of(fields))
+    return decoder(family, fields, lambda _: layer)
 
 
 def _qwen2_5_vl(family: str, fields: Fields) -> Model:
     """The text model's sizes are in a part of their own, or in older configs beside those of the tower."""
     text = fields.merged("text_config")
     vision = read_vision(fields.part("vision_config"))
-    return _decoder(family, text, _grouped_query(text, qkv_bias=True), engine_prefix="language_model.", vision=vision)
+    layer = layer_of(grouped_query(text, qkv_bias=True), dense_of(text))
+    return decoder(family, text, lambda _: layer, engine_prefix="language_model.", vision=vision)
 
 
 def _qwen3(family: str, fields: Fields) -> Model:
-    return _decoder(family, fields, _grouped_query(fields, 128, qkv_bias=fields.flag("attention_bias"), qk_norm=True))
+    attention = grouped_query(fields, 128, qkv_bias=fields.flag("attention_bias"), qk_norm=True)
+    layer = layer_of(attention, dense_of(fields))
+    return decoder(family, fields, lambda _: layer)
 
 
 def _qwen3_moe(family: str, fields: Fields) -> Model:
-    if fields.flag("shared_expert_intermediate_size"):
-        raise NotSupportedError(f"{family} with shared experts is not mapped yet; start an engine and record it")
+    refuse(family, fields, "shared_expert_intermediate_size")
+    attention = grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=True)
     # Transformers writes the number of experts under another name than it reads
     experts = Experts(fields.size("num_experts", "num_local_experts"), fields.size("moe_intermediate_size"))
-    step, plain = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
-    attention = _grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=True)
-    return _decoder(
-        family, fields, attention, experts, lambda layer: layer in plain or bool((layer + 1) % step),
-        ends_everywhere=True,
-    )  # fmt: skip
+    ends = Ends(ends_everywhere=True, norm_everywhere=True)
+    return decoder(family, fields, sparse(fields, lambda _: ("self_attn", attention), experts), ends=ends)
+
+
+def _qwen3_next(family: str, fields: Fields) -> Model:
+    refuse(family, fields, "attention_bias", "qkv_bias", "layer_scale")
+    gated = bool(fields.get("attn_output_gate", True))
+    attention = grouped_query(fields, 256, qk_norm=True, gated=gated)
+    recurrent = GatedDelta(
+        key_heads=fields.size("linear_num_key_heads"),
+        value_heads=fields.size("linear_num_value_heads"),
+        key_head=fields.size("linear_key_head_dim"),
+        value_head=fields.size("linear_value_head_dim"),
+        kernel=fields.get("linear_conv_kernel_dim", 4),
+    )
+    shared = Dense(fields.size("shared_expert_intermediate_size"), "width of shared experts", spread_whole=True)
+    experts = Experts(
+        count=fields.size("num_experts", "num_local_experts"),
+        width=fields.size("moe_intermediate_size"),
+        shared=shared,
+        shared_name="shared_expert",
+        shared_gate=True,
+    )
+    types, interval = fields.get("layer_types", ()), fields.get("full_attention_interval", 4)
+
+    def first(number: int) -> tuple[str, Block]:
+        full = types[number] == "full_attention" if types else (number + 1) % interval == 0
+        return ("self_attn", attention) if full else ("linear_attn", recurrent)
+
+    return untied(decoder(family, fields, sparse(fields, first, experts), ends=Ends(ends_everywhere=True)))
 
 
 def _mixtral(family: str, fields: Fields) -> Model:
-    experts = Experts(
-        fields.size("num_local_experts"), fields.size("intermediate_size"), projections=("w1", "w3", "w2")
-    )
-    options = {"mlp": "block_sparse_moe", "ends_everywhere": True}
-    return _decoder(family, fields, _grouped_query(fields), experts, lambda _: False, **options)
+    width = fields.size("intermediate_size")
+    experts = Experts(fields.size("num_local_experts"), width, inner=("w1", "w3"), outer="w2")
+    layer = layer_of(grouped_query(fields), experts, "block_sparse_moe")
+    return decoder(family, fields, lambda _: layer, ends=Ends(ends_everywhere=True, norm_everywhere=True))
 
 
 def _gpt_oss(family: str, fields: Fields) -> Model:
-    attention = _grouped_query(fields, qkv_bias=True, out_bias=True, sinks=True, repeats=False)
+    attention = grouped_query(fields, qkv_bias=True, out_bias=True, sinks=True, repeats=False)
     width = fields.size("intermediate_size")
-    experts = Experts(fields.size("num_local_experts"), width, alternating=True, router="router")
+    layer = layer_of(attention, Experts(fields.size("num_local_experts"), width, alternating=True, router="router"))
     names = {"embed_tokens": "embedding", "self_attn": "attn"}
-    return _untied(
-        _decoder(family, fields, attention, experts, lambda _: False, engine_names=names, ends_everywhere=True)
-    )
+    ends = Ends(ends_everywhere=True, norm_everywhere=True)
+    return untied(decoder(family, fields, lambda _: layer, engine_names=names, ends=ends))
 
 
 def _glm4_moe(family: str, fields: Fields) -> Model:
-    attention = _grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=fields.flag("use_qk_norm"))
-    experts = _routed(fields, router_dtype="float32", corrected=True)
+    attention = grouped_query(fields, qkv_bias=fields.flag("attention_bias"), qk_norm=fields.flag("use_qk_norm"))
+    experts, dense = _routed(fields, router_dtype="float32", corrected=True), dense_of(fields)
     first = fields.get("first_k_dense_replace", 0)
-    return _untied(_decoder(family, fields, attention, experts, lambda layer: layer < first))
+    return untied(decoder(family, fields, lambda number: layer_of(attention, dense if number < first else experts)))
 
 
 def _deepseek(family: str, fields: Fields) -> Model:
-    attention = Latent(
+    attention, dense = _latent(fields), dense_of(fields)
+    mlp = _deepseek_mlp(fields, dense)
+    return untied(decoder(family, fields, lambda number: layer_of(attention, mlp(number))))
+
+
+def _glm_moe_dsa(family: str, fields: Fields) -> Model:
+    """GLM-5: on GPUs of NVIDIA, layers without experts are whole where tokens are spread over ranks."""
+    indexer = Indexer(fields.size("index_n_heads"), fields.size("index_head_dim"))
+    fields.size("q_lora_rank")
+    plain, indexed = _latent(fields), _latent(fields, indexer)
+    mlp = _deepseek_mlp(fields, dense_of(fields, spread_whole=True, stages_cut=True))
+    pattern, step = fields.get("index_topk_pattern"), fields.get("index_topk_freq", 1)
+    offset = fields.get("index_skip_topk_offset", 2)
+
+    def layer(number: int) -> Layer:
+        if pattern is None:
+            skips = max(number - offset + 1, 0) % step != 0
+        else:
+            skips = number < len(pattern) and pattern[number] == "S"
+        return layer_of(plain if skips else indexed, mlp(number))
+
+    return untied(decoder(family, fields, layer))
+
+
+def _latent(fields: Fields, indexer: Indexer | None = None) -> Latent:
+    return Latent(
         heads=fields.size("num_attention_heads"),
         query_rank=fields.get("q_lora_rank"),
         value_rank=fields.size("kv_lora_rank"),
         plain_head=fields.size("qk_nope_head_dim"),
         rotary_head=fields.size("qk_rope_head_dim"),
         value_head=fields.size("v_head_dim"),
+        indexer=indexer,
     )
-    experts = _routed(fields, shared_whole=True, corrected=fields.get("topk_method") == "noaux_tc")
+
+
+def _deepseek_mlp(fields: Fields, dense: Dense) -> Callable[[int], Dense | Experts]:
+    """Which layers of DeepSeek's models have experts."""
+    experts = _routed(fields, spread_whole=True, corrected=fields.get("topk_method") == "noaux_tc")
     first, step = fields.get("first_k_dense_replace", 0), fields.get("moe_layer_freq", 1)
-    return _untied(_decoder(family, fields, attention, experts, lambda layer: layer < first or bool(layer % step)))
+    return lambda number: dense if number < first or number % step else experts
 
 
-def _untied(model: Model) -> Model:
-    """A model of a family whose output layer vLLM never ties to the embedding."""
-    if model.tied:
-        raise NotSupportedError(f"{model.family} with tie_word_embeddings: vLLM has an output layer of its own for it")
-    return model
-
-
-def _routed(fields: Fields, **more: Any) -> Experts:
+def _routed(fields: Fields, *, spread_whole: bool = False, **more: Any) -> Experts:
     """Experts as DeepSeek's configs name them."""
     width = fields.size("moe_intermediate_size")
+    shared = width * int(fields.get("n_shared_experts", 0))
+    together = Dense(shared, "width of shared experts", spread_whole=spread_whole) if shared else None
+    return Experts(count=fields.size("n_routed_experts"), width=width, shared=together, **more)
+
+
+def _nemotron_h(family: str, fields: Fields) -> Model:
+    """Every layer is one module: Mamba, attention, experts, or a feed-forward layer without a gate."""
+    refuse(family, fields, "attention_bias", "use_bias", "moe_latent_size")
+    if not fields.get("use_conv_bias", True):
+        raise NotSupportedError(f"{family} without use_conv_bias is not mapped; start an engine and record it")
+    kinds = _nemotron_kinds(fields)
+    blocks: dict[str, Block] = {kind: read(fields) for kind, read in _NEMOTRON_BLOCKS.items() if kind in kinds}
+    unknown = sorted(set(kinds) - blocks.keys())
+    if unknown:
+        raise NotSupportedError(f"{family} has layers {', '.join(unknown)}; mapped are {', '.join(_NEMOTRON_BLOCKS)}")
+    return untied(
+        Model(
+            family=family,
+            hidden=fields.size("hidden_size"),
+            vocabulary=fields.size("vocab_size"),
+            tied=fields.flag("tie_word_embeddings"),
+            layers=tuple(Layer((("mixer", blocks[kind]),), ("norm",)) for kind in kinds),
+            ends=Ends("backbone", "embeddings", "norm_f", ends_everywhere=True, norm_everywhere=True),
+            engine_names={"backbone": "model", "embeddings": "embed_tokens"},
+        )
+    )
+
+
+def _nemotron_kinds(fields: Fields) -> Sequence[str]:
+    """What every layer is, as letters or as the words that Transformers writes."""
+    words = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E", "mlp": "-"}
+    types = fields.get("layers_block_type") or fields.get("hybrid_override_pattern")
+    if types is None:
+        fields.missing.append("layers_block_type")
+        return ()
+    return [words.get(kind, kind) for kind in types]
+
+
+def _nemotron_experts(fields: Fields) -> Experts:
+    width = fields.size("moe_shared_expert_intermediate_size") * int(fields.get("n_shared_experts", 0))
+    shared = Dense(width, "width of shared experts", gated=False, spread_whole=True)
     return Experts(
         count=fields.size("n_routed_experts"),
-        width=width,
-        shared_width=width * int(fields.get("n_shared_experts", 0)),
-        **more,
+        width=fields.size("moe_intermediate_size"),
+        inner=("up_proj",),
+        router_dtype="float32",
+        corrected=True,
+        shared=shared if width else None,
     )
+
+
+def _mamba(fields: Fields) -> Mamba:
+    return Mamba(
+        heads=fields.size("mamba_num_heads"),
+        head=fields.size("mamba_head_dim"),
+        groups=fields.size("n_groups"),
+        state=fields.size("ssm_state_size"),
+        kernel=fields.size("conv_kernel"),
+    )
+
+
+_NEMOTRON_BLOCKS: Mapping[str, Callable[[Fields], Block]] = {
+    "M": _mamba,
+    "*": grouped_query,
+    "E": _nemotron_experts,
+    "-": lambda fields: dense_of(fields, gated=False, bias=fields.flag("mlp_bias")),
+}
 
 
 _FAMILIES: Mapping[str, Callable[[str, Fields], Model]] = {
@@ -238,9 +245,12 @@ _FAMILIES: Mapping[str, Callable[[str, Fields], Model]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+    "qwen3_next": _qwen3_next,
     "mixtral": _mixtral,
     "gpt_oss": _gpt_oss,
     "glm4_moe": _glm4_moe,
     "deepseek_v3": _deepseek,
     "kimi_k2": _deepseek,
+    "glm_moe_dsa": _glm_moe_dsa,
+    "nemotron_h": _nemotron_h,
 }

@@ -19,8 +19,9 @@ import torch
 from weft.errors import LayoutError
 from weft.layout import Fill, Kind, Layout
 from weft_vllm import compat
-from weft_vllm.binding import LOADER, RecordedLayout, Slot
+from weft_vllm.binding import RecordedLayout, Slot
 from weft_vllm.kernels import kept_in_place
+from weft_vllm.parameters import LOADER
 
 
 @dataclass(frozen=True, slots=True)

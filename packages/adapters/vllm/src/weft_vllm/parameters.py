@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from weft.box import Affine, Box, boxes_from_views, row_major
 from weft.builder import LayoutBuilder
+from weft.layout import Kind
+from weft_vllm.mesh import Place
+
+LOADER = "loader:"
+"""Prefix of the scratch buffers that hold whole checkpoint tensors for the engine's own loader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +59,44 @@ class Parameter:
     """A buffer that stacks parts and is filled with 0 behind them."""
 
     name: str
-    """In the engine's model."""
+    """In the engine's model; with `LOADER` before it, a checkpoint tensor that its loader computes with."""
     parts: Sequence[Part]
     numel: int | None = None
     """When there is more than the parts."""
     dtype: str | None = None
     """When it is not the engine's."""
+
+
+def vector(name: str, width: int, dtype: str | None = None) -> Parameter:
+    """A vector that every rank has."""
+    return Parameter(name, [whole(name, width)], dtype=dtype)
+
+
+def column_parallel(name: str, shape: tuple[int, ...], place: Place, dtype: str | None = None) -> Parameter:
+    """A tensor cut along its first axis, which is a linear's output."""
+    return Parameter(name, [rows(name, shape, place)], dtype=dtype)
+
+
+def rows(name: str, shape: tuple[int, ...], place: Place) -> Part:
+    """A rank's equal share of the first axis."""
+    here = shape[0] // place.mesh.tp
+    return cut(name, shape, 0, place.tp_rank * here, here)
+
+
+def row_parallel(
+    name: str, height: int, columns: int, place: Place, *, bias: bool = False, is_whole: bool = False
+) -> Iterator[Parameter]:
+    """A linear cut along its input, or whole: a range of columns, and the whole bias."""
+    here = columns if is_whole else columns // place.mesh.tp
+    first = 0 if is_whole else place.tp_rank * here
+    yield Parameter(f"{name}.weight", [cut(f"{name}.weight", (height, columns), 1, first, here)])
+    if bias:
+        yield vector(f"{name}.bias", height)
+
+
+def kinds(bias: bool) -> tuple[str, ...]:
+    """The parameters of a linear."""
+    return ("weight", "bias") if bias else ("weight",)
 
 
 class Writer:
@@ -74,7 +111,8 @@ class Writer:
         dtype = parameter.dtype or self._dtype
         filled = sum(part.numel for part in parameter.parts)
         numel = filled if parameter.numel is None else parameter.numel
-        builder.buffer(parameter.name, dtype, numel, group=group)
+        kind = Kind.SCRATCH if parameter.name.startswith(LOADER) else Kind.LIVE
+        builder.buffer(parameter.name, dtype, numel, group=group, kind=kind)
         offset = 0
         for part in parameter.parts:
             builder.tensor(part.tensor, part.shape, dtype)

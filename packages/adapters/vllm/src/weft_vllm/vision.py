@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from weft_vllm.fields import Fields
 from weft_vllm.mesh import Place
-from weft_vllm.parameters import Parameter, Part, cut, whole
+from weft_vllm.parameters import Parameter, column_parallel, cut, row_parallel, rows, vector, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,38 +58,26 @@ def tower(of: Vision, place: Place) -> Iterator[tuple[str, Parameter]]:
             yield block, parameter
     narrow, wide = "visual.merger.mlp.0", "visual.merger.mlp.2"
     for kind, shape in (("weight", (of.merged, of.merged)), ("bias", (of.merged,))):
-        yield narrow, Parameter(f"{narrow}.{kind}", [_rows(f"{narrow}.{kind}", shape, place)])
-    for parameter in _row_parallel(wide, of.out, of.merged, place):
+        yield narrow, column_parallel(f"{narrow}.{kind}", shape, place)
+    for parameter in row_parallel(wide, of.out, of.merged, place, bias=True):
         yield wide, parameter
 
 
 def last_norm(of: Vision) -> Parameter:
     """The one parameter of the tower that lands with the decoder's ends."""
-    return Parameter("visual.merger.ln_q.weight", [whole("visual.merger.ln_q.weight", of.hidden)])
+    return vector("visual.merger.ln_q.weight", of.hidden)
 
 
 def _block(of: Vision, place: Place, block: str) -> Iterator[Parameter]:
     for norm in (f"{block}.norm1.weight", f"{block}.norm2.weight"):
-        yield Parameter(norm, [whole(norm, of.hidden)])
+        yield vector(norm, of.hidden)
     here = of.hidden // place.mesh.tp
     for kind, columns in (("weight", (of.hidden,)), ("bias", ())):
         name = f"{block}.attn.qkv.{kind}"
         first = [part * of.hidden + place.tp_rank * here for part in range(3)]
         yield Parameter(name, [cut(name, (3 * of.hidden, *columns), 0, start, here) for start in first])
-    yield from _row_parallel(f"{block}.attn.proj", of.hidden, of.hidden, place)
+    yield from row_parallel(f"{block}.attn.proj", of.hidden, of.hidden, place, bias=True)
     for kind, columns in (("weight", (of.hidden,)), ("bias", ())):
-        parts = [_rows(f"{block}.mlp.{part}_proj.{kind}", (of.inner, *columns), place) for part in ("gate", "up")]
+        parts = [rows(f"{block}.mlp.{part}_proj.{kind}", (of.inner, *columns), place) for part in ("gate", "up")]
         yield Parameter(f"{block}.mlp.gate_up_proj.{kind}", parts)
-    yield from _row_parallel(f"{block}.mlp.down_proj", of.hidden, of.inner, place)
-
-
-def _rows(name: str, shape: tuple[int, ...], place: Place) -> Part:
-    here = shape[0] // place.mesh.tp
-    return cut(name, shape, 0, place.tp_rank * here, here)
-
-
-def _row_parallel(name: str, rows: int, columns: int, place: Place) -> Iterator[Parameter]:
-    """A linear cut along its input: a range of columns, and the whole bias."""
-    here = columns // place.mesh.tp
-    yield Parameter(f"{name}.weight", [cut(f"{name}.weight", (rows, columns), 1, place.tp_rank * here, here)])
-    yield Parameter(f"{name}.bias", [whole(f"{name}.bias", rows)])
+    yield from row_parallel(f"{block}.mlp.down_proj", of.hidden, of.inner, place, bias=True)
