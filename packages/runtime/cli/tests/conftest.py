@@ -16,10 +16,10 @@ from weft.endpoint import Factory
 from weft.errors import ConfigError
 
 class Toy:
-    axes = ("tp", "dp")
+    axes = ("tp", "dp", "copies")
 
     def world_size(self, parallel):
-        world = parallel.get("tp", 1) * parallel.get("dp", 1)
+        world = parallel.get("tp", 1) * parallel.get("dp", 1) * parallel.get("copies", 1)
         if world > 8:
             raise ConfigError(f"toy has at most 8 ranks, not {world}")
         return world

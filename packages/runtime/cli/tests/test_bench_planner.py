@@ -67,6 +67,7 @@ def test_a_row_has_the_figures_of_the_plan_that_is_saved(toy_framework: Path, tm
     statistics = saved.statistics
     assert (row.source_ranks, row.target_ranks, row.logical_tensors) == (2, 8, 1)
     assert (row.copies, row.segments, row.bytes) == (statistics.copies, statistics.segments, 64 * 8 * 2 * 2)
+    assert (row.cross_host_bytes, row.once_per_host_bytes) == (2048, 1024)  # both replicas are on one host
     assert row.egress_over_bound == statistics.egress_over_bound
     assert row.ingress_over_bound == 1.0
     assert row.peers_per_rank_max == max(statistics.peers.values()) == 4

@@ -63,6 +63,20 @@ def test_plan_says_what_moves_between_hosts_and_what_would_once_per_host(
     assert f"2,048 bytes between hosts; {once:,} if every box came once" in " ".join(out.split())
 
 
+def test_plan_with_relays_moves_once_to_a_host_what_several_ranks_there_want(weft, toy_framework: Path) -> None:
+    sides = ("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:tp2,copies3")
+    found = json.loads(weft(*sides, "--relay", "host", "--json")[1])
+    assert found["bytes"] == 3 * 1024
+    assert found["cross_host_bytes"] == found["once_per_host_bytes"] == sum(found["egress_bytes"].values()) == 1024
+    assert sum(found["relayed_bytes"].values()) == 2048
+    giver, sent = max(found["relayed_bytes"].items())
+    _, out, _ = weft(*sides, "--relay", "host")
+    assert next(line.split()[:2] for line in out.splitlines() if line.startswith(giver)) == [giver, f"{sent:,}"]
+    code, _, err = weft(*sides, "--relay", "sideways")
+    assert code == 2
+    assert "never, host, domain" in err
+
+
 def test_plan_lists_the_members_that_move_something(weft, toy_framework: Path) -> None:
     code, out, _ = weft("plan", "--model", toy_framework, "--source", "toy:tp1,dp4", "--target", "toy:tp1")
     assert code == 0

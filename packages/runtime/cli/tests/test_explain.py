@@ -93,6 +93,23 @@ def test_the_reason_is_the_nearest_holder() -> None:
     assert (second.target_buffer, second.target_offset) == ("local", 24)
 
 
+@pytest.mark.parametrize("with_file", [True, False])
+def test_a_box_that_a_target_passes_on_says_so(weft, toy_framework: Path, tmp_path: Path, with_file: bool) -> None:
+    sides = ("--source", "toy:tp2,dp2", "--target", "toy:copies2", "--model", toy_framework, "--relay", "host")
+    file = tmp_path / "toy.plan"
+    assert weft("plan", *sides, "--save", file)[0] == 0
+    what = ("explain", file, "a") if with_file else ("explain", "a", *sides)
+    origins = json.loads(weft(*what, "--json")[1])["origins"]
+    for origin in origins:
+        assert origin["relayed"] == origin["source"].startswith("rollout")
+        assert origin["distance"] == ("same host" if origin["relayed"] else "another fabric domain")
+    assert {origin["relayed"] for origin in origins} == {True, False}
+    _, out, _ = weft(*what)
+    relayed = [line for line in out.splitlines() if "same host" in line]
+    assert len(relayed) == sum(origin["relayed"] for origin in origins)
+    assert all(line.rstrip().endswith("same host; passes on what it received") for line in relayed)
+
+
 def test_a_tied_name_is_explained_as_its_tensor() -> None:
     tied = rows(0, 8, tied=True)
     layouts = {tied.address: tied}

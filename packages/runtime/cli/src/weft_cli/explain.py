@@ -40,10 +40,12 @@ class Origin(msgspec.Struct, frozen=True):
     source_offset: int
     distance: str
     """One of `DISTANCES`: how near the sender is to the target."""
+    relayed: bool
+    """Whether the sender is a target that passes on what it received."""
     holders: int | None
     """Sources that hold the whole box; None where only a plan file is known."""
     nearest_holders: int | None
-    """Those of them that are as near to the target as the nearest: among them bytes are balanced."""
+    """Those of them that are as near to the target as the sender: among them bytes are balanced."""
     share: float | None
     """Bytes of the whole plan that the sender sends, over those that all the nearest holders send."""
 
@@ -175,6 +177,7 @@ def _origins(
                 source_buffer=buffer(source.sends_from, int(copies.source_buffer[n])),
                 source_offset=int(copies.source_offset[n]),
                 distance=DISTANCES[distance],
+                relayed=not source.is_source,
                 holders=len(holders) if held else None,
                 nearest_holders=len(equal) if held else None,
                 share=egress[source.name] / sent if sent else None,

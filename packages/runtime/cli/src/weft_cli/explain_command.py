@@ -60,6 +60,8 @@ def _place(buffer: str, offset: int) -> str:
 
 
 def _reason(origin: Origin) -> str:
+    if origin.relayed:
+        return f"{origin.distance}; passes on what it received"
     if origin.holders is None or origin.nearest_holders is None:
         return origin.distance
     if origin.holders == 1:

@@ -65,6 +65,8 @@ class Figures(msgspec.Struct, frozen=True):
     """Copies between members that do not go straight between final buffers; every reason, most bytes first."""
     egress_bytes: dict[str, int]
     ingress_bytes: dict[str, int]
+    relayed_bytes: dict[str, int]
+    """Of targets that pass on what they received."""
     peers: dict[str, int]
     memory: dict[str, Memory]
     """Predicted per member."""
@@ -93,6 +95,7 @@ def figures(made: Plan, sides: Sides) -> Figures:
         packed=_reasons(made, packed),
         egress_bytes=statistics.egress_bytes,
         ingress_bytes=statistics.ingress_bytes,
+        relayed_bytes=statistics.relayed_bytes,
         peers=statistics.peers,
         memory=_memory(made, sides, packed),
     )

@@ -20,6 +20,7 @@ _SOURCE_DTYPE = typer.Option(help="Dtype of the trainer's weights, if it differs
 _CAST = typer.Option("--cast", help="FROM:TO: a further difference of dtype, to be rounded. Several times.")
 _ONLY = typer.Option(help="Pattern (* matches anything) of the tensors that move; all if not given. Several times.")
 _IGNORE = typer.Option(help="Pattern of tensors that the trainer holds and no engine wants. Several times.")
+_RELAY = typer.Option(help="host or domain: engines' ranks on one pass on what several of them want; or never.")
 _RANKS_PER_HOST = typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")
 _JSON = typer.Option("--json", help="Print JSON instead of a table.")
 
@@ -33,6 +34,7 @@ def plan(
     casts: Annotated[list[str] | None, _CAST] = None,
     only: Annotated[list[str] | None, _ONLY] = None,
     ignore: Annotated[list[str] | None, _IGNORE] = None,
+    relay: Annotated[str, _RELAY] = "never",
     ranks_per_host: Annotated[int, _RANKS_PER_HOST] = 8,
     transport: Annotated[
         str | None,
@@ -65,7 +67,9 @@ def plan(
         weft plan --model llama-3.1-8b --source megatron:tp4,pp4 --target vllm:tp8 --transport nixl --save llama.plan
     """
     dtypes = source_dtype or dtype, dtype
-    request = plan_command.Request(model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or ())
+    request = plan_command.Request(
+        model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or (), relay
+    )
     plan_command.show(request, transport, save, as_json=as_json)
 
 
@@ -84,6 +88,7 @@ def explain(
     casts: Annotated[list[str] | None, _CAST] = None,
     only: Annotated[list[str] | None, _ONLY] = None,
     ignore: Annotated[list[str] | None, _IGNORE] = None,
+    relay: Annotated[str, _RELAY] = "never",
     ranks_per_host: Annotated[int, _RANKS_PER_HOST] = 8,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
@@ -108,7 +113,7 @@ def explain(
     if model is not None and source is not None and target is not None:
         dtypes = source_dtype or dtype, dtype
         request = plan_command.Request(
-            model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or ()
+            model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or (), relay
         )
     explain_command.show(what, request, rank, as_json=as_json)
 

@@ -37,6 +37,7 @@ class Request:
     """FROM:TO, beside the one that two dtypes declare."""
     only: Sequence[str] = ()
     ignore: Sequence[str] = ()
+    relay: str = "never"
 
     @property
     def policy(self) -> Policy:
@@ -44,7 +45,7 @@ class Request:
         declared = [":".join(self.dtypes)] if self.dtypes[0] != self.dtypes[1] else []
         pairs = [cast.partition(":") for cast in (*declared, *self.casts)]
         casts = tuple((source, target) for source, _, target in pairs)
-        return Policy(casts=casts, only=tuple(self.only), ignore=tuple(self.ignore))
+        return Policy(casts=casts, only=tuple(self.only), ignore=tuple(self.ignore), relay=self.relay)
 
 
 def describe(request: Request, report: Report) -> Sides:
@@ -123,12 +124,13 @@ def _count(number: int, what: str) -> str:
 
 def _members(found: Figures) -> Table:
     """The busiest of each side, by what they send or receive; not those that do nothing."""
+    sends = {**found.egress_bytes, **found.relayed_bytes}
     table = Table("busiest", "sends", "receives", "peers", "memory", box=None, pad_edge=False)
     for side in (found.egress_bytes, found.ingress_bytes):
         busy = sorted((name for name in side if side[name]), key=lambda name: -side[name])
         for name in busy[:_MOST_ROWS]:
             table.add_row(
-                name, f"{found.egress_bytes.get(name, 0):,}", f"{found.ingress_bytes.get(name, 0):,}",
+                name, f"{sends.get(name, 0):,}", f"{found.ingress_bytes.get(name, 0):,}",
                 str(found.peers[name]), f"{found.memory[name].total:,}",
             )  # fmt: skip
         if len(busy) > _MOST_ROWS:

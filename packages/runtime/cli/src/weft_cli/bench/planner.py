@@ -123,6 +123,8 @@ def _measure(argument: bytes) -> bytes:
         copies=statistics.copies,
         segments=statistics.segments,
         bytes=statistics.bytes,
+        cross_host_bytes=statistics.cross_host_bytes,
+        once_per_host_bytes=statistics.once_per_host_bytes,
         distinct_layouts=len(sides.layouts),
         decode_seconds=decode_seconds,
         plan_seconds=plan_seconds,

@@ -56,15 +56,16 @@ def _show(rows: Sequence[Row], table: Table, *, as_json: bool) -> None:
 
 def _table(rows: Sequence[PlannerRow]) -> Table:
     columns = (
-        "case", "ranks", "tensors", "copies", "segments", "plan s", "decode s", "slices s", "rank s", "sort s",
-        "peak MB", "egress / mean", "/ bound", "ingress / bound", "peers", "bytes read",
+        "case", "ranks", "tensors", "copies", "segments", "TB between hosts", "once per host", "plan s", "decode s",
+        "slices s", "rank s", "sort s", "peak MB", "egress / mean", "/ bound", "ingress / bound", "peers", "bytes read",
     )  # fmt: skip
     table = Table(*columns, title="Global plans, each in a process of its own", box=None, pad_edge=False)
     for row in rows:
         seconds = row.plan_seconds, row.decode_seconds, row.slices_seconds
         table.add_row(
             row.case, f"{row.source_ranks} to {row.target_ranks}", f"{row.logical_tensors:,}", f"{row.copies:,}",
-            f"{row.segments:,}", *(f"{each:.2f}" for each in seconds), f"{row.rank_plan_seconds:.3f}",
+            f"{row.segments:,}", f"{row.cross_host_bytes / 1e12:.2f}", f"{row.once_per_host_bytes / 1e12:.2f}",
+            *(f"{each:.2f}" for each in seconds), f"{row.rank_plan_seconds:.3f}",
             f"{row.calibration_sort_seconds:.2f}", f"{row.peak_rss_bytes / 1e6:,.0f}",
             f"{row.egress_max_over_mean:.3f}", f"{row.egress_over_bound:.3f}", f"{row.ingress_over_bound:.3f}",
             str(row.peers_per_rank_max), f"{row.bytes_per_member_read:,}",

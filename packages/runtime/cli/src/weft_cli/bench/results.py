@@ -17,6 +17,10 @@ class PlannerRow(msgspec.Struct, frozen=True, kw_only=True):
     copies: int
     segments: int
     bytes: int
+    cross_host_bytes: int
+    """Those of them that move between hosts, of 8 ranks each."""
+    once_per_host_bytes: int
+    """What would move between hosts if every box came once to each host that wants it."""
     distinct_layouts: int
     decode_seconds: float
     """Every distinct layout from its record."""
