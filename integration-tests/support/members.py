@@ -38,8 +38,10 @@ class Role:
     targets: int = 2
     limits: float = 6.0
     """Seconds of every deadline but the rendezvous."""
-    rendezvous: float = 20.0
+    rendezvous: float = 60.0
     large: bool = False
+    relay: bool = False
+    """Every target wants the whole model, on another host than the trainers', and they pass it on to each other."""
     fault: str = ""
     """What is wrong with its layout: `extra`, `missing`, `shape` or `dtype`."""
     freeze: str = ""
@@ -61,13 +63,14 @@ def act(role: Role, pipe: Connection) -> None:
         done.add(what)
 
     rank = int(role.name[-1])
+    share = (0, 1) if role.relay else (rank, role.targets)
     source = target = None
     if role.name.startswith("trainer"):
         source = MemorySource(
             role.name, _faulty(tiny, role) if role.fault else tiny.source(rank, role.sources), before=before
         )
     else:
-        target = MemoryTarget(role.name, tiny.target(rank, role.targets), before=before)
+        target = MemoryTarget(role.name, tiny.target(*share), before=before)
     limits = role.limits
     deadlines = Deadlines(
         rendezvous=role.rendezvous, offer=limits, begin=limits, move=limits, vote=limits, commit=limits
@@ -75,7 +78,8 @@ def act(role: Role, pipe: Connection) -> None:
     refit = Refit(
         source=source, target=target, transport=role.transport, store=role.store, job=role.job, name=role.name,
         replica=None if source else "rollout0", replica_size=role.targets, expect=Expect(role.sources, 1),
-        deadlines=deadlines, policy=Policy(bucket_bytes=1 << 18, staging_bytes=1 << 22),
+        deadlines=deadlines, host=("trainers" if source else "engines") if role.relay else None,
+        policy=Policy(bucket_bytes=1 << 18, staging_bytes=1 << 22, relay="host" if role.relay else "never"),
     )  # fmt: skip
     try:
         before("join", None)
@@ -88,12 +92,8 @@ def act(role: Role, pipe: Connection) -> None:
                 target.poison()
             pipe.send(("started", version))
             report = refit.run(version)
-            wrong = (
-                mismatches(target.contents(), tiny.expected(rank, role.targets, tiny.tensors(version)))
-                if target
-                else []
-            )
-            pipe.send(("report", version, report.digest, wrong))
+            wrong = mismatches(target.contents(), tiny.expected(*share, tiny.tensors(version))) if target else []
+            pipe.send(("report", version, report.digest, wrong, report.bytes, report.relayed_bytes))
     except WeftError as error:
         safe = target is None or "begin" not in done or bool(target.refused)
         pipe.send(("error", type(error).__name__, str(error), safe, -1 if target is None else target.version))
@@ -144,7 +144,7 @@ class Cast:
             process.join(10)
             self._pipes[name].close()
 
-    def until(self, name: str, what: str, seconds: float = 60.0) -> None:
+    def until(self, name: str, what: str, seconds: float = 180.0) -> None:
         """Wait for a process to say something."""
         limit = time.monotonic() + seconds
         while not any(said[0] == what for said in self.said[name]):
@@ -160,7 +160,7 @@ class Cast:
         """SIGSTOP."""
         os.kill(self._processes[name].pid, signal.SIGSTOP)
 
-    def ends(self, *names: str, seconds: float = 60.0) -> dict[str, list[tuple[Any, ...]]]:
+    def ends(self, *names: str, seconds: float = 180.0) -> dict[str, list[tuple[Any, ...]]]:
         """What these said until they closed; each process must have ended by itself with exit code 0."""
         limit = time.monotonic() + seconds
         for name in names:
@@ -169,7 +169,7 @@ class Cast:
             assert self._processes[name].exitcode == 0, f"{name} did not end: {self._processes[name].exitcode}"
         return {name: self.said[name] for name in names}
 
-    def errors(self, *names: str, seconds: float = 60.0) -> dict[str, tuple[Any, ...]]:
+    def errors(self, *names: str, seconds: float = 180.0) -> dict[str, tuple[Any, ...]]:
         """The error of each, as ("error", type, text, whether its target is untouched or refuses, its version)."""
         said = self.ends(*names, seconds=seconds)
         errors = {name: [entry for entry in entries if entry[0] == "error"] for name, entries in said.items()}
