@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -59,17 +65,27 @@ VISION: dict[str, Any] = {
 }
 
 
-def tiny(family: str) -> PreTrainedModel:
-    """A random model of a family, with its vision tower if it has one."""
+def tiny_config(family: str) -> PretrainedConfig:
+    """Of a random model of a family, with its vision tower if it has one."""
     sizes = COMMON | {"num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": None}
-    torch.manual_seed(1)
     if "_vl" in family:
-        config = AutoConfig.for_model(family, text_config=sizes, vision_config=VISION)
-        return AutoModelForImageTextToText.from_config(config)
+        return AutoConfig.for_model(family, text_config=sizes, vision_config=VISION)
     sizes |= EXPERTS | HYBRID.get(family, {})
     if family in ("deepseek_v3", "glm_moe_dsa"):
         sizes |= LATENT | {"index_n_heads": 2, "index_head_dim": 8}
         del sizes["head_dim"]
     if family == "gpt_oss":
         sizes["rope_parameters"] = {"rope_type": "default"}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    return AutoConfig.for_model(family, **sizes)
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Always the same for a config."""
+    torch.manual_seed(1)
+    maker = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    return maker.from_config(config)
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """A random model of a family."""
+    return random_model(tiny_config(family))
