@@ -118,7 +118,7 @@ def differences(
 
 
 @given(seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @pytest.mark.trap(1, 3, 4, 5, 8, 9, 13, 14, 72)
 def test_every_byte_is_what_an_independent_slice_gives(seed: int) -> None:
     """Padding keeps its poison: a plan writes pieces and nothing beside them."""
@@ -143,7 +143,7 @@ def test_the_executor_of_one_process_leaves_what_an_independent_slice_gives(seed
 
 
 @given(seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=500, deadline=None)
 @pytest.mark.trap(1, 3, 9, 10)
 def test_every_element_is_written_once_by_a_member_that_holds_it(seed: int) -> None:
     case = case_of(seed)
@@ -305,7 +305,7 @@ def broken(random: Random, case: Case) -> Case:
 
 
 @given(seeds)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @pytest.mark.trap(1, 3, 11, 12, 13)
 def test_there_is_a_plan_exactly_when_the_naive_planner_finds_no_fault(seed: int) -> None:
     random = Random(seed)
