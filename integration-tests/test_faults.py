@@ -54,6 +54,23 @@ def test_what_both_targets_want_leaves_the_trainers_once(store: str, transport: 
         assert min(passed_on) > first // 3
 
 
+@pytest.mark.trap(28, 75)
+@TRANSPORTS
+def test_a_thousand_refits_hold_no_more_than_a_hundred(store: str, transport: str) -> None:
+    """With relays; nothing is made again, and nothing is kept."""
+    with Cast(cast(store, transport, relay=True, versions=1000, limits=60.0)) as crew:
+        said = crew.ends(*NAMES)
+    for name in NAMES:
+        assert [entry for entry in said[name] if entry[0] == "report" and entry[3]] == []
+        counts = [entry[1:] for entry in said[name] if entry[0] == "resources"]
+        assert [version for version, *_ in counts] == list(range(100, 1001, 100)), said[name]
+        assert {made for _, made, *_ in counts} == {0}
+        assert {operations for _, _, operations, *_ in counts} <= {0, 1, 2}
+        resident, descriptors = [c[3] for c in counts], [c[4] for c in counts]
+        assert descriptors[-1] <= descriptors[0], (name, descriptors)
+        assert resident[-1] - resident[0] < 4 << 20, (name, resident)
+
+
 @pytest.mark.trap(40, 41, 48)
 @TRANSPORTS
 def test_a_target_that_dies_while_it_passes_on(store: str, transport: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ from weft.testing.tiny import Tiny, mismatches
 TINY = Tiny()
 LARGE = Tiny(layers=24, hidden=512, inner=1024)
 """Enough bytes that something can happen while they move."""
+_SAID = 2
+"""Versions that are reported one by one: nobody empties a pipe that fills meanwhile."""
+_COUNTED = 100
+"""Versions between two counts of what the process holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class Role:
     """Seconds of every deadline but the rendezvous."""
     rendezvous: float = 60.0
     large: bool = False
+    versions: int = 2
     relay: bool = False
     """Every target wants the whole model, on another host than the trainers', and they pass it on to each other."""
     fault: str = ""
@@ -50,7 +57,9 @@ class Role:
 
 
 def act(role: Role, pipe: Connection) -> None:
-    """One process: joins, refits versions 1 and 2, and sends ("report", …) or ("error", type, text) for each."""
+    """One process: joins, refits, and sends ("report", …) or ("error", type, text) for versions 1 and 2 and whatever is
+    wrong later, and ("resources", version, registrations and allocations, store operations, bytes, descriptors).
+    """
     torch.set_num_threads(1)
     tiny = LARGE if role.large else TINY
 
@@ -85,20 +94,32 @@ def act(role: Role, pipe: Connection) -> None:
         before("join", None)
         refit.open()
         pipe.send(("joined",))
-        for version in (1, 2):
+        for version in range(1, role.versions + 1):
             if source is not None:
                 source.load(tiny.tensors(version))
             if target is not None:
                 target.poison()
-            pipe.send(("started", version))
+            if version <= _SAID:
+                pipe.send(("started", version))
             report = refit.run(version)
             wrong = mismatches(target.contents(), tiny.expected(*share, tiny.tensors(version))) if target else []
-            pipe.send(("report", version, report.digest, wrong, report.bytes, report.relayed_bytes))
+            if wrong or version <= _SAID:
+                pipe.send(("report", version, report.digest, wrong, report.bytes, report.relayed_bytes))
+            if not version % _COUNTED:
+                made = report.registrations + report.allocations
+                pipe.send(("resources", version, made, report.store_operations, *_resources()))
     except WeftError as error:
         safe = target is None or "begin" not in done or bool(target.refused)
         pipe.send(("error", type(error).__name__, str(error), safe, -1 if target is None else target.version))
     refit.close()
     pipe.send(("closed",))
+
+
+def _resources() -> tuple[int, int]:
+    """(resident bytes, open file descriptors) of this process."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
 
 
 def _faulty(tiny: Tiny, role: Role) -> Any:
