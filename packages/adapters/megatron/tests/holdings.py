@@ -21,7 +21,7 @@ def logical_state(config: Mapping[str, Any]) -> State:
 def holdings(config: Mapping[str, Any], state: State, place: Place, padded: int, spec: Spec) -> State:
     """Every parameter of one rank."""
     if config["model_type"] == HYBRID:
-        return hybrid_shard(config, state, place, padded, engine=spec.fused)
+        return hybrid_shard(config, state, place, padded, engine=spec.fused, grouped=spec is Spec.GROUPED)
     held = megatron_shard(config, state, place, padded, engine=spec.fused)
     if spec.legacy:
         held = legacy_names(held)

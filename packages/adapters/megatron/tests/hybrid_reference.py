@@ -14,7 +14,7 @@ from .reference import Place, Sharding, State
 
 KINDS = {"linear_attention": "mixer.in_proj", "full_attention": "self_attention.linear_qkv", "mlp": "mlp.linear_fc1"}
 """First linear layer of a kind of layer."""
-NORMS = {"linear_attention": "norm", "full_attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}
+NORMS = {"linear_attention": "norm", "full_attention": "input_layernorm"}
 
 
 def hybrid_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -43,6 +43,14 @@ def hybrid_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         },
         "mlp": {"up_proj.weight": (wide, hidden), "down_proj.weight": (hidden, wide)},
     }
+    if "moe" in config["layers_block_type"]:
+        count, wide, shared = (
+            config[name]
+            for name in ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+        )
+        mixers["moe"] = {"gate.weight": (count, hidden), "gate.e_score_correction_bias": (count,)}
+        for at, width in {"shared_experts": shared, **{f"experts.{n}": wide for n in range(count)}}.items():
+            mixers["moe"] |= {f"{at}.up_proj.weight": (width, hidden), f"{at}.down_proj.weight": (hidden, width)}
     shapes: dict[str, tuple[int, ...]] = {
         "backbone.embeddings.weight": (vocabulary, hidden),
         "backbone.norm_f.weight": (hidden,),
@@ -55,8 +63,10 @@ def hybrid_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def hybrid_shard(config: Mapping[str, Any], state: State, place: Place, padded: int, *, engine: bool) -> State:
-    """What Megatron holds on one rank; `engine` is Transformer Engine's specification."""
+def hybrid_shard(
+    config: Mapping[str, Any], state: State, place: Place, padded: int, *, engine: bool, grouped: bool
+) -> State:
+    """What Megatron holds on one rank; `engine` is Transformer Engine's specification, `grouped` with its experts."""
     shard = Sharding(config, state, place, padded)
     stage, stages = place.pp
     held: State = {}
@@ -64,7 +74,9 @@ def hybrid_shard(config: Mapping[str, Any], state: State, place: Place, padded: 
         held["embedding.word_embeddings.weight"] = shard.vocabulary(state["backbone.embeddings.weight"])
     for layer in torch.arange(len(config["layers_block_type"])).chunk(stages)[stage].tolist():
         kind, at, local = config["layers_block_type"][layer], f"backbone.layers.{layer}.", f"decoder.layers.{layer}."
-        norm = f"{KINDS[kind]}.layer_norm_weight" if engine else f"{NORMS[kind]}.weight"
+        norm = f"{NORMS.get(kind, 'pre_mlp_layernorm')}.weight"
+        if engine and kind in KINDS:
+            norm = f"{KINDS[kind]}.layer_norm_weight"
         held[local + norm] = state[at + "norm.weight"]
         own = {name.removeprefix(at + "mixer."): tensor for name, tensor in state.items() if name.startswith(at)}
         if kind == "linear_attention":
@@ -74,6 +86,8 @@ def hybrid_shard(config: Mapping[str, Any], state: State, place: Place, padded: 
                 "self_attention.linear_qkv.weight": shard.qkv(at + "mixer.", "weight"),
                 "self_attention.linear_proj.weight": shard.columns(own["o_proj.weight"]),
             }
+        elif kind == "moe":
+            mixer = _experts(shard, own, grouped=grouped)
         else:
             mixer = {
                 "mlp.linear_fc1.weight": shard.rows(own["up_proj.weight"]),
@@ -101,3 +115,19 @@ def _mamba(shard: Sharding, own: State) -> State:
         **{f"mixer.{name}": shard.rows(own[name]) for name in ("dt_bias", "A_log", "D", "norm.weight")},
         "mixer.out_proj.weight": shard.columns(own["out_proj.weight"]),
     }
+
+
+def _experts(shard: Sharding, own: State, *, grouped: bool) -> State:
+    (rank, ranks), (part, parts) = shard.place.ep, shard.place.etp
+    held = {
+        "mlp.router.weight": own["gate.weight"],
+        "mlp.router.expert_bias": own["gate.e_score_correction_bias"],
+        "mlp.shared_experts.linear_fc1.weight": shard.rows(own["shared_experts.up_proj.weight"]),
+        "mlp.shared_experts.linear_fc2.weight": shard.columns(own["shared_experts.down_proj.weight"]),
+    }
+    for expert in torch.arange(shard.config["n_routed_experts"]).chunk(ranks)[rank].tolist():
+        up, down = (own[f"experts.{expert}.{name}_proj.weight"] for name in ("up", "down"))
+        for linear, weight in (("fc1", up.chunk(parts)[part]), ("fc2", down.chunk(parts, 1)[part])):
+            local = f"linear_{linear}.weight{expert}" if grouped else f"local_experts.{expert}.linear_{linear}.weight"
+            held[f"mlp.experts.{local}"] = weight
+    return held

@@ -62,8 +62,10 @@ def make_latent(**changes: Any) -> dict[str, Any]:
     return make_config(**(latent | changes))
 
 
-def biased(config: dict[str, Any]) -> bool:
-    """Whether experts have biases."""
+def unfit_for_legacy(config: dict[str, Any]) -> bool:
+    """Whether experts have biases, or no gates."""
+    if "moe" in config.get("layers_block_type", ()):
+        return True
     return config["model_type"] == "gpt_oss" or ("num_experts" in config and config.get("mlp_bias", False))
 
 
@@ -193,12 +195,14 @@ def delta_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
 
 @st.composite
 def hybrid_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
-    """The same of layers of Mamba, of attention and of MLPs."""
-    tp, pp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3))
+    """The same of layers of Mamba, of attention, of MLPs and of experts."""
+    tp, pp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = {"tp": tp, "pp": pp, "dp": dp, "etp": draw(st.sampled_from(divisors(tp * dp)))}
+    sizes["ep"] = draw(st.sampled_from(divisors(tp * dp // sizes["etp"])))
     groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6) if n % tp == 0 or tp % n == 0]))
     queries = draw(st.sampled_from([n for n in range(1, 9) if n * groups % tp == 0]))
     layers, state_groups = pp * draw(st.integers(1, 3)), tp * draw(st.integers(1, 2))
-    kinds = ["linear_attention", "full_attention", "mlp"]
+    kinds = ["linear_attention", "full_attention", "mlp", "moe"]
     config = make_config(
         model_type="nemotron_h",
         hidden_size=draw(st.integers(1, 5)),
@@ -208,6 +212,10 @@ def hybrid_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
         num_key_value_heads=groups,
         head_dim=draw(st.sampled_from([n for n in range(1, 9) if groups * (queries + 2) * n % tp == 0])),
         intermediate_size=tp * draw(st.integers(1, 4)),
+        n_routed_experts=sizes["ep"] * draw(st.integers(1, 3)),
+        num_experts_per_tok=1,
+        moe_intermediate_size=sizes["etp"] * draw(st.integers(1, 3)),
+        moe_shared_expert_intermediate_size=tp * draw(st.integers(1, 2)),
         mamba_num_heads=state_groups * draw(st.integers(1, 2)),
         mamba_head_dim=draw(st.integers(1, 3)),
         n_groups=state_groups,
@@ -215,7 +223,7 @@ def hybrid_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
         conv_kernel=draw(st.integers(1, 4)),
         vocab_size=draw(st.integers(1, 40)),
     )
-    return config, {"tp": tp, "pp": pp, "dp": draw(st.integers(1, 2))}, draw(st.sampled_from([1, 2, 5, 16]))
+    return config, sizes, draw(st.sampled_from([1, 2, 5, 16]))
 
 
 def write(layout: Layout, state: State) -> State:
@@ -245,7 +253,7 @@ def test_every_rank_holds_what_independent_slicing_gives(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
     config, sizes, divisor = job
-    assume(not (spec.legacy and biased(config)))
+    assume(not (spec.legacy and unfit_for_legacy(config)))
     state, padded = logical_state(config), padded_vocabulary(config["vocab_size"], divisor, sizes["tp"])
     if read_config(config).experts is None:
         sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
@@ -277,7 +285,7 @@ def test_names_of_all_ranks_together_are_those_of_the_map(
     job: tuple[dict[str, Any], dict[str, int], int], spec: Spec
 ) -> None:
     config, sizes, divisor = job
-    assume(not (spec.legacy and biased(config)))
+    assume(not (spec.legacy and unfit_for_legacy(config)))
     model = read_config(config)
     if model.experts is None:
         sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
@@ -504,7 +512,7 @@ def make_hybrid(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers_block_type": ["mamba", "moe"]}, "a layer of moe"),
+        ({"layers_block_type": ["mamba", "window"], "moe_latent_size": 8}, "moe_latent_size=8, a layer of window"),
         ({"use_bias": True, "tie_word_embeddings": True}, "use_bias=True, tie_word_embeddings=True"),
         ({"mlp_hidden_act": "silu", "use_conv_bias": False}, "use_conv_bias=False, mlp_hidden_act='silu'"),
     ],
@@ -537,3 +545,10 @@ def test_rates_and_skips_of_mamba_may_be_in_float32_with_the_norms() -> None:
         "norm.weight", "mixer.A_log", "mixer.D", "decoder.layers.1.pre_mlp_layernorm.weight",
         "decoder.final_norm.weight",
     }  # fmt: skip
+
+
+def test_experts_without_gates_have_no_legacy_layout() -> None:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+    config = make_hybrid(layers_block_type="ME", moe_shared_expert_intermediate_size=6, **experts)
+    with pytest.raises(ConfigError, match="the legacy grouped layout is not mapped for experts without gates"):
+        MegatronAdapter(spec=Spec.LEGACY).layouts(config, {}, "float32")

@@ -16,7 +16,6 @@ from .arrivals import EXPERT_SIZES, EXPERTS, MODEL, check_arrival, members
 from .holdings import logical_state
 
 DENSE = ("llama", "qwen2", "qwen3")
-WITHOUT_EXPERTS = (*DENSE, "nemotron_h")
 HEAD = 2
 
 
@@ -94,7 +93,8 @@ def hybrid_configs(draw: st.DrawFn) -> dict[str, Any]:
     """The same with layers of one kind each."""
     return draw(configs()) | {
         "model_type": "nemotron_h",
-        "layers_block_type": draw(st.permutations(["linear_attention", "full_attention", "linear_attention", "mlp"])),
+        "layers_block_type": draw(st.permutations(["linear_attention", "full_attention", "moe", "mlp"])),
+        "moe_shared_expert_intermediate_size": 4,
         "num_hidden_layers": 4,
         "mamba_num_heads": 4 * draw(st.integers(1, 2)),
         "mamba_head_dim": draw(st.integers(1, 3)),
@@ -108,7 +108,7 @@ def hybrid_configs(draw: st.DrawFn) -> dict[str, Any]:
 
 def meshed(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
     """The sizes without expert axes for a model that has no experts."""
-    if config["model_type"] in WITHOUT_EXPERTS:
+    if config["model_type"] in DENSE:
         return {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
     more = {"mtp": config["num_nextn_predict_layers"]} if "num_nextn_predict_layers" in config else {}
     # Experts with biases are not divided.

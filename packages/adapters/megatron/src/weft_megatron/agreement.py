@@ -46,7 +46,11 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
         for name, value in expected.items()
         if name not in ignored and getattr(config, name) != value
     ]
-    if model.experts and _sparse_layers(config) != {layer for layer in model.sparse_layers if layer < model.layers}:
+    if (
+        model.experts
+        and not hybrid
+        and _sparse_layers(config) != {layer for layer in model.sparse_layers if layer < model.layers}
+    ):
         faults.append(
             f"the model was built with moe_layer_freq={config.moe_layer_freq!r}, {model.family} of this config has "
             f"experts in the layers {sorted(model.sparse_layers)}"

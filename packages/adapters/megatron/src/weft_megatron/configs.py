@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from weft.errors import ConfigError, NotSupportedError
 from weft_megatron.family import (
     ATTENTION,
+    EXPERTS,
     MAMBA,
     MLP,
     DecoderModel,
@@ -161,11 +162,11 @@ def _nemotron_h(config: Config) -> DecoderModel:
     """`NemotronHBlock`: one mixer per layer, in older files by the letters of Megatron's pattern."""
     names = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel")
     kinds = config.get("layers_block_type") or config.get("layer_types") or config.get("hybrid_override_pattern") or ""
-    pattern = "".join(_BLOCKS.get(kind, "E") for kind in kinds)
+    pattern = "".join(_BLOCKS.get(kind, "?") for kind in kinds)
     config = {"num_hidden_layers": len(pattern)} | dict(config)
     _require(config, (*_SIZES, "head_dim", *names))
     needed = {"use_conv_bias": True, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu"}
-    without = ("use_bias", "attention_bias", "mlp_bias", "mamba_proj_bias", "tie_word_embeddings")
+    without = ("use_bias", "attention_bias", "mlp_bias", "mamba_proj_bias", "tie_word_embeddings", "moe_latent_size")
     unmapped = [f"{name}={config[name]!r}" for name, value in needed.items() if config.get(name, value) != value]
     unmapped += [f"{name}={config[name]!r}" for name in without if config.get(name)]
     unmapped += [f"a layer of {kind}" for kind in dict.fromkeys(kinds) if kind not in _BLOCKS]
@@ -175,13 +176,20 @@ def _nemotron_h(config: Config) -> DecoderModel:
         count = config["num_hidden_layers"]
         raise ConfigError(f"config of nemotron_h: num_hidden_layers is {count}, and it has the kinds of {len(pattern)}")
     heads, head, groups, state, kernel = (int(config[name]) for name in names)
-    return _decoder(config, hybrid=Hybrid(pattern, heads, head, groups, state, kernel))
+    sparse = [layer for layer, kind in enumerate(pattern) if kind == EXPERTS]
+    experts = None
+    if sparse:
+        _require(config, ("moe_shared_expert_intermediate_size", "n_routed_experts", "moe_intermediate_size"))
+        shared = int(config["moe_shared_expert_intermediate_size"])
+        experts = _corrected_experts(config, sparse, shared)
+    return _decoder(config, experts=experts, hybrid=Hybrid(pattern, heads, head, groups, state, kernel))
 
 
 _BLOCKS = {
     **dict.fromkeys(("linear_attention", "mamba", MAMBA), MAMBA),
     **dict.fromkeys(("full_attention", "attention", ATTENTION), ATTENTION),
     **dict.fromkeys(("mlp", MLP), MLP),
+    **dict.fromkeys(("moe", EXPERTS), EXPERTS),
 }
 """What files of Nemotron-H call kinds of layers."""
 
@@ -191,15 +199,19 @@ def _sigmoid_experts(config: Config) -> Experts | None:
     first, step = int(config.get("first_k_dense_replace") or 0), int(config.get("moe_layer_freq") or 1)
     count = int(config["num_hidden_layers"]) + _predictors(config)
     layers = [layer for layer in range(first, count) if layer % step == 0]
+    shared = int(config.get("n_shared_experts") or 0) * int(config["moe_intermediate_size"])
+    return _corrected_experts(config, layers, shared) if layers else None
+
+
+def _corrected_experts(config: Config, layers: Sequence[int], shared: int) -> Experts:
+    """Chosen by sigmoids and a bias that balances, `shared` being the width of the one beside them."""
     groups = int(config.get("n_group") or 1), int(config.get("topk_group") or 1)
     scale = float(config.get("routed_scaling_factor") or 1.0)
-    if not layers:
-        return None
     return _experts(
         config,
         layers,
         normalized=bool(config.get("norm_topk_prob", True)),
-        shared=int(config.get("n_shared_experts") or 0) * int(config["moe_intermediate_size"]),
+        shared=shared,
         sigmoid=True,
         corrected=True,
         scale=None if scale == 1.0 else scale,

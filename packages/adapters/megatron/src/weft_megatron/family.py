@@ -53,7 +53,7 @@ class GatedDelta:
     """The layers that have it instead of attention, from 0."""
 
 
-MAMBA, ATTENTION, MLP = "M*-"
+MAMBA, ATTENTION, MLP, EXPERTS = "M*-E"
 """Letters of `Hybrid.pattern`."""
 
 
@@ -153,7 +153,7 @@ class DecoderModel:
     """Whether norms, but for the one behind the delta rule, multiply by one more than their weights."""
     delta: GatedDelta | None = None
     hybrid: Hybrid | None = None
-    """Where layers are of one kind each; MLPs then have no gate."""
+    """Where layers are of one kind each; MLPs and experts then have no gate."""
     latent: LatentAttention | None = None
     """Sizes of multi-latent attention where it takes the place of grouped queries."""
     predictors: int = 0
@@ -184,4 +184,6 @@ class DecoderModel:
     @property
     def dense_layers(self) -> frozenset[int]:
         """The layers that have one MLP and no experts."""
+        if self.hybrid:
+            return frozenset(layer for layer, kind in enumerate(self.hybrid.pattern) if kind == MLP)
         return frozenset(range(self.layers + self.predictors)) - self.sparse_layers

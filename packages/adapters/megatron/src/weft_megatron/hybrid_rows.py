@@ -1,4 +1,4 @@
-"""Lines of the table for hybrids of Mamba, attention and MLPs: one of them, and a norm before it, in every layer.
+"""Lines of the table for hybrids of Mamba, attention, MLPs and experts: one of these in every layer, behind a norm.
 
 From Megatron-Core 0.16: `models/mamba/mamba_layer_specs.py` and `ssm/mamba_block.py` (names), `ssm/mamba_mixer.py`
 (rows of `in_proj` and channels of `conv1d`: its `sharded_state_dict`). On disk as `modeling_nemotron_h.py` of
@@ -7,10 +7,12 @@ transformers, under the names of its checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from weft_megatron.family import ATTENTION, MAMBA, MLP, DecoderModel, Hybrid
-from weft_megatron.rows import DECODER_LAYER, LAYER, Row, Spec, Split
+from weft_megatron.family import ATTENTION, EXPERTS, MAMBA, MLP, DecoderModel, Experts, Hybrid
+from weft_megatron.mlp_rows import EXPERT_BIAS
+from weft_megatron.rows import DECODER_LAYER, EXPERT, LAYER, Row, Spec, Split
 
 
 def hybrid_embedding_rows(model: DecoderModel) -> list[Row]:
@@ -31,13 +33,13 @@ def hybrid_output_rows(model: DecoderModel) -> list[Row]:
 def hybrid_rows(model: DecoderModel, hybrid: Hybrid, spec: Spec, layer: int) -> list[Row]:
     """One layer."""
     kind = hybrid.pattern[layer]
-    first, norm = {
-        MAMBA: ("mixer.in_proj", "norm"),
-        ATTENTION: ("self_attention.linear_qkv", "input_layernorm"),
-        MLP: ("mlp.linear_fc1", "pre_mlp_layernorm"),
-    }[kind]
-    before = f"{first}.layer_norm_weight" if spec.fused else f"{norm}.weight"
-    own = {MAMBA: _mamba_rows, ATTENTION: _attention_rows, MLP: _mlp_rows}[kind](model, hybrid)
+    if kind == EXPERTS and model.experts:
+        # Nothing but a linear layer can take in a norm, and a mixture of experts begins with its router.
+        before, own = "pre_mlp_layernorm.weight", _expert_rows(model, model.experts, spec)
+    else:
+        first, norm, rows = _KINDS[kind]
+        before = f"{first}.layer_norm_weight" if spec.fused else f"{norm}.weight"
+        own = rows(model, hybrid)
     return [_row(before, ["norm.weight"], [(model.hidden,)], Split.REPLICATED), *own]
 
 
@@ -72,12 +74,40 @@ def _attention_rows(model: DecoderModel, hybrid: Hybrid) -> list[Row]:
 
 
 def _mlp_rows(model: DecoderModel, hybrid: Hybrid) -> list[Row]:
-    """Without a gate."""
-    wide, hidden = model.intermediate, model.hidden
+    return _plain_rows(model, "mlp.{linear}.weight", "mixer", model.intermediate)
+
+
+def _plain_rows(model: DecoderModel, local: str, logical: str, wide: int) -> list[Row]:
+    """An MLP without a gate; `local` is a template of its weights' names by linear layer."""
+    up, down = ([f"{logical}.{name}_proj.weight"] for name in ("up", "down"))
     return [
-        _row("mlp.linear_fc1.weight", ["mixer.up_proj.weight"], [(wide, hidden)], Split.ROWS),
-        _row("mlp.linear_fc2.weight", ["mixer.down_proj.weight"], [(hidden, wide)], Split.COLUMNS),
+        _row(local.format(linear="linear_fc1"), up, [(wide, model.hidden)], Split.ROWS),
+        _row(local.format(linear="linear_fc2"), down, [(model.hidden, wide)], Split.COLUMNS),
     ]
+
+
+def _expert_rows(model: DecoderModel, experts: Experts, spec: Spec) -> list[Row]:
+    """As `mlp_rows.expert_rows`, without gates."""
+    grouped, single = "mlp.experts.{linear}.weight{{expert}}", "mlp.experts.local_experts.{{expert}}.{linear}.weight"
+    local = grouped if spec is Spec.GROUPED else single
+    bias = "mixer.gate.e_score_correction_bias"
+    return [
+        _row("mlp.router.weight", ["mixer.gate.weight"], [(experts.count, model.hidden)], Split.REPLICATED),
+        _row(f"mlp.{EXPERT_BIAS}", [bias], [(experts.count,)], Split.REPLICATED),
+        *_plain_rows(model, "mlp.shared_experts.{linear}.weight", "mixer.shared_experts", experts.shared),
+        *(
+            replace(row, expert=True)
+            for row in _plain_rows(model, local, f"mixer.experts.{EXPERT}", experts.intermediate)
+        ),
+    ]
+
+
+_KINDS: Mapping[str, tuple[str, str, Callable[[DecoderModel, Hybrid], list[Row]]]] = {
+    MAMBA: ("mixer.in_proj", "norm", _mamba_rows),
+    ATTENTION: ("self_attention.linear_qkv", "input_layernorm", _attention_rows),
+    MLP: ("mlp.linear_fc1", "pre_mlp_layernorm", _mlp_rows),
+}
+"""First linear layer, the norm before it where that is a module of its own, and the lines, by the kind of layer."""
 
 
 def _row(

@@ -182,5 +182,7 @@ def _check_divisible(model: DecoderModel, stage: Stage, spec: Spec) -> None:
         faults.append(f"experts with biases do not divide among etp={stage.expert_tensor.size} ranks")
     if model.experts and spec.legacy and model.linear_bias:
         faults.append("the legacy grouped layout has no biases")
+    if model.experts and spec.legacy and model.hybrid:
+        faults.append("the legacy grouped layout is not mapped for experts without gates")
     if faults:
         raise ConfigError(f"{model.family}: {'; '.join(faults)}")
