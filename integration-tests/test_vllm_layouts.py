@@ -21,7 +21,7 @@ def test_recorded_and_analytic_layouts_are_equal_and_as_the_model_loads(tmp_path
     result = run_case("layout_case.py", {"tp": 1}, tmp_path)
     assert {name.split("-")[0] for name in result} == DENSE | MIXTURES
     assert len(result) > 300
-    assert [name for name, rank in result.items() if not rank["equal"]] == []
+    assert [name for name, rank in result.items() if not (rank["equal"] and rank["equal_in_any_order"])] == []
     loaded = {name: rank["otherwise"] for name, rank in result.items() if rank["otherwise"] is not None}
     assert len(loaded) > 100
     assert {name: wrong for name, wrong in loaded.items() if wrong} == {}

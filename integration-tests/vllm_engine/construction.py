@@ -6,12 +6,16 @@ What is refused is a kernel, or an import of something beside the model; no para
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from vllm.model_executor.layers.fused_moe import config as expert_config
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.models import registry
+from vllm.models import deepseek_v32
+from vllm.models.deepseek_v32.nvidia.model import DeepseekV32ForCausalLM
 from vllm.platforms.cpu import CpuPlatform
 
 
@@ -44,6 +48,20 @@ def _experts_without_gate() -> None:
     platform = expert_config.current_platform
     stand_in = SimpleNamespace(is_xpu=lambda: True)
     expert_config.current_platform = _Either(stand_in, platform)
+
+
+@contextmanager
+def as_on_nvidia(wanted: bool) -> Iterator[None]:
+    """Have GLM-5 built, if `wanted`, from the class that vLLM has for GPUs of NVIDIA."""
+    generic = deepseek_v32.GlmMoeDsaForCausalLM
+    if wanted:
+        deepseek_v32.GlmMoeDsaForCausalLM = DeepseekV32ForCausalLM
+    registry._try_load_model_cls.cache_clear()
+    try:
+        yield
+    finally:
+        deepseek_v32.GlmMoeDsaForCausalLM = generic
+        registry._try_load_model_cls.cache_clear()
 
 
 class _Either:

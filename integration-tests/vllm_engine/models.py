@@ -86,7 +86,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_next": {
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
-        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "linear_num_key_heads": 4, "linear_key_head_dim": 128, "linear_num_value_heads": 8,
+        "linear_value_head_dim": 128, "layer_types": ["linear_attention", "full_attention"],
     },
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp", "linear_attention"],

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FLOAT32 = ("mlp.gate.e_score_correction_bias",)
+FLOAT32 = ("mlp.gate.e_score_correction_bias", "linear_attn.A_log")
 """Kept in float32 whatever the engine's dtype."""
 ENGINE_NAMES = {"gpt_oss": {"embed_tokens": "embedding", "self_attn": "attn"}}
 """Parts of module paths that vLLM calls otherwise than the checkpoint."""
@@ -20,6 +20,14 @@ class Position:
     rank: int = 0
     ranks: int = 1
     expert_parallel: bool = False
+    stage: int = 0
+    stages: int = 1
+
+    def holds(self, name: str, layers: int) -> bool:
+        """Whether this stage has a parameter, of stages that divide the layers."""
+        if ".layers." in name:
+            return int(name.split(".")[2]) * self.stages // layers == self.stage
+        return self.stage == (0 if "embed_tokens" in name else self.stages - 1)
 
 
 def expected_parameters(
@@ -37,7 +45,12 @@ def expected_parameters(
         of = {
             name.removeprefix(f"{prefix}."): tensor for name, tensor in state.items() if name.startswith(f"{prefix}.")
         }
-        attention = _latent(of, config, at) if "self_attn.kv_b_proj.weight" in of else _grouped_query(of, config, at)
+        if "linear_attn.A_log" in of:
+            attention = _gated_delta(of, config, at)
+        elif "self_attn.kv_b_proj.weight" in of:
+            attention = _latent(of, config, at)
+        else:
+            attention = _grouped_query(of, config, at)
         parameters = {**attention, **_feed_forward(of, at)}
         parameters |= {name: tensor for name, tensor in of.items() if "norm" in name}
         out |= {f"{prefix}.{name}": tensor for name, tensor in parameters.items()}
@@ -47,6 +60,7 @@ def expected_parameters(
             torch.float32 if name.endswith(FLOAT32) else dtype
         ).contiguous()
         for name, tensor in out.items()
+        if at.holds(name, config["num_hidden_layers"])
     }
 
 
@@ -76,6 +90,18 @@ def _grouped_query(of: dict[str, torch.Tensor], config: dict[str, Any], at: Posi
     return out
 
 
+def _gated_delta(of: dict[str, torch.Tensor], config: dict[str, Any], at: Position) -> dict[str, torch.Tensor]:
+    """Rows of both projections stand together by key head; those of the convolution are all of q, then k, then v."""
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    q, k, v = of["linear_attn.conv1d.weight"].tensor_split([keys, 2 * keys])
+    cut = ("dt_bias", "A_log", "in_proj_qkvz.weight", "in_proj_ba.weight")
+    return {
+        "linear_attn.conv1d.weight": torch.cat([_mine(part, at) for part in (q, k, v)]),
+        "linear_attn.out_proj.weight": _mine(of["linear_attn.out_proj.weight"], at, 1),
+        **{f"linear_attn.{name}": _mine(of[f"linear_attn.{name}"], at) for name in cut},
+    }
+
+
 def _latent(of: dict[str, torch.Tensor], config: dict[str, Any], at: Position) -> dict[str, torch.Tensor]:
     narrow = torch.cat([of["self_attn.q_a_proj.weight"], of["self_attn.kv_a_proj_with_mqa.weight"]])
     wide = _mine(of["self_attn.kv_b_proj.weight"], at)
@@ -98,9 +124,11 @@ def _feed_forward(of: dict[str, torch.Tensor], at: Position) -> dict[str, torch.
         gate_up, down = _gated(of, "mlp", at)
         return {"mlp.gate_up_proj.weight": gate_up, "mlp.down_proj.weight": down}
     out = {name: tensor for name, tensor in of.items() if name.startswith("mlp.gate.")}
-    if "mlp.shared_experts.gate_proj.weight" in of:
-        gate_up, down = _gated(of, "mlp.shared_experts", at)
-        out |= {"mlp.shared_experts.gate_up_proj.weight": gate_up, "mlp.shared_experts.down_proj.weight": down}
+    out |= {name: tensor for name, tensor in of.items() if name == "mlp.shared_expert_gate.weight"}
+    for shared in ("mlp.shared_experts", "mlp.shared_expert"):
+        if f"{shared}.gate_proj.weight" in of:
+            gate_up, down = _gated(of, shared, at)
+            out |= {f"{shared}.gate_up_proj.weight": gate_up, f"{shared}.down_proj.weight": down}
     experts, cut = range(len(of["mlp.gate.weight"])), at
     if at.expert_parallel:
         here = len(experts) // at.ranks

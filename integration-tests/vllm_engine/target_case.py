@@ -16,7 +16,7 @@ from models import NEW_TOKENS, as_loaded, gaps, prompts, reference_tokens, save_
 from safetensors.torch import load_file
 from slices import Position, expected_parameters
 from vllm import LLM, SamplingParams
-from vllm._custom_ops import cpu_prepack_moe_weight
+from vllm._custom_ops import causal_conv1d_weight_pack, cpu_prepack_moe_weight
 
 from weft.contracts import Group
 from weft.testing.memory import box_of
@@ -57,13 +57,13 @@ def refit(worker: Any, path: str, version: int) -> None:
 
 def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
     """Compare every parameter with a slice made by hand. Packed weights of linears are read back by an identity; the
-    slices of packed experts go through vLLM's own packing.
+    slices of packed experts and convolutions go through vLLM's own packing.
     """
     model, parallel = worker.get_model(), worker.parallel_config
-    ranks = parallel.tensor_parallel_size
-    at = Position(worker.rank % ranks, ranks, parallel.enable_expert_parallel)
+    ranks, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    at = Position(worker.rank % ranks, ranks, parallel.enable_expert_parallel, worker.rank // ranks, stages)
     expected = expected_parameters(load_file(f"{path}/model.safetensors"), config, at, worker.model_config.dtype)
-    names = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
+    names = {name for name, _ in model.named_parameters()} | {"lm_head.weight"} & expected.keys()
     wrong, compared = sorted(names ^ expected.keys()), 0
     for name, want in expected.items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -71,6 +71,10 @@ def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
         if want.ndim == 2 and hasattr(module, "cpu_linear"):
             read = module.cpu_linear(torch.eye(want.shape[1], dtype=want.dtype), module.weight, None).T.contiguous()
             held = [tensor for tensor in held if tensor.numel()] + [read]
+        if hasattr(module, "_cpu_unpacked_conv_weight"):
+            plain = want.squeeze(1).contiguous()
+            wrong += [] if torch.equal(module._cpu_unpacked_conv_weight, plain) else [f"{name} beside the packed one"]
+            want = causal_conv1d_weight_pack(plain)
         if name.endswith(("w13_weight", "w2_weight")):
             want = cpu_prepack_moe_weight(want, module.quant_method.moe_kernel.fused_experts.isa)
         for tensor in held:
@@ -109,7 +113,8 @@ def main() -> None:
     models = [save_checkpoint(directory / name, seed=seed, **options) for seed, name in enumerate("ABC", 1)]
     llm = LLM(
         str(directory / "A"), skip_tokenizer_init=True, enforce_eager=True, dtype=case["dtype"], max_model_len=128,
-        tensor_parallel_size=case["tp"], enable_expert_parallel=case.get("ep", False),
+        tensor_parallel_size=case["tp"], pipeline_parallel_size=case.get("pp", 1),
+        enable_expert_parallel=case.get("ep", False),
         weight_transfer_config={"backend": "weft"},
         additional_config={"weft": {"cpu_linear": case["cpu_linear"]}} if case["cpu_linear"] else {},
     )  # fmt: skip
@@ -122,7 +127,7 @@ def main() -> None:
 
     config = models[0].config.to_dict()
     result: dict[str, Any] = {"ranks": llm.collective_rpc(build), "versions": []}
-    parallel = {"tp": case["tp"], "ep": case["tp"] if case.get("ep") else 1}
+    parallel = {"tp": case["tp"], "pp": case.get("pp", 1), "ep": case["tp"] if case.get("ep") else 1}
     analytic = adapter.layouts(config, parallel, case["dtype"])
     result["analytic_equal"] = [
         r.pop("encoded") == a.encoded.hex() for r, a in zip(result["ranks"], analytic, strict=True)
