@@ -87,7 +87,12 @@ NEXT = EXPERTS | {
 HYBRID = make_config(
     model_type="nemotron_h",
     tie_word_embeddings=False,
-    layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+    layers_block_type=["linear_attention", "mlp", "full_attention", "moe"],
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    moe_shared_expert_intermediate_size=12,
+    routed_scaling_factor=2.5,
     layer_norm_epsilon=1e-5,
     mamba_num_heads=8,
     mamba_head_dim=6,
@@ -145,7 +150,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dp4, mamba": (HYBRID, {}, "bare"),
     "tp2 pp2, mamba": (HYBRID, TP2 | PP2, "bare"),
     "tp4, mamba, wrapped": (HYBRID, TP4, "float16"),
-    "tp2, mamba, float32 norms": (HYBRID, TP2, "bare-bfloat16"),
+    "tp2 ep2 etp1, mamba, float32 norms": (HYBRID, TP2 | EP2 | ETP1, "bare-bfloat16"),
     "ep2 etp2, legacy grouped": (EXPERTS, EP2 | ETP2, "legacy"),
     "ep2 etp2, renamed as grouped": (EXPERTS, EP2 | ETP2, "grouped"),
 }

@@ -124,7 +124,12 @@ NEXT = EXPERTS | {
     "rope_parameters": PARTLY,
 }
 HYBRID = {
-    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+    "layers_block_type": ["linear_attention", "moe", "mlp", "full_attention"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 8,
+    "routed_scaling_factor": 2.5,
     "layer_norm_epsilon": 1e-5,
     "mamba_num_heads": 8,
     "mamba_head_dim": 6,
@@ -155,7 +160,7 @@ RUNS += [
     (name, mesh) for name in ("mixtral", "deepseek", "glm", "glm 5") for mesh in ("tp2 pp2", "ep4", "tp2 ep2 etp1")
 ]
 RUNS += [("gated delta", mesh) for mesh in ("tp1", "tp2", "tp4", "tp2 pp2", "tp2 ep2 etp1")]
-RUNS += [("mamba", mesh) for mesh in MESHES]
+RUNS += [("mamba", mesh) for mesh in (*MESHES, "tp2 ep2 etp1")]
 # Megatron does not divide experts with biases.
 RUNS += [("deepseek without a query vector", "tp4"), *(("gpt-oss", mesh) for mesh in ("tp1", "ep4", "tp2 ep2 etp1"))]
 Logits = npt.NDArray[np.float32]

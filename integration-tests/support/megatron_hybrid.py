@@ -1,4 +1,4 @@
-"""Megatron-Core's hybrids of Mamba, attention and MLPs, from Hugging Face configs, on CPU.
+"""Megatron-Core's hybrids of Mamba, attention, MLPs and experts, from Hugging Face configs, on CPU.
 
 What runs is `MambaModel` with its own `MambaMixer`; Triton kernels, which need a GPU, are answered in torch.
 """
@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.mamba import MambaModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -28,11 +29,23 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from weft_cli.demo import megatron_on_cpu
 
 Config = Mapping[str, Any]
-LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
+LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 
 
 def hybrid_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of a Nemotron-H, for the groups that exist in this process."""
+    experts: dict[str, Any] = {}
+    if "moe" in config["layers_block_type"]:
+        experts = {
+            "num_moe_experts": config["n_routed_experts"],
+            "moe_ffn_hidden_size": config["moe_intermediate_size"],
+            "moe_shared_expert_intermediate_size": config["moe_shared_expert_intermediate_size"],
+            "moe_router_topk": config["num_experts_per_tok"],
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
+            **megatron_on_cpu.experts_on_cpu(),
+        }
     named = dict(config) | {"num_hidden_layers": len(config["layers_block_type"])}
     return megatron_on_cpu.transformer_config(
         named | {"rms_norm_eps": config["layer_norm_epsilon"]},
@@ -44,6 +57,7 @@ def hybrid_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         mamba_num_groups=config["n_groups"],
         mamba_state_dim=config["ssm_state_size"],
         use_mamba_mem_eff_path=False,
+        **experts,
     )
 
 
@@ -104,6 +118,14 @@ def _stack() -> ModuleSpec:
             submodules=TransformerLayerSubmodules(
                 pre_mlp_layernorm=WrappedTorchNorm,
                 mlp=ModuleSpec(module=MLP, submodules=mlp),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        ),
+        moe_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=WrappedTorchNorm,
+                mlp=get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False),
                 mlp_bda=get_bias_dropout_add,
             ),
         ),
