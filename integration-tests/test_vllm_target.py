@@ -15,11 +15,14 @@ CASES: list[dict[str, Any]] = [
     {"family": "gpt_oss", "tied": False, "kv_heads": 2, "tp": 2, "dtype": "float32", "cpu_linear": ""},
     {"family": "deepseek_v3", "tied": False, "kv_heads": 4, "tp": 2, "dtype": "float32", "cpu_linear": ""},
     {"family": "qwen3_moe", "tied": False, "kv_heads": 2, "tp": 2, "dtype": "float32", "cpu_linear": ""},
+    {"family": "qwen3_next", "tied": False, "kv_heads": 2, "tp": 2, "dtype": "bfloat16", "cpu_linear": ""},
     {"family": "qwen3", "tied": False, "kv_heads": 2, "tp": 1, "pp": 2, "dtype": "float32", "cpu_linear": ""},
 ]
 DENSE = {"qwen2", "qwen3"}
 TIE = 0.06
 """As in `test_vllm_refit.py`; bfloat16 is no finer for logits of this size."""
+FLOAT32_TOO = {"qwen3_next": {"float32"}}
+"""Kept in float32 in every engine."""
 
 
 @pytest.mark.trap(1, 4, 5, 13, 14, 28, 53, 54, 55, 56)
@@ -36,7 +39,7 @@ def test_landed_weights_give_the_reference_tokens_and_bytes(case: dict[str, Any]
         assert rank["loader_landed"] == []
         assert rank["never_written_elements"] == 0
         assert (rank["scratch_bytes"] > 0) is (packed or case["family"] not in DENSE)
-        assert rank["dtypes"] == [case["dtype"]]
+        assert set(rank["dtypes"]) == {case["dtype"]} | FLOAT32_TOO.get(case["family"], set())
         assert rank["ties"] == ([["lm_head.weight", "model.embed_tokens.weight"]] if case["tied"] else [])
     if not packed:
         assert result["analytic_equal"] == [True] * case["tp"] * case.get("pp", 1)
@@ -44,10 +47,11 @@ def test_landed_weights_give_the_reference_tokens_and_bytes(case: dict[str, Any]
         assert version["changed"] is (number != 2), (
             "the third version repeats the second: the same weights, the same tokens"
         )
-        if (
-            case["family"] != "deepseek_v3"
-        ):  # vLLM's multi-latent attention on CPU gives other tokens, with or without weft
-            assert all(gap < TIE for gap in version["gaps"])
+        # vLLM's multi-latent attention on CPU gives other tokens, with or without weft; gated-delta layers, which run in
+        # bfloat16 only, are as far from the reference in an engine that loaded its weights itself
+        own = result["first_gaps"] if case["family"] == "qwen3_next" else []
+        if case["family"] != "deepseek_v3":
+            assert all(gap < TIE or gap in own for gap in version["gaps"])
         for rank in version["memory"]:
             assert rank["wrong"] == []
             assert rank["compared_bytes"] > 0
