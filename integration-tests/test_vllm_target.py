@@ -47,8 +47,8 @@ def test_landed_weights_give_the_reference_tokens_and_bytes(case: dict[str, Any]
         assert version["changed"] is (number != 2), (
             "the third version repeats the second: the same weights, the same tokens"
         )
-        # vLLM's multi-latent attention on CPU gives other tokens, with or without weft; gated-delta layers, which run in
-        # bfloat16 only, are as far from the reference in an engine that loaded its weights itself
+        # vLLM's multi-latent attention on CPU gives other tokens, with or without weft; gated-delta layers run in
+        # bfloat16 only, as far from the reference as in an engine that loaded its weights itself
         own = result["first_gaps"] if case["family"] == "qwen3_next" else []
         if case["family"] != "deepseek_v3":
             assert all(gap < TIE or gap in own for gap in version["gaps"])
