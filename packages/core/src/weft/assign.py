@@ -16,7 +16,7 @@ from weft.member import Member
 from weft.policy import Policy
 from weft.relays import passed_on_by
 from weft.rows import Rows
-from weft.table import Int64s, volume
+from weft.table import Int64s, distinct, volume
 
 _FEWEST_STEPS = 8
 """A box is cut along its outermost axis with so many steps per part, so that parts come out about as long as meant."""
@@ -53,29 +53,32 @@ def assign(
     holding = [np.flatnonzero(source_layout == n) for n in range(len(source_addresses))]
     set_of_class, sets = holder_sets(classes, joined.sources.layout, holding)
     shares = nearest(sets, set_of_class[boxes.box][wanted.box], wanted.target, members)
-    giver = np.full(len(wanted.target), -1, dtype=np.int64)
-    if policy.relay != "never":
+    size, sources = box_bytes[wanted.box], np.flatnonzero(source_layout >= 0)
+    held = None
+    if policy.relay == "never":
+        choice = choose_senders(shares, wanted.target, size, sources, policy.least_cut_bytes)
+        sender, cuts = choice.sender, choice.cuts
+    else:
         live = landing.scratch[boxes.target] < 0
         giver = passed_on_by(
             wanted, shares, members, policy.relay, tensor, landing.group[boxes.target], live, box_bytes
         )
-    first, later = np.flatnonzero(giver < 0), np.flatnonzero(giver >= 0)
-    choice = choose_senders(
-        shares.of(first), wanted.target[first], box_bytes[wanted.box[first]], np.flatnonzero(source_layout >= 0),
-        policy.least_cut_bytes,
-    )  # fmt: skip
-    sender, held = np.empty(len(giver), dtype=np.int64), np.full(len(giver), -1, dtype=np.int64)
-    sender[first], sender[later] = choice.sender, wanted.target[giver[later]]
-    held[later] = boxes.target[wanted.box[giver[later]]]
-    cuts = [replace(cut, copy=int(first[cut.copy])) for cut in choice.cuts]
+        first, later = np.flatnonzero(giver < 0), np.flatnonzero(giver >= 0)
+        choice = choose_senders(shares.of(first), wanted.target[first], size[first], sources, policy.least_cut_bytes)
+        cuts = tuple(replace(cut, copy=int(first[cut.copy])) for cut in choice.cuts)
+        sender, held = np.empty(len(giver), dtype=np.int64), np.full(len(giver), -1, dtype=np.int64)
+        sender[first], sender[later] = choice.sender, wanted.target[giver[later]]
+        held[later] = boxes.target[wanted.box[giver[later]]]
     boxes, copy, sender, box = _cut(wanted, sender, cuts, box_bytes)
 
     # Where a copy is read: a row of the sender's target layout where it passes on, or else any row of its source
     # layout that has the box.
-    layouts = len(source_addresses)
-    place = np.where(held[copy] < 0, source_layout[sender], layouts + held[copy])
-    width = layouts + len(joined.targets.tensor)
-    used, part = np.unique(box * width + place, return_inverse=True)
+    place, width = source_layout[sender], len(source_addresses)
+    layouts = width
+    if held is not None:
+        place = np.where(held[copy] < 0, place, layouts + held[copy])
+        width += len(joined.targets.tensor)
+    used, part = distinct(box * width + place, len(boxes.target) * width)
     box_of, place_of = used // width, used % width
     class_of, first_row = np.unique(classes * layouts + joined.sources.layout, return_index=True)
     found_at = np.searchsorted(class_of, boxes.box[box_of] * layouts + place_of)
@@ -129,14 +132,12 @@ def _cut(
                 senders.append(member)
                 ranges.append((low, high))
             begin = max(begin, end)
-    where = np.array(rows, dtype=np.int64)
-    keep = np.setdiff1d(np.arange(len(box)), where)
-    added = len(boxes.target) + np.arange(len(where), dtype=np.int64)
-    boxes = boxes.extend(box[where], ranges)
-    old = np.concatenate([keep, where])
-    order = np.argsort(old, kind="stable")
-    old = old[order]
-    return (
-        boxes, old, np.concatenate([sender[keep], np.array(senders, dtype=np.int64)])[order],
-        np.concatenate([box[keep], added])[order],
-    )  # fmt: skip
+    counts = np.ones(len(box), dtype=np.int64)
+    where, counts[[cut.copy for cut in cuts]] = np.array(rows, dtype=np.int64), 0
+    np.add.at(counts, where, 1)
+    old = np.repeat(np.arange(len(box)), counts)
+    parts = np.searchsorted(old, where) + np.arange(len(where)) - np.searchsorted(where, where)
+    sender, box = sender[old], box[old]
+    boxes, added = boxes.extend(box[parts], ranges), len(boxes.target)
+    sender[parts], box[parts] = senders, added + np.arange(len(where))
+    return boxes, old, sender, box

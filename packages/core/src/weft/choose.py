@@ -8,7 +8,7 @@ import numpy as np
 
 from weft.balance import fill_level, quotas
 from weft.holders import Shares
-from weft.table import Int64s, Ragged, pairs_by_key
+from weft.table import Int64s, Ragged, distinct, pairs_by_key, stable_order
 
 _TOLERANCE = 64
 """A copy between two senders' quotas goes to one of them when that shifts at most 1/64 of the mean load."""
@@ -52,7 +52,7 @@ def choose_senders(shares: Shares, target: Int64s, nbytes: Int64s, sources: Int6
     tolerance = max(1, int(demand.sum()) // max(1, len(sources)) // _TOLERANCE)
     sender = np.empty(len(target), dtype=np.int64)
     cuts: list[Cut] = []
-    met = np.zeros(0, dtype=np.int64)
+    met = np.zeros(count * count, dtype=bool)
     sizes = candidates.sizes[shares.share]
     for size in np.unique(sizes).tolist():
         rows = np.flatnonzero(sizes == size)
@@ -61,10 +61,10 @@ def choose_senders(shares: Shares, target: Int64s, nbytes: Int64s, sources: Int6
             sender[rows] = candidates.values[candidates.starts[share]]
         else:
             tier = _Tier(rows, share, target[rows], nbytes[rows])
-            entry, left = _follow(tier, candidates, quota, met, count, tolerance, least_cut)
+            entry, left = _follow(tier, candidates, quota, np.flatnonzero(met), count, tolerance, least_cut)
             cuts += _lay_out(tier, entry, left, candidates, tolerance, least_cut)
             sender[rows] = candidates.values[entry]
-        met = np.union1d(met, target[rows] * count + sender[rows])
+        met[target[rows] * count + sender[rows]] = True
     return Choice(sender, tuple(sorted(cuts, key=lambda cut: cut.copy)), bound)
 
 
@@ -86,7 +86,7 @@ def _follow(
     Returns the entry of `candidates.values` per copy (-1 where there is none) and the quotas that are left.
     """
     entry = np.full(len(tier.rows), -1, dtype=np.int64)
-    pairs, pair_of_copy = np.unique(tier.share * count + tier.target, return_inverse=True)
+    pairs, pair_of_copy = distinct(tier.share * count + tier.target, len(candidates) * count)
     pair, peer = pairs_by_key(pairs % count, met // count)
     keys = candidates.rows() * count + candidates.values
     query = pairs[pair] // count * count + met[peer] % count
@@ -98,7 +98,7 @@ def _follow(
     np.minimum.at(preferred, pair[known], place[known])
     wish = preferred[pair_of_copy]
     rows = np.flatnonzero(wish < len(keys))
-    rows = rows[np.argsort(wish[rows], kind="stable")]
+    rows = rows[stable_order(wish[rows], len(keys))]
     size, where = tier.nbytes[rows], wish[rows]
     end = np.cumsum(size)
     first = np.searchsorted(where, where)
@@ -121,19 +121,20 @@ def _lay_out(
 ) -> list[Cut]:
     """Lay what has no sender yet end to end, share by share, and cut it by quotas; fills in `entry`."""
     rows = np.flatnonzero(entry < 0)
-    rows = rows[np.argsort(tier.share[rows], kind="stable")]
+    rows = rows[stable_order(tier.share[rows], len(candidates))]
     if not len(rows):
         return []
     open_share = np.zeros(len(candidates), dtype=bool)
     open_share[tier.share[rows]] = True
     entries = np.flatnonzero(open_share[candidates.rows()])
     bounds = np.cumsum(quota[entries])
-    end = np.cumsum(tier.nbytes[rows])
-    begin = end - tier.nbytes[rows]
-    entry[rows] = entries[np.searchsorted(bounds, begin + tier.nbytes[rows] // 2, side="right")]
-    first, last = np.searchsorted(bounds, begin, side="right"), np.searchsorted(bounds, end - 1, side="right")
+    size = tier.nbytes[rows]
+    end = np.cumsum(size)
+    begin = end - size
+    entry[rows] = entries[_passed(bounds, begin + size // 2)]
+    first, last = _passed(bounds, begin), _passed(bounds, end - 1)
     cuts = []
-    for n in np.flatnonzero((first < last) & (tier.nbytes[rows] >= 2 * least_cut)).tolist():
+    for n in np.flatnonzero((first < last) & (size >= 2 * least_cut)).tolist():
         marks = [int(begin[n]), *bounds[first[n] : last[n]].tolist(), int(end[n])]
         if len(marks) == 3 and min(marks[1] - marks[0], marks[2] - marks[1]) <= tolerance:
             continue
@@ -146,3 +147,9 @@ def _lay_out(
             ends[-1] = marks[-1] - marks[0]
             cuts.append(Cut(int(tier.rows[rows[n]]), tuple(ends), tuple(senders)))
     return cuts
+
+
+def _passed(bounds: Int64s, values: Int64s) -> Int64s:
+    """How many of the bounds are at most each value; both ascend, and bounds are few."""
+    steps = np.bincount(np.searchsorted(values, bounds), minlength=len(values) + 1)
+    return np.cumsum(steps[: len(values)])

@@ -9,7 +9,7 @@ import numpy as np
 
 from weft.join import Joined, Overlaps
 from weft.member import Member
-from weft.table import Int64s, intersect, pairs_by_key, ragged_ranges, subtract, unique_rows
+from weft.table import Int64s, first_of_each, intersect, pairs_by_key, ragged_ranges, subtract, unique_rows
 
 _Range = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -88,7 +88,7 @@ def _count(
     sizes = starts[np.array(layouts) + 1] - first
     slot, box = ragged_ranges(first, sizes)
     counted = np.zeros(len(box), dtype=np.int64)
-    counted[np.unique(same[box], return_index=True)[1]] = 1
+    counted[first_of_each(same[box], len(same))] = 1
     chosen = np.flatnonzero(counted)
     tensor = joined.targets.tensor[boxes.target[box[chosen]]]
     several = np.bincount(tensor)[tensor] > 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weft.member import Member
-from weft.table import Int64s, Ragged, ragged_classes, ragged_ranges, unique_rows
+from weft.table import Int64s, Ragged, distinct, ragged_classes, ragged_ranges, unique_rows
 
 LEVELS = 5
 """Of locality: 0 same process, 1 same device, 2 same host, 3 same fabric domain, 4 further."""
@@ -56,7 +56,7 @@ def nearest(sets: Ragged, set_of_copy: Int64s, target: Int64s, members: Sequence
     """Group copies by their nearest holders. Copy i wants what set `set_of_copy[i]` holds, at member `target[i]`."""
     codes = places(members)
     owner, holder = sets.rows(), sets.values
-    pairs, pair_of_copy = np.unique(set_of_copy * len(members) + target, return_inverse=True)
+    pairs, pair_of_copy = distinct(set_of_copy * len(members) + target, len(sets) * len(members))
     wanted, at = pairs // len(members), pairs % len(members)
     level = np.full(len(pairs), LEVELS - 1, dtype=np.int64)
     for nearness in range(LEVELS - 2, -1, -1):

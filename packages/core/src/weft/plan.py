@@ -22,7 +22,7 @@ from weft.member import Member
 from weft.policy import Policy
 from weft.rows import Rows
 from weft.statistics import Statistics, statistics_of
-from weft.table import Int64s
+from weft.table import Int64s, distinct, stable_order
 
 PLANNER_VERSION = 2
 """Grows when equal inputs would give another plan; part of the fingerprint."""
@@ -109,7 +109,7 @@ class Plan:
     @cached_property
     def _rows(self) -> tuple[Int64s, Int64s, Int64s]:
         routes, numbers = self.routes, np.arange(self.count + 1)
-        order = np.argsort(routes.source, kind="stable")
+        order = stable_order(routes.source, self.count)
         return np.searchsorted(routes.target, numbers), order, np.searchsorted(routes.source[order], numbers)
 
     @property
@@ -121,7 +121,7 @@ class Plan:
     def most_peers(self) -> int:
         """Most others that one member sends to, or receives from; at least 1."""
         count = self.count
-        pairs = np.unique(self.routes.source * count + self.routes.target)
+        pairs, _ = distinct(self.routes.source * count + self.routes.target, count * count)
         pairs = pairs[pairs // count != pairs % count]
         most = [np.bincount(ends, minlength=1).max(initial=1) for ends in (pairs // count, pairs % count)]
         return int(max(most))

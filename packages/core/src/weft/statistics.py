@@ -9,7 +9,7 @@ import numpy as np
 
 from weft.copies import Loops, Parts, Routes
 from weft.member import Member
-from weft.table import Int64s, unique_rows, volume
+from weft.table import Int64s, distinct, first_of_each, stable_order, unique_rows, volume
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -51,7 +51,7 @@ def statistics_of(
     egress, ingress = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
     np.add.at(egress, routes.source, size)
     np.add.at(ingress, routes.target, size)
-    pairs = np.unique(routes.source * count + routes.target)
+    pairs, _ = distinct(routes.source * count + routes.target, count * count)
     pairs = pairs[pairs // count != pairs % count]
     peers = np.bincount(np.concatenate([pairs // count, pairs % count]), minlength=count)
     sources = np.array([m.is_source for m in members])
@@ -60,7 +60,7 @@ def statistics_of(
     host = np.array([hosts.setdefault(member.host, len(hosts)) for member in members], dtype=np.int64)
     far = np.flatnonzero(host[routes.source] != host[routes.target])
     _, box = unique_rows(np.concatenate([parts.tensor[:, None], parts.lo, parts.hi], axis=1))
-    _, once = np.unique(box[routes.part[far]] * len(hosts) + host[routes.target[far]], return_index=True)
+    once = first_of_each(box[routes.part[far]] * len(hosts) + host[routes.target[far]], len(box) * len(hosts))
     most, needed = int(ingress.max(initial=0)), _needed(routes, part_bytes, count)
     return Statistics(
         bytes=int(size.sum()), local_bytes=int(size[routes.source == routes.target].sum()),
@@ -96,7 +96,7 @@ def _segments(parts: Parts, loops: Loops, routes: Routes, count: int) -> int:
     run = run_elements(loops.sizes, loops.source_strides, loops.target_strides)
     runs = volume(np.zeros_like(loops.sizes), loops.sizes) // run
     pair = routes.source * count + routes.target
-    order = np.argsort(pair, kind="stable")
+    order = stable_order(pair, count * count)
     pair, part = pair[order], routes.part[order]
     here, there = part[:-1], part[1:]
     near = pair[1:] == pair[:-1]

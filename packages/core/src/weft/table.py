@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 Int64s = npt.NDArray[np.int64]
+_LONGEST_TABLE = 8
+"""Entries per key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,39 @@ def volume(lo: Int64s, hi: Int64s) -> Int64s:
     """Elements of every box, shape (n,)."""
     elements: Int64s = np.prod(hi - lo, axis=1, dtype=np.int64)
     return elements
+
+
+def distinct(keys: Int64s, bound: int) -> tuple[Int64s, Int64s]:
+    """(distinct keys, ascending; the number of each key's) of keys from 0 to `bound` - 1.
+
+    As numpy's `unique` with its inverse, but by looking up where a table is not much longer than the keys: that takes
+    a fiftieth of the time that sorting does.
+    """
+    if bound > _LONGEST_TABLE * len(keys) + (1 << 16):
+        found, number = np.unique(keys, return_inverse=True)
+        return found, number
+    present = np.zeros(bound, dtype=bool)
+    present[keys] = True
+    numbers = np.cumsum(present, dtype=np.int32)
+    return np.flatnonzero(present), numbers[keys].astype(np.int64) - 1
+
+
+def first_of_each(keys: Int64s, bound: int) -> Int64s:
+    """Where each distinct key from 0 to `bound` - 1 comes first, by key; see `distinct`."""
+    if bound > _LONGEST_TABLE * len(keys) + (1 << 16):
+        return np.unique(keys, return_index=True)[1]
+    first = np.full(bound, -1, dtype=np.int64)
+    first[keys[::-1]] = np.arange(len(keys) - 1, -1, -1)  # of several, the last one assigned stays
+    return first[first >= 0]
+
+
+def stable_order(keys: Int64s, bound: int) -> Int64s:
+    """Stable argsort of keys from 0 to `bound` - 1: by 16 bits at a time, which numpy counts instead of comparing."""
+    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    for shift in (16, 32, 48):
+        if bound > 1 << shift:
+            order = order[np.argsort(((keys[order] >> shift) & 0xFFFF).astype(np.uint16), kind="stable")]
+    return order
 
 
 def unique_rows(rows: Int64s) -> tuple[Int64s, Int64s]:
