@@ -333,3 +333,21 @@ def test_random_models_on_random_meshes_arrive_whole(store_url: str, random: Ran
         for name, wanted in expected.items():
             found = targets[rank.member.name].memory()[name].view(torch.uint8)
             assert torch.equal(found, raw(wanted)), f"{rank.member.name} {name}"
+
+
+def test_a_slot_that_is_free_before_the_sources_start_is_not_forgotten(store_url: str) -> None:
+    """Groups for which nothing comes land at once, and their credit is there before a source has been told to go."""
+    tiny, weights = Tiny(), Tiny().tensors(1)
+    parts = []
+    for rank in range(2):
+        source = MemorySource(f"trainer/{rank}", tiny.source(rank, 2))
+        parts.append(Part(source.name, trains(source, [weights]), source=source))
+    target = MemoryTarget("rollout0/0", tiny.target(0, 1, scratch_slots=1))
+    parts.append(Part(target.name, lambda refit: refit.receive(1), target=target, replica="rollout0", replica_size=1))
+    results = job(store_url, 2, policy=Policy(only=("2.*",))).run(parts)
+    assert not raised(results), results
+    landed, wanted = target.contents(), tiny.expected(0, 1, weights)
+    assert not mismatches(
+        {n: t for n, t in landed.items() if n.startswith("layer2")},
+        {n: t for n, t in wanted.items() if n.startswith("layer2")},
+    )

@@ -152,11 +152,12 @@ def _join(
         transport.connect(by_name[peer], endpoints[peer].address, deadline)
     transfers = transfer_program(made, program, endpoint, endpoints, members)
     prepared = transport.prepare(transfers, deadline)
+    held = source or target
     local = local_moves(made, program, source, target) if source and target else {}
     return Connection(
         me=announced, roles=roles, slice=made, program=program, endpoint=endpoint,
         wire=Wire(transport, announced, members), prepared=prepared,
-        sends=tuple(make_steps(made, program, endpoint, side, True)) if (side := source or target) else (),
+        sends=tuple(make_steps(made, program, endpoint, held, True)) if held else (),
         gates={} if source else gates(program, frozenset(roles.sources)),
         receives=tuple(make_steps(made, program, endpoint, target, False)) if target else (),
         local=local, source=source, target=target,

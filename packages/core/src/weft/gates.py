@@ -13,8 +13,9 @@ from weft.table import Int64s, pairs_by_key
 def gates(program: MemberProgram, sources: frozenset[str]) -> Mapping[int, frozenset[int]]:
     """Per bucket that a target passes on, the buckets from sources that write the memory it is read from.
 
-    Both by index. Memory is compared by its outermost bounds, so that a bucket may wait for more than it needs, but
-    only for what sources send in the same group: that comes whatever is passed on, so nobody waits in a ring.
+    Both by index. Memory is compared by the outermost bounds of a bucket in each buffer: a bucket may wait for more
+    than it needs, but only for what sources send in the same group. That comes whatever is passed on, so nobody waits
+    in a ring.
     """
     received = [bucket for bucket in program.receives if bucket.peer in sources]
     writer, written = _bounds(received, "target")
@@ -28,10 +29,14 @@ def gates(program: MemberProgram, sources: frozenset[str]) -> Mapping[int, froze
 
 
 def _bounds(buckets: Sequence[LoweredBucket], end: str) -> tuple[Int64s, Int64s]:
-    """(bucket, (buffer, first element, last element + 1)) of all copies of these buckets, at one of their ends."""
-    owner = np.repeat(np.arange(len(buckets), dtype=np.int64), [len(bucket.copies) for bucket in buckets])
-    rows = []
-    for each in (bucket.copies for bucket in buckets):
-        buffer, start, strides = (getattr(each, f"{end}_{what}") for what in ("buffer", "offset", "strides"))
-        rows.append(np.stack([buffer, start, start + ((each.sizes - 1) * strides).sum(axis=1) + 1], axis=1))
-    return owner, np.concatenate([np.zeros((0, 3), np.int64), *rows])
+    """(bucket, (buffer, first element, last element + 1)) for every buffer of these buckets, at one of their ends."""
+    owners, rows = [np.zeros(0, np.int64)], [np.zeros((0, 3), np.int64)]
+    for number, copies in enumerate(bucket.copies for bucket in buckets):
+        buffer, start, strides = (getattr(copies, f"{end}_{what}") for what in ("buffer", "offset", "strides"))
+        last = start + ((copies.sizes - 1) * strides).sum(axis=1)
+        order = np.argsort(buffer, kind="stable")
+        found, first = np.unique(buffer[order], return_index=True)
+        low, high = np.minimum.reduceat(start[order], first), np.maximum.reduceat(last[order], first)
+        owners.append(np.full(len(found), number, dtype=np.int64))
+        rows.append(np.stack([found, low, high + 1], axis=1))
+    return np.concatenate(owners), np.concatenate(rows)

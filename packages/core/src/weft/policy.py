@@ -32,7 +32,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """`lock_step`: sources push a version and wait until it is installed."""
     relay: str = "never"
     """`host`: what several targets of a replica on one host want comes there once and is passed on among them;
-    `domain`: the same within a fabric domain; `never`: sources send to every target themselves.
+    `domain`: the same within a fabric domain, whatever its hosts; `never`: sources send to every target themselves.
     """
     digests: bool = True
     """Whether every bucket's digest is compared before the vote."""

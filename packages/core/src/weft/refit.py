@@ -276,17 +276,23 @@ class Refit:
             *connection.target,
             found,
             clock,
+            roles.sources,
             partial=bool(self._policy.only),
         )
         relay = None
         if self._source is None and connection.sends:
             relay = Sender(
                 wire, connection.prepared, connection.sends, connection.scratch_slots, found, clock,
-                lambda bucket: receiver.has(connection.gates.get(bucket, ())),
+                lambda bucket: receiver.has(connection.gates[bucket]),
             )  # fmt: skip
         session = TargetSession(wire, found, self._target, receiver, relay, leader_name, leader, clock)
         installation = Installation(
-            loop, session, self._deadlines, account, len(connection.receives), connection.segments
+            loop,
+            session,
+            self._deadlines,
+            account,
+            len(connection.receives) + (len(connection.sends) if relay is not None else 0),
+            connection.segments,
         )
         self._installation = installation
         self._last_version = max(found, self._last_version)

@@ -44,20 +44,20 @@ def passed_on_by(
     )
     far, ring = far[size[ring] > 1], ring[size[ring] > 1]
     _, first = np.unique(ring * count + wanted.target[far], return_index=True)  # by ring, then by member
-    ring, row = ring[first], far[first]
+    row, ring_of = far[first], ring[first]
     source = np.array([m.is_source for m in members])
     able = live[wanted.box[row]] & ~source[wanted.target[row]]
-    givers = Ragged.by_key(ring[able], row[able], int(ring.max(initial=-1)) + 1)
+    givers = Ragged.by_key(ring_of[able], row[able], len(size))
     some = np.flatnonzero(givers.sizes)
     if not len(some):
         return found
     givers = Ragged(givers.starts[some], givers.sizes[some], givers.values)
     kind, _ = ragged_classes(Ragged(givers.starts, givers.sizes, wanted.target[givers.values]))
     nbytes_of = nbytes[wanted.box[givers.values[givers.starts]]]
-    chosen = np.full(int(ring.max()) + 1, -1, dtype=np.int64)
+    chosen = np.full(len(size), -1, dtype=np.int64)
     chosen[some] = givers.values[givers.starts + _turns(kind, nbytes_of, givers.sizes)]
     giver = chosen[ring]
-    found[row] = np.where(giver == row, -1, giver)
+    found[far] = np.where(wanted.target[giver] == wanted.target[far], -1, giver)
     return found
 
 

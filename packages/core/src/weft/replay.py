@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -72,6 +72,8 @@ class Sender:
         self._active: dict[str, list[tuple[Step, Work]]] = {peer: [] for peer in self._queues}
         self._scratch_slots = scratch_slots
         self._credit: dict[str, tuple[int, int]] = dict.fromkeys(self._queues, (0, 0))
+        self.groups = Counter(step.bucket.group for step in steps)
+        """Of the buckets that have not left yet."""
         self.nbytes = 0
 
     @property
@@ -92,11 +94,17 @@ class Sender:
     def step(self) -> None:
         """Do what can be done now."""
         for peer, works in self._active.items():
-            self._active[peer] = [(step, work) for step, work in works if not work.poll()]
+            left = []
+            for step, work in works:
+                if work.poll():
+                    self.groups[step.bucket.group] -= 1
+                    self.groups += Counter()  # only what is left
+                else:
+                    left.append((step, work))
+            self._active[peer] = left
         for peer, queue in self._queues.items():
             while queue and len(self._active[peer]) < POSTED_PER_PEER and self._may_go(peer, queue[0]):
                 self._post(queue.popleft())
-        self._wire.check(self.waiting_for)
 
     def _may_go(self, peer: str, step: Step) -> bool:
         bucket = step.bucket
@@ -139,9 +147,13 @@ class Receiver:
 
     def __init__(
         self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, Sequence[LocalMove]],
-        target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, *, partial: bool,
+        target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, sources: Collection[str], *,
+        partial: bool,
     ) -> None:  # fmt: skip
-        """`partial` says that groups for which nothing comes keep what they hold (`Policy.only`)."""
+        """`sources` are the members that send by themselves, others pass on; `partial` says that groups for which
+        nothing comes keep what they hold (`Policy.only`).
+        """
+        self._sources = sources
         self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
         self._steps = {step.bucket.index: step for step in steps}
         self._local, self._target, self._layout, self._memory = local, target, layout, memory
@@ -172,26 +184,33 @@ class Receiver:
         return self._next == len(self._groups)
 
     def waiting_for(self) -> list[str]:
-        """Senders whose buckets are still missing."""
-        return sorted({step.bucket.peer for step in self._steps.values()})
+        """Senders whose buckets are missing; those that pass on only when all sources' are here: they wait, too."""
+        senders = {step.bucket.peer for step in self._steps.values()}
+        return sorted(senders.intersection(self._sources) or senders)
 
     def has(self, buckets: Iterable[int]) -> bool:
         """Whether these buckets have been taken, by index."""
         return self._steps.keys().isdisjoint(buckets)
 
-    def step(self) -> None:
-        """Do what can be done now. Raises `TransportError` when a digest differs or a bucket comes twice."""
+    def take(self) -> None:
+        """Take what has arrived. Raises `TransportError` when a digest differs or a bucket comes twice.
+
+        The loss of a member that passes on is its leader's to tell, who knows the reason.
+        """
         for message in self._wire.arrivals(self._version):
             step = self._steps.pop(message.bucket or 0, None)
             if step is None or step.bucket.peer != message.peer:
                 raise TransportError(f"bucket {message.bucket} from {message.peer} came twice or is not of this plan")
             self._take(step, message.note)
-        while self._next < len(self._groups) and not self._left[self._next]:
+        self._wire.check(lambda: {step.bucket.peer for step in self._steps.values()}.intersection(self._sources))
+
+    def land(self, busy: Collection[int] = ()) -> None:
+        """Land the groups whose bytes are all here, in order, but none that is `busy`: landing may change the bytes."""
+        while self._next < len(self._groups) and not self._left[self._next] and self._next not in busy:
             self._land(self._next)
             self._next += 1
             if self.done:
                 settle({memory.device for memory in self._memory.values()})
-        self._wire.check(self.waiting_for)
 
     def _take(self, step: Step, note: bytes) -> None:
         bucket = step.bucket

@@ -36,6 +36,7 @@ class SourceSession:
         self._make, self._own_replica = dict(senders), own_replica
         self._sending: dict[str, Sender] = {}
         self._sent: set[str] = set()
+        self._credit: dict[str, tuple[int, ...]] = {}
 
     def offer(self, lease: Lease) -> None:
         """Say that this source holds its weights; the lease is released when nothing reads them any more."""
@@ -72,9 +73,15 @@ class SourceSession:
         """Do what can be done now; failures of one replica do not touch the others."""
         if self.leader is not None:
             self.leader.step()
+        for peer, notice in self._wire.take(self.version, "credit"):
+            self._credit[peer] = notice.numbers  # may come before "go", from one that lands what nothing comes for
+            for sending in self._sending.values():
+                sending.take_credit(peer, *notice.numbers)
         for _, notice in self._wire.take(self.version, "go"):
             self._event(f"go {notice.replica}")
             self._sending[notice.replica] = self._make[notice.replica]()
+            for peer, numbers in self._credit.items():
+                self._sending[notice.replica].take_credit(peer, *numbers)
         for _, notice in self._wire.take(self.version, "outcome"):
             self.outcomes[notice.replica] = None if notice.numbers[0] else notice.text
             if notice.numbers[0]:
@@ -82,9 +89,6 @@ class SourceSession:
             self._event(f"outcome {notice.replica}")
             if sender := self._sending.get(notice.replica):
                 sender.cancel()
-        for peer, notice in self._wire.take(self.version, "credit"):
-            for sender in self._sending.values():
-                sender.take_credit(peer, *notice.numbers)
         for replica, sender in self._sending.items():
             if replica not in self._sent and replica not in self.outcomes:
                 self._advance(replica, sender)
@@ -96,6 +100,7 @@ class SourceSession:
     def _advance(self, replica: str, sender: Sender) -> None:
         try:
             sender.step()
+            self._wire.check(sender.waiting_for)
         except WeftError as error:
             sender.cancel()
             self._sent.add(replica)
@@ -161,11 +166,12 @@ class TargetSession:
             raise RefitAbortedError(self.version, notice.text.splitlines())
         self._wire.check(lambda: [self._leader_name])
         if self.state == "begun":
-            self.receiver.step()
+            self.receiver.take()
             if self.relay is not None:
                 for peer, notice in self._wire.take(self.version, "credit"):
                     self.relay.take_credit(peer, *notice.numbers)
                 self.relay.step()
+            self.receiver.land(self.relay.groups if self.relay is not None else ())
             if self.receiver.done and (self.relay is None or self.relay.done):
                 self._reach("verified", self.receiver.digest.lanes)
         elif self.state == "verified" and self._wire.take(self.version, "prepare"):

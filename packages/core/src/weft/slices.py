@@ -153,7 +153,7 @@ def slice_of(plan: Plan, name: str) -> Slice:
     return Slice(
         plan.fingerprint, name, tuple(plan.members[n] for n in who.tolist()), tensors,
         tuple(pair for pair in plan.aliases if pair[1] in names), plan.policy, tuple(who.tolist()), plan.count,
-        plan.most_peers,         tuple(plan.scratch_slots[who].tolist()), plan.splits[tensor_of],
+        plan.most_peers, tuple(plan.scratch_slots[who].tolist()), plan.splits[tensor_of],
         replace(parts, tensor=tensor),
         Routes(
             np.searchsorted(who, routes.source[mine]), np.searchsorted(who, routes.target[mine]), part,
@@ -234,6 +234,12 @@ def _relay_faults(own: Slice, target: Layout, rows: Rows) -> list[str]:
     row, part, wrong = _placed(rows, parts, parts.source_buffer, parts.source_offset, parts.source_strides)
     live = np.array([buffer.kind is Kind.LIVE for buffer in target.buffers], dtype=bool)
     group = np.array([buffer.group for buffer in target.buffers], dtype=np.int64)
+    mine = own.members[own.me].replica
+    strangers = [
+        own.members[n].name
+        for n in np.unique(own.routes.target[own.routes.source == own.me]).tolist()
+        if own.members[n].replica != mine
+    ]
     late = ~live[rows.buffer[row]] | (group[rows.buffer[row]] != parts.group[part])
     got = own.parts.select(own.routes.part[(own.routes.target == own.me) & own.from_sources])
     here, come_part, _ = _placed(rows, got, got.target_buffer, got.target_offset, got.target_strides)
@@ -244,6 +250,7 @@ def _relay_faults(own: Slice, target: Layout, rows: Rows) -> list[str]:
     np.add.at(come, left[meets], volume(lo[meets], hi[meets]))
     never = parts.tensor[come != parts.numel]
     return [
+        *(f"{name}: a copy passes on to another replica" for name in strangers),
         *(f"{own.tensors[n].name}: a copy passes on what this target does not have there" for n in wrong),
         *(
             f"{own.tensors[n].name}: a copy passes on what is not live memory of the receiver's group"
