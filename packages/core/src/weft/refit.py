@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from weft.connection import Connection, Identity, host_identity, join
-from weft.contracts import ReplicaControl, Source, Store, Target, Transport
+from weft.contracts import ReplicaControl, Source, Target, Transport
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, NotSupportedError, RefitAbortedError
 from weft.installation import Installation
@@ -25,45 +25,8 @@ from weft.report import Report
 from weft.roster import Expect
 from weft.session import SourceSession, TargetSession
 from weft.slices import Slice
-from weft.stores import open_store
+from weft.stores import CountedStore, open_store
 from weft.wire import Notice
-
-
-class CountedStore:
-    """A store that counts its operations."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.operations = 0
-
-    def set(self, key: str, value: bytes) -> None:
-        """See `Store.set`."""
-        self.operations += 1
-        self._store.set(key, value)
-
-    def get(self, key: str) -> bytes | None:
-        """See `Store.get`."""
-        self.operations += 1
-        return self._store.get(key)
-
-    def add(self, key: str, amount: int) -> int:
-        """See `Store.add`."""
-        self.operations += 1
-        return self._store.add(key, amount)
-
-    def delete(self, key: str) -> None:
-        """See `Store.delete`."""
-        self.operations += 1
-        self._store.delete(key)
-
-    def keys(self, prefix: str) -> list[str]:
-        """See `Store.keys`."""
-        self.operations += 1
-        return self._store.keys(prefix)
-
-    def close(self) -> None:
-        """See `Store.close`."""
-        self._store.close()
 
 
 class Refit:

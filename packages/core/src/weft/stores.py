@@ -1,4 +1,4 @@
-"""Opening stores by URL: the scheme names a plug-in of group `weft.stores`."""
+"""Opening stores by URL: the scheme names a plug-in of group `weft.stores`; and counting what is asked of them."""
 
 from __future__ import annotations
 
@@ -47,3 +47,40 @@ def open_file(url: str, deadline: Deadline) -> Store:
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.path == "/":
         raise ConfigError(f"store: expected file:///absolute/directory, found {url!r}")
     return FileStore(unquote(parts.path), deadline)
+
+
+class CountedStore:
+    """A store that counts its operations."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.operations = 0
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `Store.set`."""
+        self.operations += 1
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes | None:
+        """See `Store.get`."""
+        self.operations += 1
+        return self._store.get(key)
+
+    def add(self, key: str, amount: int) -> int:
+        """See `Store.add`."""
+        self.operations += 1
+        return self._store.add(key, amount)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        self.operations += 1
+        self._store.delete(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """See `Store.keys`."""
+        self.operations += 1
+        return self._store.keys(prefix)
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._store.close()
