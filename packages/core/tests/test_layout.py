@@ -73,6 +73,15 @@ FAULTS = {
         b.shard("w", "f"),
     ),
     "fill of buffer c: there is no such buffer": lambda b: b.fill("c", 0, (1,), (1,)),
+    "fill of buffer b: bfloat16 cannot hold 1e+39": lambda b: b.fill("b", 0, (1,), (1,), 1e39),
+    "fill of buffer i: uint8 cannot hold 256.0": lambda b: (
+        b.buffer("i", "uint8", 4, group="g"),
+        b.fill("i", 0, (1,), (1,), 256),
+    ),
+    "fill of buffer i: uint8 cannot hold 0.5": lambda b: (
+        b.buffer("i", "uint8", 4, group="g"),
+        b.fill("i", 0, (1,), (1,), 0.5),
+    ),
     "fill of buffer b: elements 20..24 do not lie in its 24": lambda b: b.fill("b", 20, (5,), (1,)),
     "fill of buffer b: elements -1..1 do not lie in its 24": lambda b: b.fill("b", -1, (3,), (1,)),
     "fill of buffer b: sizes (2, 2) and strides (1,)": lambda b: b.fill("b", 0, (2, 2), (1,)),

@@ -14,6 +14,7 @@ import torch
 
 from weft.errors import ConfigError, LayoutError
 from weft_dtensor import CheckpointSource
+from weft_dtensor.headers import StoredTensor, read_checkpoint
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
 
@@ -131,6 +132,20 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "other").rename(tmp_path / "model.safetensors")
     with pytest.raises(LayoutError, match=r"model\.safetensors: changed since it was mapped"):
         source.hold(2)
+
+
+def test_a_file_that_changes_behind_its_header_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model.safetensors", weights())
+    write(tmp_path / "other", weights() | {"more": torch.zeros(2)})
+
+    def replaced(path: Path) -> list[StoredTensor]:
+        stored = read_checkpoint(path)
+        (tmp_path / "other").rename(tmp_path / "model.safetensors")
+        return stored
+
+    monkeypatch.setattr("weft_dtensor.checkpoint.read_checkpoint", replaced)
+    with pytest.raises(LayoutError, match=r"model\.safetensors: changed since it was mapped"):
+        CheckpointSource(tmp_path).hold(1)
 
 
 def faults(path: Path) -> str:

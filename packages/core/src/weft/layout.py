@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -29,6 +30,16 @@ ITEM_BYTES: Mapping[str, int] = {
     "bfloat16": 2, "float16": 2, "int16": 2, "float32": 4, "int32": 4, "float64": 8, "int64": 8,
 }  # fmt: skip
 """Bytes per element of every dtype weft moves; names are torch's without the prefix."""
+
+_INTEGERS = {
+    "bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "int16": (-(1 << 15), (1 << 15) - 1),
+    "int32": (-(1 << 31), (1 << 31) - 1), "int64": (-(1 << 63), (1 << 63) - 1),
+}  # fmt: skip
+_LARGEST = {
+    "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "float8_e8m0fnu": 2.0**127, "bfloat16": (2 - 2.0**-7) * 2.0**127,
+    "float16": 65504.0, "float32": (2 - 2.0**-23) * 2.0**127, "float64": sys.float_info.max,
+}  # fmt: skip
+"""Largest finite values (IEEE 754; Micikevicius et al., FP8 Formats for Deep Learning, 2022; OCP MX 1.0)."""
 
 
 class Kind(StrEnum):
@@ -328,7 +339,17 @@ def fill_fault(fill: Fill, buffers: Mapping[str, Buffer]) -> str | None:
     last = fill.offset + sum((n - 1) * step for n, step in zip(fill.sizes, fill.strides, strict=True))
     if fill.offset < 0 or last >= known.numel:
         return f"{where}: elements {fill.offset}..{last} do not lie in its {known.numel} elements"
+    if not _holds(known.dtype, fill.value):
+        return f"{where}: {known.dtype} cannot hold {fill.value}"
     return None
+
+
+def _holds(dtype: str, value: float) -> bool:
+    """Whether a value is in the range of a dtype, which may round it; of integers, whether it is one."""
+    if dtype in _INTEGERS:
+        low, high = _INTEGERS[dtype]
+        return math.isfinite(value) and value == int(value) and low <= int(value) <= high
+    return dtype not in _LARGEST or not math.isfinite(value) or abs(value) <= _LARGEST[dtype]
 
 
 def _padding(factors: Int64s, shape: tuple[int, ...]) -> int:

@@ -14,7 +14,7 @@ from weft.builder import LayoutBuilder
 from weft.errors import ConfigError, LayoutError
 from weft.layout import ITEM_BYTES, Layout
 from weft.live import LiveSource
-from weft_dtensor.headers import StoredTensor, read_checkpoint
+from weft_dtensor.headers import StoredTensor, read_checkpoint, stamp_of
 from weft_dtensor.pieces import group_of
 
 _HEAD = "lm_head.weight"
@@ -39,7 +39,7 @@ class CheckpointSource(LiveSource):
             raise ConfigError(f"rank {rank} of {world}: expected 0 <= rank < world")
         self._path = Path(path)
         stored = read_checkpoint(self._path)
-        self._stamps = {tensor.file: _stamp(tensor.file) for tensor in stored}
+        self._stamps = {tensor.file: tensor.stamp for tensor in stored}
         self.copied_bytes = 0
         kept, ties = _untied(self._path, stored)
         own = _share(kept, rank, world)
@@ -52,7 +52,7 @@ class CheckpointSource(LiveSource):
         faults = [
             f"{file}: changed since it was mapped; make the source again"
             for file, stamp in self._stamps.items()
-            if not file.is_file() or _stamp(file) != stamp
+            if not file.is_file() or stamp_of(file.stat()) != stamp
         ]
         if faults:
             raise LayoutError(faults)
@@ -81,11 +81,6 @@ def _mapped(file: Path, start: int, stop: int) -> torch.Tensor:
     with file.open("rb") as stream:
         pages = mmap.mmap(stream.fileno(), stop - start, access=mmap.ACCESS_COPY, offset=start)
     return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def _stamp(file: Path) -> tuple[int, int, int]:
-    status = file.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _share(stored: Sequence[StoredTensor], rank: int, world: int) -> list[StoredTensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -37,6 +38,13 @@ class StoredTensor:
     offset: int
     """First byte, from the start of the file."""
     nbytes: int
+    stamp: tuple[int, int, int]
+    """Of the file when its header was read; see `stamp_of`."""
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
+    """What differs once a file is another one: inode, bytes, nanoseconds of its last change."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_checkpoint(path: Path) -> list[StoredTensor]:
@@ -90,8 +98,9 @@ def _read_header(file: Path, faults: list[str]) -> list[StoredTensor]:
     if not file.is_file():
         faults.append(f"{file}: missing, {INDEX} names it")
         return []
-    total = file.stat().st_size
     with file.open("rb") as stream:
+        status = os.fstat(stream.fileno())
+        total = status.st_size
         prefix = stream.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= header_bytes <= min(_LONGEST_HEADER_BYTES, total - 8):
@@ -109,13 +118,13 @@ def _read_header(file: Path, faults: list[str]) -> list[StoredTensor]:
     for name, entry in entries.items():
         if name != "__metadata__":
             try:
-                tensors.append(_tensor(name, entry, file, 8 + header_bytes, total))
+                tensors.append(_tensor(name, entry, file, 8 + header_bytes, status))
             except ConfigError as error:
                 faults.append(f"{file}: tensor {name} {error}")
     return sorted(tensors, key=lambda tensor: (tensor.offset, tensor.name))
 
 
-def _tensor(name: str, entry: Any, file: Path, start: int, total: int) -> StoredTensor:
+def _tensor(name: str, entry: Any, file: Path, start: int, status: os.stat_result) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sizes = [int(n) for n in (*shape, begin, end)]
@@ -126,6 +135,6 @@ def _tensor(name: str, entry: Any, file: Path, start: int, total: int) -> Stored
     nbytes = math.prod(shape) * ITEM_BYTES[DTYPES[dtype]]
     if min(sizes) < 0 or end - begin != nbytes:
         raise ConfigError(f"is {dtype} of shape {list(shape)}, {nbytes} bytes, but lies at bytes {begin}:{end}")
-    if start + end > total:
-        raise ConfigError(f"ends at byte {start + end} of a file of {total}: the file is cut short")
-    return StoredTensor(name, shape, DTYPES[dtype], file, start + begin, nbytes)
+    if start + end > status.st_size:
+        raise ConfigError(f"ends at byte {start + end} of a file of {status.st_size}: the file is cut short")
+    return StoredTensor(name, shape, DTYPES[dtype], file, start + begin, nbytes, stamp_of(status))
