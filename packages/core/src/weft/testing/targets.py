@@ -39,13 +39,13 @@ class Engine:
 
     target: Target
     read: Callable[[], Mapping[str, torch.Tensor]]
-    """The logical tensors that the engine would compute with now, whole, by other means than the target's own. More
-    names than the layout's are allowed.
-    """
+    """The logical tensors that the engine would compute with now, whole, by other means than the target's own."""
     addresses: Callable[[], Mapping[str, int]]
     """Where the memory is that it computes with, by any names: what a captured graph would read."""
     derive: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] = dict
     """What `read` must give for these logical tensors: others, where the engine computes with derived ones."""
+    fixed: frozenset[str] = frozenset()
+    """What else `read` gives, and no refit changes: constants."""
 
 
 class TargetSuite(Suite):
@@ -79,6 +79,13 @@ class TargetSuite(Suite):
     def test_every_element_is_claimed_once(self, make: Callable[[], Engine]) -> None:
         faults = memory_faults("the target", make().target.layout())
         assert not faults, "; ".join(faults)
+
+    @pytest.mark.trap(3, 9)
+    def test_nothing_that_is_computed_with_is_forgotten(self, make: Callable[[], Engine]) -> None:
+        engine = make()
+        known = {tie.alias for tie in engine.target.layout().ties} | engine.derive(weights(engine, 1)).keys()
+        forgotten = sorted(engine.read().keys() - known - engine.fixed)
+        assert not forgotten, f"no refit would change {forgotten}: the layout does not want them"
 
     @pytest.mark.trap(28, 55)
     def test_what_has_landed_is_what_is_used(self, make: Callable[[], Engine]) -> None:

@@ -22,6 +22,7 @@ class Honest:
 
     order = ("gate", "up")
     padding = True
+    wanted = ("down", "norm")
 
     def __init__(self) -> None:
         self.fused = torch.zeros(2 * ROWS + 1, COLUMNS)
@@ -38,6 +39,8 @@ class Honest:
         if self.padding:
             builder.fill("fused", 2 * ROWS * COLUMNS, (COLUMNS,), (1,), 0.5)
         for name, shape, group in (("down", (COLUMNS, ROWS), "second"), ("norm", (COLUMNS,), "third")):
+            if name not in self.wanted:
+                continue
             builder.tensor(name, shape, "float32")
             builder.buffer(name, "float32", self.buffers[name].numel(), group=group, kind=Kind.SCRATCH)
             builder.shard(name, name)
@@ -78,6 +81,12 @@ class Drops(Honest):
     """Declares no padding, which keeps what it held."""
 
     padding = False
+
+
+class Forgets(Honest):
+    """Does not want one of its tensors."""
+
+    wanted = ("down",)
 
 
 class Repeats(Honest):
@@ -153,8 +162,8 @@ class Remembers(Honest):
 
 
 KINDS = {
-    "honest": Honest, "drops": Drops, "repeats": Repeats, "reorders": Reorders, "flips": Flips, "lies": Lies,
-    "forgets-deadlines": ForgetsDeadlines, "moves": Moves, "remembers": Remembers,
+    "honest": Honest, "drops": Drops, "forgets": Forgets, "repeats": Repeats, "reorders": Reorders, "flips": Flips,
+    "lies": Lies, "forgets-deadlines": ForgetsDeadlines, "moves": Moves, "remembers": Remembers,
 }  # fmt: skip
 
 
@@ -167,6 +176,7 @@ def engine(kind: str) -> Engine:
 _USED = "test_what_has_landed_is_what_is_used"
 FAULTS = (
     Fault("drops", "test_every_element_is_claimed_once", "4 are claimed by none"),
+    Fault("forgets", "test_nothing_that_is_computed_with_is_forgotten", "no refit would change ['norm']"),
     Fault(
         "repeats", "test_the_same_weights_twice_give_the_same_bits", "gave other bits: ['buffer fused', 'tensor gate']"
     ),
