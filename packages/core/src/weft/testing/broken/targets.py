@@ -22,7 +22,7 @@ class Honest:
 
     order = ("gate", "up")
     padding = True
-    wanted = ("down", "norm")
+    wanted: tuple[str, ...] = ("down", "norm")
 
     def __init__(self) -> None:
         self.fused = torch.zeros(2 * ROWS + 1, COLUMNS)
