@@ -58,7 +58,7 @@ def test_what_both_targets_want_leaves_the_trainers_once(store: str, transport: 
 @TRANSPORTS
 def test_a_thousand_refits_hold_no_more_than_a_hundred(store: str, transport: str) -> None:
     """With relays; nothing is made again, and nothing is kept."""
-    with Cast(cast(store, transport, relay=True, versions=1000, limits=60.0)) as crew:
+    with Cast(cast(store, transport, relay=True, versions=1050, limits=60.0)) as crew:
         said = crew.ends(*NAMES)
     for name in NAMES:
         assert [entry for entry in said[name] if entry[0] == "report" and entry[3]] == []

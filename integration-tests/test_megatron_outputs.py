@@ -209,4 +209,5 @@ def test_megatron_gives_the_logits_of_hugging_face(
     assert expected[name].std() > 0.5
     for answer in answers:
         assert answer.shape == expected[name].shape
-        assert np.abs(answer - expected[name]).max() < 1e-4
+        # Both are sums of float32 in orders of their own, which recurrent layers carry on; a wrong weight shows in 0.1.
+        assert np.abs(answer - expected[name]).max() < 5e-4
