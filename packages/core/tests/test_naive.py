@@ -164,11 +164,14 @@ def test_padding_holds_its_value_and_gaps_stay_poisoned() -> None:
     assert naive_faults({"s": source.build()}, {"t": layout}) == {("unclaimed", "t", "b")}
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 0x3FC0), ("float32", 0x3FC00000), ("uint8", 1), ("bool", 1)])
-def test_fills_are_values_and_not_bits(dtype: str, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "value", "bits"),
+    [("bfloat16", 1.5, 0x3FC0), ("float32", 1.5, 0x3FC00000), ("uint8", 2.0, 2), ("bool", 1.0, 1)],
+)
+def test_fills_are_values_and_not_bits(dtype: str, value: float, bits: int) -> None:
     builder = LayoutBuilder()
     builder.buffer("b", dtype, 2, group="g")
-    builder.fill("b", 1, (1,), (1,), 1.5)
+    builder.fill("b", 1, (1,), (1,), value)
     memory = expected_memory({}, builder.build())["b"]
     assert memory.tolist() == [int.from_bytes(bytes([P]) * memory.itemsize), bits]
 
