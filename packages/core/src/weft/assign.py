@@ -133,7 +133,8 @@ def _cut(
                 ranges.append((low, high))
             begin = max(begin, end)
     counts = np.ones(len(box), dtype=np.int64)
-    where, counts[[cut.copy for cut in cuts]] = np.array(rows, dtype=np.int64), 0
+    where = np.array(rows, dtype=np.int64)
+    counts[[cut.copy for cut in cuts]] = 0
     np.add.at(counts, where, 1)
     old = np.repeat(np.arange(len(box)), counts)
     parts = np.searchsorted(old, where) + np.arange(len(where)) - np.searchsorted(where, where)

@@ -78,7 +78,7 @@ class Installation:
             version=self.version, digest=session.digest, bytes=session.receiver.nbytes,
             seconds=self._account.seconds(session.clock.seconds), buckets=self._buckets, segments=self._segments,
             registrations=0, allocations=0, store_operations=self._account.store_operations(),
-            relayed_bytes=session.relay.nbytes if session.relay is not None else 0, events=tuple(session.events),
+            relayed_bytes=session.relay.nbytes, events=tuple(session.events),
         )  # fmt: skip
 
     def abort(self, error: BaseException) -> None:

@@ -104,8 +104,9 @@ def _pair_buckets(own: Slice, rows: Copies, pair: int, peer: str, slot_bytes: in
     policy, width = own.policy, own.item_bytes
     plain = np.array([tensor.source_dtype == tensor.target_dtype for tensor in own.tensors])
     # What was received has been cast already.
-    relayed = ~np.array([member.is_source for member in own.members])[rows.source]
-    direct = (plain[rows.tensor] | relayed) & (run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes)
+    direct = (plain[rows.tensor] | ~own.is_source[rows.source]) & (
+        run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes
+    )
     pieces: list[Copies] = []
     keys: list[tuple[Int64s, ...]] = []
     for kind, limit in ((0, policy.bucket_bytes), (1, slot_bytes)):

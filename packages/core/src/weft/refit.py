@@ -242,19 +242,18 @@ class Refit:
             roles.sources,
             partial=bool(self._policy.only),
         )
-        relay = None
-        if self._source is None and connection.sends:
-            relay = Sender(
-                wire, connection.prepared, connection.sends, connection.scratch_slots, found, clock,
-                lambda bucket: receiver.has(connection.gates[bucket]),
-            )  # fmt: skip
+        passed_on = connection.sends if self._source is None else ()
+        relay = Sender(
+            wire, connection.prepared, passed_on, connection.scratch_slots, found, clock,
+            lambda bucket: receiver.has(connection.gates[bucket]),
+        )  # fmt: skip
         session = TargetSession(wire, found, self._target, receiver, relay, leader_name, leader, clock)
         installation = Installation(
             loop,
             session,
             self._deadlines,
             account,
-            len(connection.receives) + (len(connection.sends) if relay is not None else 0),
+            len(connection.receives) + len(passed_on),
             connection.segments,
         )
         self._installation = installation

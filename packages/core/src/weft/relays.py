@@ -17,7 +17,7 @@ from weft.member import Member
 from weft.table import Int64s, Ragged, ragged_classes, unique_rows
 
 Truths = npt.NDArray[np.bool_]
-LEVELS = {"host": 2, "domain": 3}
+_LEVEL = {"host": 2, "domain": 3}
 """Within which level of locality (`weft.holders`) each policy passes boxes on."""
 
 
@@ -35,10 +35,10 @@ def passed_on_by(
     count, found = len(members), np.full(len(wanted.target), -1, dtype=np.int64)
     replicas: dict[str, int] = {}
     replica = np.array([replicas.setdefault(m.replica or m.name, len(replicas)) for m in members], dtype=np.int64)
-    _, place = unique_rows(np.stack([places(members)[LEVELS[within]], replica], axis=1))
+    _, place = unique_rows(np.stack([places(members)[_LEVEL[within]], replica], axis=1))
     boxes = wanted.boxes
     _, identity = unique_rows(np.concatenate([tensor[:, None], group[:, None], boxes.lo, boxes.hi], axis=1))
-    far = np.flatnonzero(shares.level > LEVELS[within])
+    far = np.flatnonzero(shares.level > _LEVEL[within])
     _, ring, size = np.unique(
         identity[wanted.box[far]] * count + place[wanted.target[far]], return_inverse=True, return_counts=True
     )

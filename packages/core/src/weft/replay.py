@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,8 +72,6 @@ class Sender:
         self._active: dict[str, list[tuple[Step, Work]]] = {peer: [] for peer in self._queues}
         self._scratch_slots = scratch_slots
         self._credit: dict[str, tuple[int, int]] = dict.fromkeys(self._queues, (0, 0))
-        self.groups = Counter(step.bucket.group for step in steps)
-        """Of the buckets that have not left yet."""
         self.nbytes = 0
 
     @property
@@ -85,6 +83,12 @@ class Sender:
         """Receivers that have not taken everything yet."""
         return sorted(peer for peer in self._queues if self._queues[peer] or self._active[peer])
 
+    def reads(self, group: int) -> bool:
+        """Whether a bucket of this group, or of one before it, has not left yet. Buckets leave by group."""
+        heads = (queue[0] for queue in self._queues.values() if queue)
+        active = (step for works in self._active.values() for step, _ in works)
+        return any(step.bucket.group <= group for step in (*active, *heads))
+
     def take_credit(self, peer: str, returned: int, landed: int) -> None:
         """A receiver has given back so many staging slots, and landed so many scratch groups, since the beginning."""
         if peer in self._credit:
@@ -94,14 +98,7 @@ class Sender:
     def step(self) -> None:
         """Do what can be done now."""
         for peer, works in self._active.items():
-            left = []
-            for step, work in works:
-                if work.poll():
-                    self.groups[step.bucket.group] -= 1
-                    self.groups += Counter()  # only what is left
-                else:
-                    left.append((step, work))
-            self._active[peer] = left
+            self._active[peer] = [(step, work) for step, work in works if not work.poll()]
         for peer, queue in self._queues.items():
             while queue and len(self._active[peer]) < POSTED_PER_PEER and self._may_go(peer, queue[0]):
                 self._post(queue.popleft())
@@ -204,9 +201,9 @@ class Receiver:
             self._take(step, message.note)
         self._wire.check(lambda: {step.bucket.peer for step in self._steps.values()}.intersection(self._sources))
 
-    def land(self, busy: Collection[int] = ()) -> None:
-        """Land the groups whose bytes are all here, in order, but none that is `busy`: landing may change the bytes."""
-        while self._next < len(self._groups) and not self._left[self._next] and self._next not in busy:
+    def land(self, read: Callable[[int], bool]) -> None:
+        """Land the groups whose bytes are all here, in order, but none that is still `read`: landing may change it."""
+        while self._next < len(self._groups) and not self._left[self._next] and not read(self._next):
             self._land(self._next)
             self._next += 1
             if self.done:

@@ -134,10 +134,10 @@ class TargetSession:
     """A target's part in one version."""
 
     def __init__(
-        self, wire: Wire, version: int, target: Target, receiver: Receiver, relay: Sender | None, leader_name: str,
+        self, wire: Wire, version: int, target: Target, receiver: Receiver, relay: Sender, leader_name: str,
         leader: ReplicaLeader | None, clock: Clock,
     ) -> None:  # fmt: skip
-        """`relay` passes on what the receiver has taken."""
+        """`relay` passes on what the receiver has taken; most have nothing to pass on."""
         self.version, self.receiver, self.relay, self.leader, self.clock = version, receiver, relay, leader, clock
         self.state = "offered"
         self.digest = ""
@@ -156,7 +156,7 @@ class TargetSession:
             return missing
         if self.state != "begun":
             return [self._leader_name]
-        return self.receiver.waiting_for() or (self.relay.waiting_for() if self.relay is not None else [])
+        return self.receiver.waiting_for() or self.relay.waiting_for()
 
     def step(self) -> None:
         """Do what can be done now. Raises `RefitAbortedError` when the replica gives the version up."""
@@ -167,12 +167,12 @@ class TargetSession:
         self._wire.check(lambda: [self._leader_name])
         if self.state == "begun":
             self.receiver.take()
-            if self.relay is not None:
+            if not self.relay.done:  # else credits are for this member's source
                 for peer, notice in self._wire.take(self.version, "credit"):
                     self.relay.take_credit(peer, *notice.numbers)
                 self.relay.step()
-            self.receiver.land(self.relay.groups if self.relay is not None else ())
-            if self.receiver.done and (self.relay is None or self.relay.done):
+            self.receiver.land(self.relay.reads)
+            if self.receiver.done and self.relay.done:
                 self._reach("verified", self.receiver.digest.lanes)
         elif self.state == "verified" and self._wire.take(self.version, "prepare"):
             with self.clock.phase("commit"):
@@ -194,8 +194,7 @@ class TargetSession:
         if self.state in ("aborted", "committed"):
             return
         self.state = "aborted"
-        if self.relay is not None:
-            self.relay.cancel()
+        self.relay.cancel()
         if not isinstance(error, RefitAbortedError):
             self._tell("failed", text=f"{type(error).__name__}: {error}")
             if self.leader is not None:

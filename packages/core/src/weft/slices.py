@@ -93,9 +93,9 @@ class Slice:
         return [member.name for member in self.members].index(self.name)
 
     @cached_property
-    def from_sources(self) -> npt.NDArray[np.bool_]:
-        """Which of `routes` come from sources; targets that received them pass the others on."""
-        return np.array([member.is_source for member in self.members])[self.routes.source]
+    def is_source(self) -> npt.NDArray[np.bool_]:
+        """Which of `members` are sources; what others send they pass on."""
+        return np.array([member.is_source for member in self.members])
 
     def copies(self) -> Copies:
         """Its copies, spelled out; members count in `members`."""
@@ -241,7 +241,7 @@ def _relay_faults(own: Slice, target: Layout, rows: Rows) -> list[str]:
         if own.members[n].replica != mine
     ]
     late = ~live[rows.buffer[row]] | (group[rows.buffer[row]] != parts.group[part])
-    got = own.parts.select(own.routes.part[(own.routes.target == own.me) & own.from_sources])
+    got = own.parts.select(own.routes.part[(own.routes.target == own.me) & own.is_source[own.routes.source]])
     here, come_part, _ = _placed(rows, got, got.target_buffer, got.target_offset, got.target_strides)
     left, right = pairs_by_key(row, here)
     left, right = part[left], come_part[right]
