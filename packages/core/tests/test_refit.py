@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import count
 from random import Random
 from typing import Any
@@ -30,6 +30,8 @@ from weft.testing.members import MemorySource, MemoryTarget
 from weft.testing.models import random_case
 from weft.testing.tiny import Tiny, mismatches
 
+from .acts import serves, trains
+
 JOBS = count()
 PACKED = Policy(direct_run_bytes=1 << 40)
 """Everything passes through staging."""
@@ -46,37 +48,6 @@ def whole_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     for name, tensor in tensors.items():
         total += digest_array(name, tensor.contiguous().view(torch.uint8).numpy())
     return total.hex()
-
-
-def trains(source: MemorySource, weights: Sequence[Mapping[str, torch.Tensor]]) -> Any:
-    """A source that offers each of these weights as the next version, and changes its memory in between."""
-
-    def act(refit: Refit) -> list[Report]:
-        reports = []
-        for version, tensors in enumerate(weights, 1):
-            source.load(tensors)
-            offer = refit.offer(version)
-            offer.released()
-            source.load({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
-            reports.append(offer.committed())
-        return reports
-
-    return act
-
-
-def serves(target: MemoryTarget, expected: Sequence[Mapping[str, torch.Tensor]]) -> Any:
-    """A target that must hold exactly these buffers after each version, and nothing of before."""
-
-    def act(refit: Refit) -> list[Report]:
-        reports = []
-        for version, wanted in enumerate(expected, 1):
-            target.poison()
-            reports.append(refit.receive(version))
-            assert not mismatches(target.contents(), wanted)
-            assert target.version == version
-        return reports
-
-    return act
 
 
 def raw(values: Bits) -> torch.Tensor:

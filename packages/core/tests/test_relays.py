@@ -24,8 +24,6 @@ from weft.member import Member
 from weft.naive import expected_memory, poisoned_memory
 from weft.plan import Plan, plan
 from weft.policy import Policy
-from weft.refit import Refit
-from weft.report import Report
 from weft.roster import Expect
 from weft.slices import prove, slice_of
 from weft.streams import Finished
@@ -34,8 +32,10 @@ from weft.testing.job import Job, Part
 from weft.testing.lowered import lowered
 from weft.testing.members import MemorySource, MemoryTarget
 from weft.testing.models import Case, Rank, random_case
-from weft.testing.tiny import Tiny, mismatches
+from weft.testing.tiny import Tiny
 from weft.views import execute, torch_dtype
+
+from .acts import serves, trains
 
 JOBS = count()
 ONCE = Policy(relay="host")
@@ -186,44 +186,23 @@ def refit(
     weights = [tiny.tensors(seed) for seed in range(versions)]
     members = shares * each
 
-    def trains(source: MemorySource) -> Any:
-        def act(handle: Refit) -> list[Report]:
-            reports = []
-            for version, tensors in enumerate(weights, 1):
-                source.load(tensors)
-                offer = handle.offer(version)
-                offer.released()
-                source.load({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
-                reports.append(offer.committed())
-            return reports
-
-        return act
-
-    def serves(target: MemoryTarget, share: int) -> Any:
-        def act(handle: Refit) -> list[Report]:
-            reports = []
-            for version, tensors in enumerate(weights, 1):
-                target.poison()
-                reports.append(handle.receive(version))
-                expected = tiny.expected(share, shares, tensors)
-                if kind is Negating:
-                    expected = {name: -held if name.endswith("norm") else held for name, held in expected.items()}
-                assert not mismatches(target.contents(), expected)
-            return reports
-
-        return act
+    def expected(share: int) -> list[dict[str, torch.Tensor]]:
+        held = [tiny.expected(share, shares, tensors) for tensors in weights]
+        if kind is Negating:
+            held = [{name: -t if name.endswith("norm") else t for name, t in each.items()} for each in held]
+        return held
 
     parts = []
     for rank in range(2):
         source = MemorySource(f"trainer/{rank}", tiny.source(rank, 2))
-        parts.append(Part(source.name, trains(source), source=source, host="train"))
+        parts.append(Part(source.name, trains(source, weights), source=source, host="train"))
     for rank in range(members):
         target = kind(f"rollout/{rank}", tiny.target(rank % shares, shares, scratch_slots=scratch_slots))
         script = (scripts or {}).get(target.name)
         parts.append(
             Part(
                 target.name,
-                serves(target, rank % shares),
+                serves(target, expected(rank % shares)),
                 target=target,
                 replica="rollout",
                 replica_size=members,

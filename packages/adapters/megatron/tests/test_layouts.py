@@ -124,11 +124,18 @@ def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
 
 
 @st.composite
-def latent_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
-    """The same of multi-latent attention, shared experts and prediction layers."""
+def meshes_with_experts(draw: st.DrawFn) -> dict[str, int]:
+    """Parallel sizes in which the expert ones factor."""
     tp, pp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = {"tp": tp, "pp": pp, "dp": dp, "etp": draw(st.sampled_from(divisors(tp * dp)))}
-    sizes["ep"] = draw(st.sampled_from(divisors(tp * dp // sizes["etp"])))
+    return sizes | {"ep": draw(st.sampled_from(divisors(tp * dp // sizes["etp"])))}
+
+
+@st.composite
+def latent_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
+    """The same of multi-latent attention, shared experts and prediction layers."""
+    sizes = draw(meshes_with_experts())
+    tp, pp = sizes["tp"], sizes["pp"]
     rotary = 2 * draw(st.integers(1, 2))
     layers = pp * draw(st.integers(1, 2))
     config = make_latent(
@@ -162,9 +169,8 @@ def latent_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
 @st.composite
 def delta_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     """The same of layers with the gated delta rule, attention with gates, and a shared expert with one."""
-    tp, pp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    sizes = {"tp": tp, "pp": pp, "dp": dp, "etp": draw(st.sampled_from(divisors(tp * dp)))}
-    sizes["ep"] = draw(st.sampled_from(divisors(tp * dp // sizes["etp"])))
+    sizes = draw(meshes_with_experts())
+    tp, pp = sizes["tp"], sizes["pp"]
     groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 8) if n % tp == 0 or tp % n == 0]))
     queries = draw(st.sampled_from([n for n in range(1, 9) if n * groups % tp == 0]))
     layers, keys = pp * draw(st.integers(1, 2)), tp * draw(st.integers(1, 2))
@@ -196,9 +202,8 @@ def delta_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
 @st.composite
 def hybrid_jobs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, int], int]:
     """The same of layers of Mamba, of attention, of MLPs and of experts."""
-    tp, pp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    sizes = {"tp": tp, "pp": pp, "dp": dp, "etp": draw(st.sampled_from(divisors(tp * dp)))}
-    sizes["ep"] = draw(st.sampled_from(divisors(tp * dp // sizes["etp"])))
+    sizes = draw(meshes_with_experts())
+    tp, pp = sizes["tp"], sizes["pp"]
     groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6) if n % tp == 0 or tp % n == 0]))
     queries = draw(st.sampled_from([n for n in range(1, 9) if n * groups % tp == 0]))
     layers, state_groups = pp * draw(st.integers(1, 3)), tp * draw(st.integers(1, 2))
