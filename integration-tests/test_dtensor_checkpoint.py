@@ -21,7 +21,7 @@ from transformers import (
 
 import weft
 from weft import Member, Refit, plan, serve_store
-from weft.testing.job import Part
+from weft.testing.job import Part, all_succeeded
 from weft.testing.members import poison
 from weft.views import piece_view
 from weft_dtensor import CheckpointSource, ModuleSource, ModuleTarget, adapter
@@ -73,8 +73,7 @@ def test_a_module_filled_from_files_computes_what_transformers_does(saved: tuple
         results = job.run(parts)
     finally:
         server.close()
-    errors = [error for error in results.values() if isinstance(error, Exception)]
-    assert not errors, errors
+    all_succeeded(results)
     assert results["file/0"] > 0
     assert results["file/1"] > 0
     assert results["file/0"] + results["file/1"] == results["served"] == target.layout().nbytes

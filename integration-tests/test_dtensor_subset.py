@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import weft
 from weft import Refit, serve_store
-from weft.testing.job import Part
+from weft.testing.job import Part, all_succeeded
 from weft.testing.members import POISON, poison
 from weft_dtensor import ModuleSource, ModuleTarget
 
@@ -79,8 +79,7 @@ def test_a_named_part_moves_and_all_else_keeps_its_bytes(
         results = job.run(parts)
     finally:
         server.close()
-    errors = [result for result in results.values() if isinstance(result, Exception)]
-    assert not errors, errors
+    all_succeeded(results)
     assert not torch.equal(sent[MERGED], saved(trained, tmp_path / "trained")[MERGED])
     found = saved(served, tmp_path / "found")
     wanted = {name for name in sent if re.fullmatch(moved, name)}

@@ -25,7 +25,7 @@ from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
 from weft.testing.faults import Script
-from weft.testing.job import Job, Part
+from weft.testing.job import Job, Part, all_succeeded
 from weft.testing.members import MemorySource, MemoryTarget
 from weft.testing.models import random_case
 from weft.testing.tiny import Tiny, mismatches
@@ -76,8 +76,7 @@ def refit_tiny(
             act = serves(target, expected)
             parts.append(Part(target.name, act, target=target, replica=f"rollout{replica}", replica_size=targets))
     results = job.run(parts)
-    if faults := raised(results):
-        raise ExceptionGroup("members failed", list(faults.values()))
+    all_succeeded(results)
     return results, weights
 
 

@@ -28,7 +28,7 @@ from weft.roster import Expect
 from weft.slices import prove, slice_of
 from weft.streams import Finished
 from weft.testing.faults import FaultyTransport, Script
-from weft.testing.job import Job, Part
+from weft.testing.job import Job, Part, all_succeeded
 from weft.testing.lowered import lowered
 from weft.testing.members import MemorySource, MemoryTarget
 from weft.testing.models import Case, Rank, random_case
@@ -220,9 +220,7 @@ def test_every_version_arrives_whole_through_relays(
     store_url: str, policy: Policy, shares: int, each: int, scratch_slots: int
 ) -> None:
     results = refit(store_url, policy, shares=shares, each=each, scratch_slots=scratch_slots)
-    failed = [result for result in results.values() if isinstance(result, Exception)]
-    if failed:
-        raise ExceptionGroup("members failed", failed)
+    all_succeeded(results)
     for version in range(3):
         reports = {name: reports[version] for name, reports in results.items()}
         assert len({report.digest for report in reports.values()}) == 1
@@ -240,9 +238,7 @@ def test_every_version_arrives_whole_through_relays(
 @pytest.mark.parametrize("policy", [ONCE, PACKED, STARVED], ids=["direct", "packed", "starved"])
 def test_what_landing_changes_in_place_has_been_passed_on_before(store_url: str, policy: Policy) -> None:
     results = refit(store_url, policy, shares=1, each=3, kind=Negating)
-    failed = [result for result in results.values() if isinstance(result, Exception)]
-    if failed:
-        raise ExceptionGroup("members failed", failed)
+    all_succeeded(results)
     assert all(reports[0].relayed_bytes for name, reports in results.items() if name.startswith("rollout"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,3 +84,9 @@ class Job:
                 results[part.name] = part.act(refit)
         except Exception as error:  # noqa: BLE001  # the test asks for it
             results[part.name] = error
+
+
+def all_succeeded(results: Mapping[str, Any]) -> None:
+    """Raise the exceptions among what `Job.run` gave, as one `ExceptionGroup`, with their traces."""
+    if failed := [result for result in results.values() if isinstance(result, Exception)]:
+        raise ExceptionGroup("members failed", failed)
