@@ -77,18 +77,22 @@ def config_faults(chunk: Chunk, model: DecoderModel) -> list[str]:
 
 def _expected_attention(model: DecoderModel) -> dict[str, object]:
     """What the configuration of a model with this attention, or with what takes its place, must say."""
-    if model.hybrid:
-        hybrid = model.hybrid
+    grouped: dict[str, object] = {
+        "multi_latent_attention": False,
+        "num_query_groups": model.groups,
+        "kv_channels": model.head,
+    }
+    if hybrid := model.hybrid:
         # Shapes tell the number of Mamba's heads, which Megatron may derive.
-        mamba: dict[str, object] = {
+        return {
+            **grouped,
             "mamba_head_dim": hybrid.head,
             "mamba_num_groups": hybrid.groups,
             "mamba_state_dim": hybrid.state,
         }
-        return mamba | {"multi_latent_attention": False, "num_query_groups": model.groups, "kv_channels": model.head}
-    if model.delta:
-        delta = model.delta
-        sizes: dict[str, object] = {
+    if delta := model.delta:
+        return {
+            **grouped,
             "experimental_attention_variant": "gated_delta_net",
             "linear_num_key_heads": delta.keys,
             "linear_num_value_heads": delta.values,
@@ -96,9 +100,8 @@ def _expected_attention(model: DecoderModel) -> dict[str, object]:
             "linear_value_head_dim": delta.value_head,
             "linear_conv_kernel_dim": delta.kernel,
         }
-        return sizes | {"multi_latent_attention": False, "num_query_groups": model.groups, "kv_channels": model.head}
     if model.latent is None:
-        return {"multi_latent_attention": False, "num_query_groups": model.groups, "kv_channels": model.head}
+        return grouped
     indexer = model.latent.indexer
     sparse: dict[str, object] = {}
     if indexer:
