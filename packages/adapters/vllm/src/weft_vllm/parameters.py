@@ -74,13 +74,8 @@ def vector(name: str, width: int, dtype: str | None = None) -> Parameter:
 
 def column_parallel(name: str, shape: tuple[int, ...], place: Place, dtype: str | None = None) -> Parameter:
     """A tensor cut along its first axis, which is a linear's output."""
-    return Parameter(name, [rows(name, shape, place)], dtype=dtype)
-
-
-def rows(name: str, shape: tuple[int, ...], place: Place) -> Part:
-    """A rank's equal share of the first axis."""
     here = shape[0] // place.mesh.tp
-    return cut(name, shape, 0, place.tp_rank * here, here)
+    return Parameter(name, [cut(name, shape, 0, place.tp_rank * here, here)], dtype=dtype)
 
 
 def row_parallel(

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from weft_vllm.feed_forward import Dense
 from weft_vllm.fields import Fields
 from weft_vllm.mesh import Place
-from weft_vllm.parameters import Parameter, column_parallel, cut, row_parallel, rows, vector, whole
+from weft_vllm.parameters import Parameter, column_parallel, cut, row_parallel, vector, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,4 @@ def _block(of: Vision, place: Place, block: str) -> Iterator[Parameter]:
         first = [part * of.hidden + place.tp_rank * here for part in range(3)]
         yield Parameter(name, [cut(name, (3 * of.hidden, *columns), 0, start, here) for start in first])
     yield from row_parallel(f"{block}.attn.proj", of.hidden, of.hidden, place, bias=True)
-    for kind, columns in (("weight", (of.hidden,)), ("bias", ())):
-        parts = [rows(f"{block}.mlp.{part}_proj.{kind}", (of.inner, *columns), place) for part in ("gate", "up")]
-        yield Parameter(f"{block}.mlp.gate_up_proj.{kind}", parts)
-    yield from row_parallel(f"{block}.mlp.down_proj", of.hidden, of.inner, place, bias=True)
+    yield from Dense(of.inner, bias=True).parameters(f"{block}.mlp", of.hidden, place)
