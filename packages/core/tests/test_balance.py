@@ -11,15 +11,28 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from weft.balance import fill_level, lower_bound, quotas
-from weft.choose import choose_senders
+from weft.choose import Choice, Lots, choose_senders
 from weft.holders import Shares
-from weft.table import Ragged
+from weft.table import Int64s, Ragged
 
 seeds = st.integers(0, 2**32 - 1)
 
 
 def ragged(lists: list[list[int]]) -> Ragged:
     return Ragged.of([np.array(each, dtype=np.int64) for each in lists])
+
+
+def choose(
+    share: Int64s, candidates: list[list[int]], target: Int64s, nbytes: Int64s, members: int, least_cut: int
+) -> tuple[Choice, list[int]]:
+    """Those of one share to one target are a lot. Returns the copies in the order of lots, too."""
+    order = np.lexsort((share, target))
+    lots, sizes = np.unique(np.stack([target, share], axis=1)[order], axis=0, return_counts=True)
+    shares = Shares(lots[:, 1], ragged(candidates), np.zeros(len(lots), np.int64))
+    choice = choose_senders(
+        shares, lots[:, 0], np.arange(len(lots)), Lots.of(sizes, nbytes[order]), np.arange(members), least_cut
+    )
+    return choice, order.tolist()
 
 
 def optimum(candidates: list[list[int]], demand: list[int], members: int) -> float:
@@ -84,19 +97,19 @@ def test_senders_hold_what_they_send_and_are_level(seed: int) -> None:
     share = np.array([random.randrange(len(candidates)) for _ in range(copies)], dtype=np.int64)
     target = np.sort(np.array([random.randrange(8) for _ in range(copies)], dtype=np.int64) + members)
     nbytes = np.array([random.randint(1, 10 ** random.randint(0, 6)) for _ in range(copies)], dtype=np.int64)
-    shares = Shares(share, ragged(candidates), np.zeros(len(share), np.int64))
-    choice = choose_senders(shares, target, nbytes, np.arange(members), 1)
+    choice, order = choose(share, candidates, target, nbytes, members, 1)
     load = [0] * members
-    cut = {each.copy: each for each in choice.cuts}
-    for n in range(copies):
-        begin, held = 0, candidates[share[n]]
-        ends, senders = (cut[n].ends, cut[n].senders) if n in cut else ((int(nbytes[n]),), (int(choice.sender[n]),))
-        assert ends[-1] == nbytes[n]
-        for end, sender in zip(ends, senders, strict=True):
-            assert sender in held
-            assert end > begin
-            load[sender] += end - begin
-            begin = end
+    sent = [0] * copies
+    runs = choice.runs
+    for n in range(len(runs.sender)):
+        for copy in order[runs.first[n] : runs.last[n]]:
+            end = int(runs.until[n] or nbytes[copy])
+            assert end > sent[copy]
+            assert runs.sender[n] in candidates[share[copy]]
+            assert runs.target[n] == target[copy]
+            load[runs.sender[n]] += end - sent[copy]
+            sent[copy] = end
+    assert sent == nbytes.tolist()
     demand = [int(nbytes[share == s].sum()) for s in range(len(candidates))]
     best = optimum(candidates, demand, members)
     # A copy across a quota's end shifts at most 1/64 of the mean load, once per share and sender.
@@ -110,14 +123,15 @@ def test_those_who_meet_anyway_serve_each_other() -> None:
     """Each target gets an expert from one of 8 sources, and must get what all 8 hold: then from the same one."""
     targets = np.repeat(np.arange(8, 16), 2)
     share = np.array([n // 2 if n % 2 == 0 else 8 for n in range(16)], dtype=np.int64)
-    shares = Shares(share, ragged([*([(3 * n) % 8] for n in range(8)), list(range(8))]), np.zeros(len(share), np.int64))
-    choice = choose_senders(shares, targets, np.full(16, 100, dtype=np.int64), np.arange(8), 1 << 20)
-    assert choice.sender.tolist() == [m for n in range(8) for m in [(3 * n) % 8] * 2]
-    assert not choice.cuts
+    candidates = [*([(3 * n) % 8] for n in range(8)), list(range(8))]
+    choice, order = choose(share, candidates, targets, np.full(16, 100, dtype=np.int64), 8, 1 << 20)
+    runs = choice.runs
+    sender = {c: int(runs.sender[n]) for n in range(16) for c in order[runs.first[n] : runs.last[n]]}
+    assert [sender[n] for n in range(16)] == [m for n in range(8) for m in [(3 * n) % 8] * 2]
+    assert not runs.until.any()
 
 
 def test_one_copy_that_eight_hold_is_sent_by_all_eight() -> None:
-    shares = Shares(np.zeros(1, np.int64), ragged([list(range(8))]), np.zeros(1, np.int64))
-    choice = choose_senders(shares, np.array([8]), np.array([8_000_000]), np.arange(8), 1000)
-    assert choice.cuts[0].senders == tuple(range(8))
-    assert choice.cuts[0].ends == tuple(1_000_000 * n for n in range(1, 9))
+    choice, _ = choose(np.zeros(1, np.int64), [list(range(8))], np.array([8]), np.array([8_000_000]), 8, 1000)
+    assert choice.runs.sender.tolist() == list(range(8))
+    assert choice.runs.until.tolist() == [1_000_000 * n for n in range(1, 9)]

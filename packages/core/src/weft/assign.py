@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from weft.choose import Cut, choose_senders
+from weft.choose import Lots, Runs, choose_senders
 from weft.copies import Parts, Routes
 from weft.counting import Wanted, wanted_by_members
 from weft.holders import holder_sets, nearest
@@ -15,11 +15,9 @@ from weft.join import Joined, Overlaps
 from weft.member import Member
 from weft.policy import Policy
 from weft.relays import passed_on_by
+from weft.routes import Sent, spell_out
 from weft.rows import Rows
-from weft.table import Int64s, distinct, volume
-
-_FEWEST_STEPS = 8
-"""A box is cut along its outermost axis with so many steps per part, so that parts come out about as long as meant."""
+from weft.table import Int64s, Ragged, distinct, ragged_ranges, stable_order, volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,40 +50,56 @@ def assign(
     box_bytes = volume(boxes.lo, boxes.hi) * item_bytes[tensor]
     holding = [np.flatnonzero(source_layout == n) for n in range(len(source_addresses))]
     set_of_class, sets = holder_sets(classes, joined.sources.layout, holding)
-    shares = nearest(sets, set_of_class[boxes.box][wanted.box], wanted.target, members)
-    size, sources = box_bytes[wanted.box], np.flatnonzero(source_layout >= 0)
-    held = None
-    if policy.relay == "never":
-        choice = choose_senders(shares, wanted.target, size, sources, policy.least_cut_bytes)
-        sender, cuts = choice.sender, choice.cuts
-    else:
-        live = landing.scratch[boxes.target] < 0
-        giver = passed_on_by(
-            wanted, shares, members, policy.relay, tensor, landing.group[boxes.target], live, box_bytes
-        )
-        first, later = np.flatnonzero(giver < 0), np.flatnonzero(giver >= 0)
-        choice = choose_senders(shares.of(first), wanted.target[first], size[first], sources, policy.least_cut_bytes)
-        cuts = tuple(replace(cut, copy=int(first[cut.copy])) for cut in choice.cuts)
-        sender, held = np.empty(len(giver), dtype=np.int64), np.full(len(giver), -1, dtype=np.int64)
-        sender[first], sender[later] = choice.sender, wanted.target[giver[later]]
-        held[later] = boxes.target[wanted.box[giver[later]]]
-    boxes, copy, sender, box = _cut(wanted, sender, cuts, box_bytes)
-
-    # Where a copy is read: a row of the sender's target layout where it passes on, or else any row of its source
-    # layout that has the box.
-    place, width = source_layout[sender], len(source_addresses)
-    layouts = width
-    if held is not None:
-        place = np.where(held[copy] < 0, place, layouts + held[copy])
-        width += len(joined.targets.tensor)
-    used, part = distinct(box * width + place, len(boxes.target) * width)
-    box_of, place_of = used // width, used % width
+    set_of_box, layouts = set_of_class[boxes.box], len(source_addresses)
+    givers = None
+    if policy.relay != "never":
+        wanted = wanted.apart()
+        box, target = wanted.lists.values, wanted.targets[wanted.lists.rows()]
+        givers = passed_on_by(
+            boxes, box, target, nearest(sets, set_of_box[box], target, members), members, policy.relay,
+            tensor, landing.group[boxes.target], landing.scratch[boxes.target] < 0, box_bytes,
+        )  # fmt: skip
+    sent, bound = _sent(wanted, sets, set_of_box, box_bytes, members, source_layout, givers, policy)
+    routes, boxes, place = spell_out(wanted, sent, box_bytes)
+    # A place is a source layout, of which any row that has the box will do, or behind them a row of a target.
     class_of, first_row = np.unique(classes * layouts + joined.sources.layout, return_index=True)
-    found_at = np.searchsorted(class_of, boxes.box[box_of] * layouts + place_of)
+    found_at = np.searchsorted(class_of, boxes.box * layouts + place)
     source_row = first_row[np.minimum(found_at, len(first_row) - 1)]
-    held_row = np.where(place_of < layouts, source_row, len(joined.sources.tensor) + place_of - layouts)
-    parts = _parts(joined, boxes.select(box_of), held_row, landing)
-    return parts, Routes(sender, wanted.target[copy], part, wanted.counted[copy]), choice.bound
+    held_row = np.where(place < layouts, source_row, len(joined.sources.tensor) + place - layouts)
+    return _parts(joined, boxes, held_row, landing), routes, bound
+
+
+def _sent(
+    wanted: Wanted, sets: Ragged, set_of_box: Int64s, box_bytes: Int64s, members: Sequence[Member],
+    source_layout: Int64s, givers: Int64s | None, policy: Policy,
+) -> tuple[Sent, int]:  # fmt: skip
+    """Who sends what to whom, and the least bytes of the busiest sender.
+
+    `givers` are, for every copy of `wanted.lists`, the copy whose target passes it on, or -1.
+    """
+    # In every list, what the same set of members holds is a lot; what is passed on is in a lot of its own.
+    box, kinds = wanted.lists.values, len(sets) + 1
+    held_by = set_of_box[box] if givers is None else np.where(givers < 0, set_of_box[box], len(sets))
+    key = wanted.lists.rows() * kinds + held_by
+    order = stable_order(key, len(wanted.lists) * kinds)
+    keys, lot = distinct(key, len(wanted.lists) * kinds)
+    lots = Lots.of(np.bincount(lot, minlength=len(keys)), box_bytes[box[order]])
+    lots_of = Ragged.by_key(keys // kinds, np.arange(len(keys)), len(wanted.lists))
+    targets, own = wanted.targets, wanted.list_of[wanted.targets]
+    owner, lot = ragged_ranges(lots_of.starts[own], lots_of.sizes[own])
+    from_sources = np.flatnonzero(keys[lot] % kinds < len(sets))
+    target, lot = targets[owner[from_sources]], lot[from_sources]
+    shares = nearest(sets, keys[lot] % kinds, target, members)
+    sources = np.flatnonzero(source_layout >= 0)
+    choice = choose_senders(shares, target, lot, lots, sources, policy.least_cut_bytes)
+    runs, place, width = choice.runs, source_layout[choice.runs.sender], int(source_layout.max()) + 1
+    if givers is not None:
+        copy = np.flatnonzero(givers[order] >= 0)
+        member, giver = targets[wanted.lists.rows()], givers[order[copy]]
+        relays = Runs(member[order[copy]], copy, copy + 1, member[giver], np.zeros_like(copy))
+        runs, place = Runs.joined([runs, relays]), np.append(place, width + wanted.boxes.target[box[giver]])
+        width += int(wanted.boxes.target.max()) + 1
+    return Sent(order, runs, place, width), choice.bound
 
 
 def _parts(joined: Joined, boxes: Overlaps, held_row: Int64s, landing: Landing) -> Parts:
@@ -104,41 +118,3 @@ def _memory(rows: Rows, row: Int64s, lo: Int64s) -> tuple[Int64s, Int64s, Int64s
     """(buffer, offset, strides) of the boxes that begin at `lo` and lie in these rows."""
     strides = rows.strides[row]
     return rows.buffer[row], rows.offset[row] + ((lo - rows.lo[row]) * strides).sum(axis=1), strides
-
-
-def _cut(
-    wanted: Wanted, sender: Int64s, cuts: Sequence[Cut], box_bytes: Int64s
-) -> tuple[Overlaps, Int64s, Int64s, Int64s]:
-    """Divide the copies that several members send; returns boxes and, per copy, the one it is of, sender and box."""
-    boxes, box = wanted.boxes, wanted.box
-    if not cuts:
-        return boxes, np.arange(len(box)), sender, box
-    rows: list[int] = []
-    senders: list[int] = []
-    ranges: list[tuple[list[int], list[int]]] = []
-    for cut in cuts:
-        row = int(box[cut.copy])
-        lo, hi = boxes.lo[row].tolist(), boxes.hi[row].tolist()
-        sizes = [high - low for low, high in zip(lo, hi, strict=True)]
-        long = [axis for axis, size in enumerate(sizes) if size >= _FEWEST_STEPS * len(cut.ends)]
-        axis = long[0] if long else sizes.index(max(sizes))
-        begin = 0
-        for end_bytes, member in zip(cut.ends, cut.senders, strict=True):
-            end = (2 * sizes[axis] * end_bytes + int(box_bytes[row])) // (2 * int(box_bytes[row]))
-            if end > begin:
-                low, high = lo.copy(), hi.copy()
-                low[axis], high[axis] = lo[axis] + begin, lo[axis] + end
-                rows.append(cut.copy)
-                senders.append(member)
-                ranges.append((low, high))
-            begin = max(begin, end)
-    counts = np.ones(len(box), dtype=np.int64)
-    where = np.array(rows, dtype=np.int64)
-    counts[[cut.copy for cut in cuts]] = 0
-    np.add.at(counts, where, 1)
-    old = np.repeat(np.arange(len(box)), counts)
-    parts = np.searchsorted(old, where) + np.arange(len(where)) - np.searchsorted(where, where)
-    sender, box = sender[old], box[old]
-    boxes, added = boxes.extend(box[parts], ranges), len(boxes.target)
-    sender[parts], box[parts] = senders, added + np.arange(len(where))
-    return boxes, old, sender, box

@@ -1,8 +1,13 @@
-"""Choosing the sender of every copy: nearest holders, bytes as even as can be, then few peers."""
+"""Choosing the sender of every copy: nearest holders, bytes as even as can be, then few peers.
+
+Members of one layout want the same, so copies are not looked at one by one: all that a member wants of what the same
+members hold is a delivery, and only where a quota ends within one is its copies' size looked at.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import groupby
 
 import numpy as np
 
@@ -15,29 +20,57 @@ _TOLERANCE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """A copy that several members send, in ranges of its bytes."""
+class Lots:
+    """Copies laid end to end, lot by lot; whoever gets one copy of a lot gets all of it."""
 
-    copy: int
-    ends: tuple[int, ...]
-    """Where each range ends, in bytes from the copy's beginning; the last is its size."""
-    senders: tuple[int, ...]
+    starts: Int64s
+    """First copy of every lot, and the number of copies behind them."""
+    before: Int64s
+    """Bytes of all copies before each, and of all behind them."""
+
+    @classmethod
+    def of(cls, copies: Int64s, nbytes: Int64s) -> Lots:
+        """From the number of copies per lot, and the bytes of every copy, more than none."""
+        return cls(np.concatenate([[0], np.cumsum(copies)]), np.concatenate([[0], np.cumsum(nbytes)]))
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Neighbouring copies of one lot that one member sends to another. Shapes (n,)."""
+
+    target: Int64s
+    """Member."""
+    first: Int64s
+    """Copy of `Lots`."""
+    last: Int64s
+    """The copy behind them."""
+    sender: Int64s
+    """Member."""
+    until: Int64s
+    """Of a copy that several members send, in ranges of its bytes: where this member's ends; 0 for whole copies."""
+
+    def select(self, rows: Int64s) -> Runs:
+        """Those at `rows`, in that order."""
+        return Runs(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: list[Runs]) -> Runs:
+        """One behind the other."""
+        return cls(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Who sends what."""
 
-    sender: Int64s
-    """Member per copy; of a copy that is cut, its first one."""
-    cuts: tuple[Cut, ...]
-    """In the order of copies."""
+    runs: Runs
+    """Ranges of one copy are in their order."""
     bound: int
     """Bytes that the busiest sender sends at least, whatever is chosen."""
 
 
-def choose_senders(shares: Shares, target: Int64s, nbytes: Int64s, sources: Int64s, least_cut: int) -> Choice:
-    """Choose for copies in plan order: copy i is for member `target[i]` and `nbytes[i]` > 0 long.
+def choose_senders(shares: Shares, target: Int64s, lot: Int64s, lots: Lots, sources: Int64s, least_cut: int) -> Choice:
+    """Choose for deliveries in plan order: delivery i brings lot `lot[i]` to member `target[i]`.
 
     `sources` are all members that could send at all. Shares of few candidates come first: they decide which members
     meet anyway, and the others follow them as far as quotas go (trap 74). What is left of a share is laid end to end by
@@ -46,110 +79,139 @@ def choose_senders(shares: Shares, target: Int64s, nbytes: Int64s, sources: Int6
     """
     count = int(max(sources.max(initial=0), target.max(initial=0))) + 1
     candidates = shares.candidates
+    first, last = lots.starts[lot], lots.starts[lot + 1]
     demand = np.zeros(len(candidates), dtype=np.int64)
-    np.add.at(demand, shares.share, nbytes)
+    np.add.at(demand, shares.share, lots.before[last] - lots.before[first])
     quota, bound = quotas(candidates, demand, count)
     tolerance = max(1, int(demand.sum()) // max(1, len(sources)) // _TOLERANCE)
-    sender = np.empty(len(target), dtype=np.int64)
-    cuts: list[Cut] = []
+    chosen: list[Runs] = []
     met = np.zeros(count * count, dtype=bool)
     sizes = candidates.sizes[shares.share]
     for size in np.unique(sizes).tolist():
         rows = np.flatnonzero(sizes == size)
-        share = shares.share[rows]
+        rest = _Open(shares.share[rows], target[rows], first[rows], last[rows])
         if size == 1:
-            sender[rows] = candidates.values[candidates.starts[share]]
+            found = [_runs(rest, candidates.values[candidates.starts[rest.share]])]
         else:
-            tier = _Tier(rows, share, target[rows], nbytes[rows])
-            entry, left = _follow(tier, candidates, quota, np.flatnonzero(met), count, tolerance, least_cut)
-            cuts += _lay_out(tier, entry, left, candidates, tolerance, least_cut)
-            sender[rows] = candidates.values[entry]
-        met[target[rows] * count + sender[rows]] = True
-    return Choice(sender, tuple(sorted(cuts, key=lambda cut: cut.copy)), bound)
+            known, rest, left = _follow(rest, lots, candidates, quota, np.flatnonzero(met), count, tolerance, least_cut)
+            found = [known, *_lay_out(rest, lots, left, candidates, tolerance, least_cut)]
+        for runs in found:
+            met[runs.target * count + runs.sender] = True
+        chosen += found
+    return Choice(Runs.joined(chosen), bound)
 
 
 @dataclass(frozen=True, slots=True)
-class _Tier:
-    """Copies of shares with equally many candidates."""
+class _Open:
+    """Neighbouring copies that have no sender yet."""
 
-    rows: Int64s
     share: Int64s
     target: Int64s
-    nbytes: Int64s
+    first: Int64s
+    last: Int64s
+
+    def select(self, rows: Int64s) -> _Open:
+        return _Open(self.share[rows], self.target[rows], self.first[rows], self.last[rows])
+
+
+def _runs(copies: _Open, sender: Int64s) -> Runs:
+    return Runs(copies.target, copies.first, copies.last, sender, np.zeros_like(sender))
 
 
 def _follow(
-    tier: _Tier, candidates: Ragged, quota: Int64s, met: Int64s, count: int, tolerance: int, least_cut: int
-) -> tuple[Int64s, Int64s]:
+    wanted: _Open, lots: Lots, candidates: Ragged, quota: Int64s, met: Int64s, count: int, tolerance: int,
+    least_cut: int,
+) -> tuple[Runs, _Open, Int64s]:  # fmt: skip
     """Give copies to candidates that their target meets already, up to their quotas.
 
-    Returns the entry of `candidates.values` per copy (-1 where there is none) and the quotas that are left.
+    Returns what they send, what is left, and the quotas that are left.
     """
-    entry = np.full(len(tier.rows), -1, dtype=np.int64)
-    pairs, pair_of_copy = distinct(tier.share * count + tier.target, len(candidates) * count)
+    pairs, pair_of_row = distinct(wanted.share * count + wanted.target, len(candidates) * count)
     pair, peer = pairs_by_key(pairs % count, met // count)
     keys = candidates.rows() * count + candidates.values
     query = pairs[pair] // count * count + met[peer] % count
     place = np.minimum(np.searchsorted(keys, query), len(keys) - 1)
     known = keys[place] == query
-    if not known.any():
-        return entry, quota
     preferred = np.full(len(pairs), len(keys), dtype=np.int64)
     np.minimum.at(preferred, pair[known], place[known])
-    wish = preferred[pair_of_copy]
+    wish = preferred[pair_of_row]
     rows = np.flatnonzero(wish < len(keys))
     rows = rows[stable_order(wish[rows], len(keys))]
-    size, where = tier.nbytes[rows], wish[rows]
+    where, first, last = wish[rows], wanted.first[rows], wanted.last[rows]
+    size = lots.before[last] - lots.before[first]
     end = np.cumsum(size)
-    first = np.searchsorted(where, where)
-    within = end - (end - size)[first]
-    granted = within - size // 2 <= quota[where]
-    granted &= (size < 2 * least_cut) | (within - quota[where] <= tolerance)
-    entry[rows[granted]] = where[granted]
+    begin = end - size
+    begin -= begin[np.searchsorted(where, where)]
+    # Up to the quota; the copy across its end is granted too if more than half of it is within, unless it is divided.
+    at = lots.before[first] + quota[where] - begin
+    copy = np.clip(np.searchsorted(lots.before, at, side="right") - 1, first, last - 1)
+    copy_size = lots.before[copy + 1] - lots.before[copy]
+    over = lots.before[copy + 1] - at
+    granted = over <= copy_size // 2
+    granted &= (copy_size < 2 * least_cut) | (over <= tolerance)
+    middle = wanted.first.copy()
+    middle[rows] = np.where(at <= lots.before[first], first, copy + granted)
     used = np.zeros(len(keys), dtype=np.int64)
-    np.add.at(used, where[granted], size[granted])
+    np.add.at(used, where, lots.before[middle[rows]] - lots.before[first])
     left = quota.copy()
-    for n in np.unique(tier.share[rows[granted]]).tolist():
+    given = rows[middle[rows] > first]
+    for n in np.unique(wanted.share[given]).tolist():
         own = slice(int(candidates.starts[n]), int(candidates.starts[n] + candidates.sizes[n]))
-        rest = int(quota[own].sum() - used[own].sum())
-        left[own] = fill_level(used[own] - quota[own], rest)
-    return entry, left
+        left[own] = fill_level(used[own] - quota[own], int(quota[own].sum() - used[own].sum()))
+    followed = _Open(wanted.share[given], wanted.target[given], wanted.first[given], middle[given])
+    later = np.flatnonzero(middle < wanted.last)
+    remaining = _Open(wanted.share[later], wanted.target[later], middle[later], wanted.last[later])
+    return _runs(followed, candidates.values[wish[given]]), remaining, left
 
 
 def _lay_out(
-    tier: _Tier, entry: Int64s, quota: Int64s, candidates: Ragged, tolerance: int, least_cut: int
-) -> list[Cut]:
-    """Lay what has no sender yet end to end, share by share, and cut it by quotas; fills in `entry`."""
-    rows = np.flatnonzero(entry < 0)
-    rows = rows[stable_order(tier.share[rows], len(candidates))]
-    if not len(rows):
-        return []
+    wanted: _Open, lots: Lots, quota: Int64s, candidates: Ragged, tolerance: int, least_cut: int
+) -> list[Runs]:
+    """Lay what has no sender yet end to end, share by share, and cut it by quotas."""
+    wanted = wanted.select(stable_order(wanted.share, len(candidates)))
     open_share = np.zeros(len(candidates), dtype=bool)
-    open_share[tier.share[rows]] = True
+    open_share[wanted.share] = True
     entries = np.flatnonzero(open_share[candidates.rows()])
-    bounds = np.cumsum(quota[entries])
-    size = tier.nbytes[rows]
+    senders = candidates.values[entries]
+    size = lots.before[wanted.last] - lots.before[wanted.first]
     end = np.cumsum(size)
     begin = end - size
-    entry[rows] = entries[_passed(bounds, begin + size // 2)]
-    first, last = _passed(bounds, begin), _passed(bounds, end - 1)
-    cuts = []
-    for n in np.flatnonzero((first < last) & (size >= 2 * least_cut)).tolist():
-        marks = [int(begin[n]), *bounds[first[n] : last[n]].tolist(), int(end[n])]
-        if len(marks) == 3 and min(marks[1] - marks[0], marks[2] - marks[1]) <= tolerance:
-            continue
-        ends, senders = [], []
-        for k in range(len(marks) - 1):
-            if marks[k + 1] - marks[k] >= least_cut:
-                ends.append(marks[k + 1] - marks[0])
-                senders.append(int(candidates.values[entries[first[n] + k]]))
-        if len(ends) > 1:
-            ends[-1] = marks[-1] - marks[0]
-            cuts.append(Cut(int(tier.rows[rows[n]]), tuple(ends), tuple(senders)))
-    return cuts
+    bounds = np.cumsum(quota[entries])
+    bounds = bounds[bounds < size.sum()]
+    row = np.searchsorted(end, bounds, side="right")
+    at = lots.before[wanted.first[row]] + bounds - begin[row]
+    copy = np.searchsorted(lots.before, at, side="right") - 1
+    middle = lots.before[copy] + (lots.before[copy + 1] - lots.before[copy]) // 2
+    # A run begins where its row does, and behind every bound: with the copy across it, or after that.
+    starts = [
+        np.stack([np.arange(len(begin)), wanted.first, np.searchsorted(bounds, begin, side="right")]),
+        np.stack([row, copy + (middle < at), np.arange(1, len(bounds) + 1)]),
+    ]
+    ranges: list[tuple[int, int, int, int]] = []
+    across = np.flatnonzero((at > lots.before[copy]) & (lots.before[copy + 1] - lots.before[copy] >= 2 * least_cut))
+    for (owner, number), group in groupby(across.tolist(), key=lambda n: (int(row[n]), int(copy[n]))):
+        passed = list(group)
+        marks = [int(lots.before[number]), *at[passed].tolist(), int(lots.before[number + 1])]
+        if shared := _shared(marks, tolerance, least_cut):
+            ranges += [(owner, number, int(senders[passed[0] + n]), until) for n, until in shared]
+            starts.append(np.array([[owner, owner], [number, number + 1], [len(senders), passed[-1] + 1]]))
+    owner, start, place = np.concatenate(starts, axis=1)
+    order = np.lexsort((place, start, owner))
+    owner, start, place = owner[order], start[order], place[order]
+    stop = np.where(owner == np.append(owner[1:], -1), np.append(start[1:], 0), wanted.last[owner])
+    kept = np.flatnonzero((start < stop) & (place < len(senders)))
+    owner = owner[kept]
+    runs = Runs(wanted.target[owner], start[kept], stop[kept], senders[place[kept]], np.zeros_like(owner))
+    row, copy, sender, until = np.array(ranges, dtype=np.int64).reshape(-1, 4).T
+    return [runs, Runs(wanted.target[row], copy, copy + 1, sender, until)]
 
 
-def _passed(bounds: Int64s, values: Int64s) -> Int64s:
-    """How many of the bounds are at most each value; both ascend, and bounds are few."""
-    steps = np.bincount(np.searchsorted(values, bounds), minlength=len(values) + 1)
-    return np.cumsum(steps[: len(values)])
+def _shared(marks: list[int], tolerance: int, least_cut: int) -> list[tuple[int, int]]:
+    """Which senders of the ranges between `marks` share a copy, and where each one's part ends; none where one of them
+    sends all of it.
+    """
+    if len(marks) == 3 and min(marks[1] - marks[0], marks[2] - marks[1]) <= tolerance:
+        return []
+    long = [n for n in range(len(marks) - 1) if marks[n + 1] - marks[n] >= least_cut]
+    ends = [*(marks[n + 1] - marks[0] for n in long[:-1]), marks[-1] - marks[0]]
+    return list(zip(long, ends, strict=True)) if len(long) > 1 else []

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from weft.join import Joined, Overlaps
 from weft.member import Member
-from weft.table import Int64s, first_of_each, intersect, pairs_by_key, ragged_ranges, subtract, unique_rows
+from weft.table import Int64s, Ragged, first_of_each, intersect, pairs_by_key, subtract, unique_rows
 
 _Range = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One row per box and member that wants it, in plan order: by member, then as the boxes are sorted."""
+    """Which boxes every member wants: a list that it shares with the members of the same layout, as a rule."""
 
     boxes: Overlaps
     """Sorted by target layout, group and place in memory; behind these, parts of boxes that had to be divided."""
-    target: Int64s
-    """Member."""
-    box: Int64s
-    """Row of `boxes`."""
-    counted: Int64s
+    lists: Ragged
+    """Rows of `boxes`, as they are sorted."""
+    list_of: Int64s
+    """Number of each member's list; -1 for members that want nothing."""
+    counted: tuple[Int64s, ...]
+    """Per member, 1 for every box of its list that stands for its elements in the digest of its replica."""
+
+    @property
+    def targets(self) -> Int64s:
+        """The members that want anything, ascending."""
+        return np.flatnonzero(self.list_of >= 0)
+
+    def apart(self) -> Wanted:
+        """The same with a list for each member."""
+        lists = Ragged.of([self.lists.row(n) for n in self.list_of[self.targets].tolist()])
+        return replace(self, lists=lists, list_of=np.where(self.list_of < 0, -1, np.cumsum(self.list_of >= 0) - 1))
 
 
 def wanted_by_members(
     joined: Joined, found: Overlaps, members: Sequence[Member], layout_of: Int64s, group: Int64s
 ) -> Wanted:
-    """Expand the overlaps of layouts to the members that have these layouts.
+    """Find which overlaps of layouts the members with these layouts want.
 
     `layout_of[m]` is the target layout of member m, or -1; `group` the group of every row of `joined.targets`.
     Replicas whose members have the same layouts in the same order count alike, so each such kind is looked at once.
@@ -38,36 +49,26 @@ def wanted_by_members(
     boxes = _in_order(joined, found, group)
     layout = joined.targets.layout[boxes.target]
     starts = np.searchsorted(layout, np.arange(int(layout_of.max(initial=-1)) + 2))
+    lists = np.split(np.arange(len(layout)), starts[1:-1])
     _, same = unique_rows(np.concatenate([joined.targets.tensor[boxes.target][:, None], boxes.lo, boxes.hi], axis=1))
     replicas: dict[str, list[int]] = {}
     for m, member in enumerate(members):
         if layout_of[m] >= 0:
             replicas.setdefault(member.replica or member.name, []).append(m)
-    kinds: dict[tuple[int, ...], _Kind] = {}
-    rows: list[_Kind | None] = [None] * len(members)
-    slot_of = np.zeros(len(members), dtype=np.int64)
+    list_of = layout_of.copy()
+    counted = [np.zeros(0, np.int64)] * len(members)
+    kinds: dict[tuple[int, ...], tuple[Sequence[int], list[Int64s]]] = {}
     for names in replicas.values():
         key = tuple(layout_of[names].tolist())
         if key not in kinds:
-            kinds[key], boxes = _count(joined, boxes, same, starts, key)
-        for slot, m in enumerate(names):
-            rows[m], slot_of[m] = kinds[key], slot
-    parts = []
-    for m, kind in enumerate(rows):
-        if kind is not None:
-            own = slice(int(kind.starts[slot_of[m]]), int(kind.starts[slot_of[m] + 1]))
-            parts.append((np.full(own.stop - own.start, m, np.int64), kind.box[own], kind.counted[own]))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)] or [np.zeros(0, np.int64)] * 3
-    return Wanted(boxes, *columns)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What the members of one kind of replica get, one member after the other."""
-
-    starts: Int64s
-    box: Int64s
-    counted: Int64s
+            own, flags, divided = _count(joined, boxes, same, [lists[n] for n in key])
+            kinds[key] = key, flags
+            if divided is not None:
+                boxes, kinds[key] = divided, (range(len(lists), len(lists) + len(key)), flags)
+                lists += own
+        for m, number, flags_of_member in zip(names, *kinds[key], strict=True):
+            list_of[m], counted[m] = number, flags_of_member
+    return Wanted(boxes, Ragged.of(lists), list_of, tuple(counted))
 
 
 def _in_order(joined: Joined, found: Overlaps, group: Int64s) -> Overlaps:
@@ -79,14 +80,15 @@ def _in_order(joined: Joined, found: Overlaps, group: Int64s) -> Overlaps:
 
 
 def _count(
-    joined: Joined, boxes: Overlaps, same: Int64s, starts: Int64s, layouts: tuple[int, ...]
-) -> tuple[_Kind, Overlaps]:
+    joined: Joined, boxes: Overlaps, same: Int64s, lists: Sequence[Int64s]
+) -> tuple[list[Int64s], list[Int64s], Overlaps | None]:
     """Mark boxes of one kind of replica that together hold each logical element once; divide those that overlap in
     part.
+
+    Returns the lists of its members, flags for them, and the boxes if they have become more.
     """
-    first = starts[list(layouts)]
-    sizes = starts[np.array(layouts) + 1] - first
-    slot, box = ragged_ranges(first, sizes)
+    slot = np.repeat(np.arange(len(lists)), [len(each) for each in lists])
+    box, divided = np.concatenate(lists), None
     counted = np.zeros(len(box), dtype=np.int64)
     counted[first_of_each(same[box], len(same))] = 1
     chosen = np.flatnonzero(counted)
@@ -98,9 +100,9 @@ def _count(
     _, _, meets = intersect(*(ends[box[rows]] for rows in (left, right) for ends in (boxes.lo, boxes.hi)))
     clashing = np.unique(np.concatenate([left[meets], right[meets]]))
     if len(clashing):
-        slot, box, counted, boxes = _divide(joined, boxes, slot, box, counted, clashing)
-    ends = np.cumsum(np.bincount(slot, minlength=len(layouts)))
-    return _Kind(np.concatenate([[0], ends]).astype(np.int64), box, counted), boxes
+        slot, box, counted, divided = _divide(joined, boxes, slot, box, counted, clashing)
+    ends = np.searchsorted(slot, np.arange(1, len(lists)))
+    return np.split(box, ends), np.split(counted, ends), divided
 
 
 def _divide(

@@ -38,25 +38,21 @@ def holder_sets(classes: Int64s, layout: Int64s, holding: Sequence[Int64s]) -> t
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Copies that the same members could send equally well."""
+    """What the same members could send equally well."""
 
     share: Int64s
-    """Number of each copy's share."""
+    """Number of the share that each request is of."""
     candidates: Ragged
     """Per share, the nearest holders, ascending."""
     level: Int64s
-    """How far from each copy's target they are."""
-
-    def of(self, copies: Int64s) -> Shares:
-        """Those of some copies."""
-        return Shares(self.share[copies], self.candidates, self.level[copies])
+    """How far from the target of each request they are."""
 
 
-def nearest(sets: Ragged, set_of_copy: Int64s, target: Int64s, members: Sequence[Member]) -> Shares:
-    """Group copies by their nearest holders. Copy i wants what set `set_of_copy[i]` holds, at member `target[i]`."""
+def nearest(sets: Ragged, set_of: Int64s, target: Int64s, members: Sequence[Member]) -> Shares:
+    """Group requests by their nearest holders. Request i is for what set `set_of[i]` holds, at member `target[i]`."""
     codes = places(members)
     owner, holder = sets.rows(), sets.values
-    pairs, pair_of_copy = distinct(set_of_copy * len(members) + target, len(sets) * len(members))
+    pairs, pair = distinct(set_of * len(members) + target, len(sets) * len(members))
     wanted, at = pairs // len(members), pairs % len(members)
     level = np.full(len(pairs), LEVELS - 1, dtype=np.int64)
     for nearness in range(LEVELS - 2, -1, -1):
@@ -73,7 +69,7 @@ def nearest(sets: Ragged, set_of_copy: Int64s, target: Int64s, members: Sequence
     member = holder[entry]
     near = np.stack(codes)[level[first][entry_of], member] == place_of_pair[first][entry_of]
     number, candidates = ragged_classes(Ragged.by_key(entry_of[near], member[near], len(first)))
-    return Shares(number[share_of_pair][pair_of_copy], candidates, level[pair_of_copy])
+    return Shares(number[share_of_pair][pair], candidates, level[pair])
 
 
 def places(members: Sequence[Member]) -> list[Int64s]:

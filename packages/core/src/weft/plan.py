@@ -24,7 +24,7 @@ from weft.rows import Rows
 from weft.statistics import Statistics, statistics_of
 from weft.table import Int64s, distinct, stable_order
 
-PLANNER_VERSION = 2
+PLANNER_VERSION = 3
 """Grows when equal inputs would give another plan; part of the fingerprint."""
 
 
