@@ -28,7 +28,7 @@ THIRD_PARTY = ROOT / "integration-tests" / "third_party"
 TORCH_INDEX = {"gpu12": "https://download.pytorch.org/whl/cu126", "gpu13": "https://download.pytorch.org/whl/cu130"}
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_DRIVER = {12: 525, 13: 580}
-GPU_PACKAGES = ("core", "gloo", "nixl")
+GPU_PACKAGES = ("core", "cudamalloc", "gloo", "nixl")
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -48,6 +48,7 @@ def environment(session: nox.Session, name: str, constraints: str, packages: lis
     python, stamp = folder / "bin" / "python", folder / "stamp"
     build_pins = ROOT / "constraints" / "build.txt"
     held = [pins, build_pins, *(package.path / "pyproject.toml" for package in packages)]
+    held += [file for package in packages for file in sorted(package.path.glob("src/*/*.c"))]  # compiled at install
     key = hashlib.sha256(b"".join(file.read_bytes() for file in held) + sys.version.encode()).hexdigest()
     if stamp.is_file() and stamp.read_text() == key:
         return python

@@ -29,6 +29,8 @@ def entry_point_faults(package: Package) -> list[str]:
     where = str(installed.locate_file(package.import_name))
     if "site-packages" not in where:
         faults.append(f"{package.name} is not installed from a wheel but from {where}")
+    if (package.path / "build_hook.py").is_file() and not any(file.suffix == ".so" for file in installed.files or ()):
+        faults.append(f"{package.name} has a build hook that compiles, and nothing compiled in its wheel")
     for (group, name, value), point in sorted(offered.items()):
         try:
             point.load()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the tests marked `gpu` from the source tree, on a machine where nothing of weft is installed.
 
-Needs a python3 with torch (CUDA), numpy, msgspec, pytest, hypothesis and NIXL; says which of them is missing. Arguments
-go to pytest. `nox -s gpu` does the same in environments of its own.
+Needs a python3 with torch (CUDA), numpy, msgspec, pytest, hypothesis and NIXL, and a C compiler; says what is missing.
+Arguments go to pytest. `nox -s gpu` does the same in environments of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDAMALLOC = ROOT / "packages" / "allocators" / "cudamalloc"
 NEEDED = ("torch", "numpy", "msgspec", "pytest", "hypothesis")
 NIXL = ("nixl_cu13", "nixl_cu12")
 
@@ -40,14 +41,16 @@ def main() -> int:
     if missing:
         print(f"{sys.executable} has no {', '.join(missing)}: install them, or carry their wheels", file=sys.stderr)
         return 2
+    if subprocess.run([sys.executable, str(CUDAMALLOC / "compile_pool.py")], check=False).returncode:
+        return 2
     with tempfile.TemporaryDirectory() as temporary:
         folders = [temporary]
         for file in sorted(ROOT.glob("packages/**/pyproject.toml")):
             entry_points(tomllib.loads(file.read_text())["project"], Path(temporary))
             folders.append(str(file.parent / "src"))
         path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
-        tests = str(ROOT / "integration-tests" / "test_gpu.py")
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", tests, *sys.argv[1:]]
+        tests = [str(ROOT / "integration-tests" / "test_gpu.py"), str(CUDAMALLOC / "tests" / "test_gpu.py")]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *tests, *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, check=False).returncode
 
 

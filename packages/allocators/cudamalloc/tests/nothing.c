@@ -1,0 +1,2 @@
+/* A library without any of the runtime's functions. */
+int nothing;
