@@ -11,11 +11,11 @@ import msgspec
 
 from weft.contracts import Prepared, Source, Target, Transport
 from weft.deadline import Deadline
-from weft.errors import NotSupportedError, RecordError
+from weft.errors import ConfigError, NotSupportedError, RecordError
 from weft.gates import gates
 from weft.layout import Layout
 from weft.lower import MemberProgram, lower
-from weft.member import Member
+from weft.member import Member, Region
 from weft.plan import fingerprint, plan
 from weft.policy import Policy
 from weft.prepare import Endpoint, Step, endpoint_record, local_moves, make_endpoint, make_steps, transfer_program
@@ -108,6 +108,18 @@ def join(
         raise
 
 
+def register(transport: Transport, regions: Sequence[Region], deadline: Deadline) -> None:
+    """Register all regions. Raises `ConfigError` that names every region which the transport refuses."""
+    refused = []
+    for region in regions:
+        try:
+            transport.register(region, deadline)
+        except ConfigError as error:
+            refused.append(str(error))
+    if refused:
+        raise ConfigError("; ".join(refused))
+
+
 def _check_devices(sides: Sequence[tuple[Layout, Memory] | None], policy: Policy) -> None:
     """Digests are computed by the processor so far. Raises `NotSupportedError` for memory that it cannot read."""
     others = {
@@ -140,8 +152,7 @@ def _join(
     endpoint = make_endpoint(program, source, target)
 
     transport.open(announced)
-    for region in endpoint.regions:
-        transport.register(region, deadline)
+    register(transport, endpoint.regions, deadline)
     rendezvous.publish_endpoint(
         endpoint_record(identity.name, announced.incarnation, 0, transport.address(), endpoint, made.fingerprint)
     )

@@ -94,15 +94,20 @@ class RemoteRegion(msgspec.Struct, frozen=True, array_like=True):
     device: str
 
 
-def regions_of(tensors: Sequence[torch.Tensor]) -> list[Region]:
-    """One region per distinct storage behind `tensors`, in order of first appearance (traps 29 and 31).
+def regions_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Region]:
+    """One region per distinct storage behind named tensors, in order of first appearance (traps 29 and 31).
 
-    Every tensor lies inside exactly one of the regions, at `tensor.data_ptr() - region.address`.
+    Every tensor lies inside exactly one of the regions, at `tensor.data_ptr() - region.address`. A region has the name
+    of its first tensor, and says how many others it has.
     """
-    regions: dict[int, Region] = {}
-    for tensor in tensors:
+    memories: dict[int, torch.Tensor] = {}
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in regions:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            regions[storage.data_ptr()] = Region(f"region{len(regions)}", whole)
-    return list(regions.values())
+        if storage.nbytes():
+            address = storage.data_ptr()
+            if address not in memories:
+                memories[address] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            names.setdefault(address, []).append(name)
+    labels = {at: found[0] + (f" and {len(found) - 1} more" if found[1:] else "") for at, found in names.items()}
+    return [Region(labels[address], memory) for address, memory in memories.items()]

@@ -61,7 +61,7 @@ def make_endpoint(
     Raises `LayoutError` when memory does not match its layout, naming every buffer.
     """
     faults: list[str] = []
-    tensors: list[torch.Tensor] = []
+    tensors: list[tuple[str, torch.Tensor]] = []
     for side in (source, target):
         for buffer in side[0].buffers if side else ():
             memory = side[1].get(buffer.name) if side else None
@@ -75,12 +75,12 @@ def make_endpoint(
             ):
                 faults.append(f"{wanted}; memory() gives {memory.numel()} of {memory.dtype}, strides {memory.stride()}")
             else:
-                tensors.append(memory)
+                tensors.append((buffer.name, memory))
     if faults:
         raise LayoutError(faults)
     regions = regions_of(tensors)
     slots: list[dict[str, tuple[int, int]]] = []
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = tensors[0][1].device if tensors else torch.device("cpu")
     for label, buckets in (("incoming", program.receives), ("outgoing", program.sends)):
         peers = sorted({bucket.peer for bucket in buckets if bucket.slot is not None})
         slots.append({peer: (len(regions), n * SLOTS * program.slot_bytes) for n, peer in enumerate(peers)})
