@@ -12,7 +12,7 @@ from weft.errors import ConfigError, PeerLostError, TransportError
 from weft.member import Member, Region
 from weft_nixl import NixlOptions, factory
 from weft_nixl.library import FOREIGN, candidates, find, translate, translated
-from weft_nixl.options import backend_parameters, check_environment, check_registrable
+from weft_nixl.options import backend_parameters, check_environment
 
 
 def test_parameters_are_what_nixl_reads() -> None:
@@ -55,15 +55,6 @@ def test_preset_variables_that_contradict_nothing_are_reported() -> None:
     environment = {"UCX_NET_DEVICES": "mlx5_0:1", "UCX_TLS": "tcp"}
     found = check_environment(NixlOptions(device_list=("mlx5_0:1",)), (), environment)
     assert found == ["UCX_NET_DEVICES=mlx5_0:1", "UCX_TLS=tcp"]
-
-
-@pytest.mark.trap(30)
-def test_expandable_segments_are_refused_for_cuda_memory_only() -> None:
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}
-    with pytest.raises(ConfigError, match="expandable segments"):
-        check_registrable("cuda", environment)
-    check_registrable("cpu", environment)
-    check_registrable("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"})
 
 
 def test_every_error_of_nixl_becomes_one_of_weft() -> None:

@@ -76,14 +76,3 @@ def check_environment(options: NixlOptions, nics: tuple[str, ...], environment: 
     if faults:
         raise ConfigError(f"the environment overrides options of transport 'nixl': {'; '.join(faults)}; unset either")
     return [f"{name}={value}" for name, value in found.items()]
-
-
-def check_registrable(device_type: str, environment: Mapping[str, str]) -> None:
-    """Refuse CUDA memory of expandable segments: it registers and then fails at the first RDMA write (trap 30)."""
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        settings = environment.get(name, "").replace(" ", "").lower().split(",")
-        if device_type == "cuda" and "expandable_segments:true" in settings:
-            raise ConfigError(
-                f"{name}={environment[name]}: memory of expandable segments cannot be registered for RDMA; "
-                "turn them off, or allocate what is transferred from a cudaMalloc pool"
-            )

@@ -21,7 +21,8 @@ from weft.endpoint import Inbox, RegionBook, check_program, decode, encode
 from weft.errors import ConfigError, DeadlineError, PeerLostError, RecordError, TransportError
 from weft.member import Member, Region, Tag
 from weft_nixl.library import FOREIGN, make_agent, translated
-from weft_nixl.options import NixlOptions, backend_parameters, check_environment, check_registrable
+from weft_nixl.options import NixlOptions, backend_parameters, check_environment
+from weft_nixl.pinning import CudaSegments, refuse_expandable
 from weft_nixl.transfers import MEMORY, Lane, NixlPrepared, NixlWork, prepare_sends
 from weft_nixl.visibility import flush_inbound_writes
 
@@ -97,6 +98,7 @@ class NixlTransport:
         self._prepared: list[NixlPrepared] = []
         self._peers: dict[str, _Peer] = {}
         self._inbox = Inbox()
+        self._segments = CudaSegments()
         self._next_probe = 0.0
         self._lock = threading.RLock()
         self._stop = threading.Event()
@@ -125,7 +127,7 @@ class NixlTransport:
         """Register a whole allocation. Raises `ConfigError` for memory that overlaps or that RDMA cannot register."""
         self._require_open()
         self._regions.check(region)
-        check_registrable(region.device.type, os.environ)
+        refuse_expandable(region, self._segments.around(region.device))
         row = (region.address, region.nbytes, region.device.index or 0, "")
         with translated(f"registering region {region.name!r} ({region.nbytes} bytes on {region.device})"):
             descriptors = self._agent.register_memory([row], MEMORY[region.device.type])
