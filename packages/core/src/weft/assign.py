@@ -105,7 +105,7 @@ def _sent(
 def _parts(joined: Joined, boxes: Overlaps, held_row: Int64s, landing: Landing) -> Parts:
     """Where boxes sit in the row they are read from, of the sources and behind them the targets, and in their own."""
     row, lo = boxes.target, boxes.lo
-    buffer, offset, strides = _memory(joined.sources.followed_by(joined.targets), held_row, lo)
+    buffer, offset, strides = _memory(joined.rows, held_row, lo)
     to_buffer, to_offset, to_strides = _memory(joined.targets, row, lo)
     return Parts(
         tensor=joined.targets.tensor[row], group=landing.group[row], scratch=landing.scratch[row],

@@ -6,6 +6,7 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from weft.box import Affine, Box, boxes_from_views
 from weft.errors import LayoutError
-from weft.layout import Kind, Layout
+from weft.layout import Kind, Layout, LogicalTensor
 from weft.policy import Policy
 from weft.table import Int64s, collapse, intersect, ragged_ranges, subtract
 
@@ -30,53 +31,85 @@ class Catalog:
     """Every name in use, aliases included; ignored source tensors are absent."""
 
 
+@dataclass(frozen=True)
+class _Side:
+    """What the members of one side declare."""
+
+    names: dict[str, Sequence[str]]
+    """Per member, the names of its tensors, aliases resolved."""
+    tensors: Mapping[str, LogicalTensor]
+    """By name, as the first member has it."""
+
+    @cached_property
+    def first(self) -> dict[str, str]:
+        """By name, the first member that has it."""
+        return {name: member for member in reversed(self.names) for name in self.names[member]}
+
+
+def _declared(
+    label: str, members: Mapping[str, Layout], aliases: Mapping[str, str], policy: Policy, faults: list[str]
+) -> _Side:
+    """Collect the tensors of one side; members that contradict each other are faults."""
+    names: dict[str, Sequence[str]] = {}
+    seen: dict[str, LogicalTensor] = {}
+    unlike: list[tuple[str, Sequence[LogicalTensor], list[LogicalTensor]]] = []
+    for member, layout in members.items():
+        tensors: Sequence[LogicalTensor] = layout.tensors
+        if policy.only:
+            tensors = [tensor for tensor in tensors if policy.moves(aliases.get(tensor.name, tensor.name))]
+        names[member] = [tensor.name for tensor in tensors]
+        if aliases:
+            names[member] = [aliases.get(name, name) for name in names[member]]
+        known = list(map(seen.setdefault, names[member], tensors))
+        if known != list(tensors):  # in bulk: there may be a hundred thousand
+            unlike.append((member, tensors, known))
+    side = _Side(names, seen)
+    faults += [
+        f"{tensor.name}: {label} {side.first[name]} has {first.dtype}{list(first.shape)}, "
+        f"{label} {member} has {tensor.dtype}{list(tensor.shape)}"
+        for member, tensors, known in unlike
+        for name, tensor, first in zip(names[member], tensors, known, strict=True)
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype)
+    ]
+    return side
+
+
 def build_catalog(
     sources: Mapping[str, Layout], targets: Mapping[str, Layout], policy: Policy
 ) -> tuple[Catalog, list[str]]:
-    """Match the logical tensors of both sides. `sources` and `targets` map a member's name to its layout.
+    """Match the logical tensors of both sides. `sources` and `targets` map a member's name to its layout; of members
+    with equal layouts, one is enough.
 
     Returns the catalog and every fault found: names on one side only, shapes, dtypes, ties.
     """
     faults: list[str] = []
     aliases = _aliases(sources, targets, faults)
-    sides: list[dict[str, tuple[tuple[int, ...], str, str]]] = []
-    for label, members in (("source", sources), ("target", targets)):
-        seen: dict[str, tuple[tuple[int, ...], str, str]] = {}
-        done: set[str] = set()
-        for member, layout in members.items():
-            if layout.address in done:
-                continue
-            done.add(layout.address)
-            for tensor in layout.tensors:
-                name = aliases.get(tensor.name, tensor.name)
-                if policy.only and not policy.moves(name):
-                    continue
-                first = seen.setdefault(name, (tensor.shape, tensor.dtype, member))
-                if first[:2] != (tensor.shape, tensor.dtype):
-                    faults.append(
-                        f"{tensor.name}: {label} {first[2]} has {first[1]}{list(first[0])}, "
-                        f"{label} {member} has {tensor.dtype}{list(tensor.shape)}"
-                    )
-        sides.append(seen)
-    held, wanted = sides
+    held, wanted = (
+        _declared(label, members, aliases, policy, faults)
+        for label, members in (("source", sources), ("target", targets))
+    )
     faults += [
-        f"{name}: wanted by target {wanted[name][2]}, held by no source (map the name, or skip it at the target)"
-        for name in sorted(wanted.keys() - held.keys())
+        f"{name}: wanted by target {wanted.first[name]}, held by no source (map the name, or skip it at the target)"
+        for name in sorted(wanted.tensors.keys() - held.tensors.keys())
     ]
     faults += [
-        f"{name}: held by source {held[name][2]}, wanted by no target (list it in Policy.ignore if that is meant)"
-        for name in sorted(held.keys() - wanted.keys())
+        f"{name}: held by source {held.first[name]}, wanted by no target (list it in Policy.ignore if that is meant)"
+        for name in sorted(held.tensors.keys() - wanted.tensors.keys())
         if not policy.ignores(name)
     ]
-    names = sorted(held.keys() & wanted.keys())
-    for name in names:
-        (shape, dtype, source), (target_shape, target_dtype, target) = held[name], wanted[name]
-        if shape != target_shape:
-            faults.append(f"{name}: source {source} has shape {list(shape)}, target {target} {list(target_shape)}")
-        if dtype != target_dtype and (dtype, target_dtype) not in policy.casts:
+    names = sorted(held.tensors.keys() & wanted.tensors.keys())
+    ours, theirs = ([side.tensors[name] for name in names] for side in (held, wanted))
+    for name, tensor, other in zip(names, ours, theirs, strict=True):
+        if tensor.shape != other.shape:
             faults.append(
-                f"{name}: source {source} holds {dtype}, target {target} wants {target_dtype}; "
-                f'declare it with Policy(casts=(("{dtype}", "{target_dtype}"),)) if rounding is meant'
+                f"{name}: source {held.first[name]} has shape {list(tensor.shape)}, "
+                f"target {wanted.first[name]} {list(other.shape)}"
+            )
+        if tensor.dtype != other.dtype and (tensor.dtype, other.dtype) not in policy.casts:
+            faults.append(
+                f"{name}: source {held.first[name]} holds {tensor.dtype}, target {wanted.first[name]} wants "
+                f'{other.dtype}; declare it with Policy(casts=(("{tensor.dtype}", "{other.dtype}"),)) if rounding is '
+                "meant"
             )
     index = {name: n for n, name in enumerate(names)}
     faults += [
@@ -85,10 +118,10 @@ def build_catalog(
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
     ]
     index.update({alias: index[name] for alias, name in aliases.items() if name in index})
-    shapes = tuple(held[name][0] for name in names)
-    catalog = Catalog(
-        tuple(names), shapes, tuple(held[name][1] for name in names), tuple(wanted[name][1] for name in names), index
-    )
+    shapes, dtypes, other_dtypes = (
+        tuple(each.shape for each in ours), tuple(each.dtype for each in ours), tuple(each.dtype for each in theirs)
+    )  # fmt: skip
+    catalog = Catalog(tuple(names), shapes, dtypes, other_dtypes, index)
     if policy.only:
         faults += [fault for member, layout in targets.items() for fault in _torn_groups(member, layout, index)]
     return catalog, faults

@@ -9,7 +9,7 @@ import numpy as np
 
 from weft.join import Joined, Overlaps
 from weft.member import Member
-from weft.table import Int64s, Ragged, first_of_each, intersect, pairs_by_key, subtract, unique_rows
+from weft.table import Int64s, Ragged, first_of_each, meeting, subtract, unique_rows
 
 _Range = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -75,8 +75,7 @@ def _in_order(joined: Joined, found: Overlaps, group: Int64s) -> Overlaps:
     """By target layout, group and place in memory: what is next to each other there moves together."""
     targets, row = joined.targets, found.target
     offset = targets.offset[row] + ((found.lo - targets.lo[row]) * targets.strides[row]).sum(axis=1)
-    keys = offset, targets.buffer[row], group[row], targets.layout[row]
-    return found.select(np.lexsort((*found.lo.T[::-1], targets.tensor[row], *keys)))
+    return found.select(np.lexsort((offset, targets.buffer[row], group[row], targets.layout[row])))
 
 
 def _count(
@@ -90,15 +89,10 @@ def _count(
     slot = np.repeat(np.arange(len(lists)), [len(each) for each in lists])
     box, divided = np.concatenate(lists), None
     counted = np.zeros(len(box), dtype=np.int64)
-    counted[first_of_each(same[box], len(same))] = 1
-    chosen = np.flatnonzero(counted)
+    chosen = first_of_each(same[box], len(same))
+    counted[chosen] = 1
     tensor = joined.targets.tensor[boxes.target[box[chosen]]]
-    several = np.bincount(tensor)[tensor] > 1
-    chosen, tensor = chosen[several], tensor[several]
-    left, right = pairs_by_key(tensor, tensor)
-    left, right = chosen[left[left < right]], chosen[right[left < right]]
-    _, _, meets = intersect(*(ends[box[rows]] for rows in (left, right) for ends in (boxes.lo, boxes.hi)))
-    clashing = np.unique(np.concatenate([left[meets], right[meets]]))
+    clashing = np.unique(chosen[np.concatenate(meeting(tensor, boxes.lo[box[chosen]], boxes.hi[box[chosen]]))])
     if len(clashing):
         slot, box, counted, divided = _divide(joined, boxes, slot, box, counted, clashing)
     ends = np.searchsorted(slot, np.arange(1, len(lists)))

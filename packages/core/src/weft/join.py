@@ -15,6 +15,7 @@ from weft.rows import Rows, common_splits, in_splits, pieces_of
 from weft.table import (
     Int64s,
     intersect,
+    meeting,
     pairs_by_key,
     subtract,
     unique_rows,
@@ -26,6 +27,8 @@ from weft.table import (
 class Joined:
     """Both sides in one coordinate system."""
 
+    rows: Rows
+    """Of the sources, and behind them of the targets, whose layouts count on."""
     sources: Rows
     targets: Rows
     splits: Int64s
@@ -38,8 +41,8 @@ def join_sides(sources: Sequence[Layout], targets: Sequence[Layout], catalog: Ca
     splits = common_splits(pieces, catalog.shapes)
     rows = in_splits(pieces, splits)
     border = int(np.searchsorted(rows.layout, len(sources)))
-    held, wanted = rows.select(np.arange(border)), rows.select(np.arange(border, len(rows.layout)))
-    return Joined(held, replace(wanted, layout=wanted.layout - len(sources)), splits)
+    held, wanted = rows.select(slice(border)), rows.select(slice(border, None))
+    return Joined(rows, held, replace(wanted, layout=wanted.layout - len(sources)), splits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,8 @@ def overlaps(joined: Joined) -> tuple[Overlaps, Int64s]:
     source = first[right]
     lo, hi, meets = intersect(targets.lo[left], targets.hi[left], sources.lo[source], sources.hi[source])
     left, right, lo, hi = left[meets], right[meets], lo[meets], hi[meets]
-    first_of_pair, second_of_pair = pairs_by_key(left, left)
-    later = first_of_pair < second_of_pair
-    first_of_pair, second_of_pair = first_of_pair[later], second_of_pair[later]
-    _, _, twice = intersect(lo[first_of_pair], hi[first_of_pair], lo[second_of_pair], hi[second_of_pair])
     doubled = np.zeros(len(targets.tensor), dtype=bool)
-    doubled[left[first_of_pair[twice]]] = True
+    doubled[left[meeting(left, lo, hi)[0]]] = True
     if doubled.any():
         left, right, lo, hi = _first_holder(left, right, lo, hi, doubled)
     return Overlaps(left, right, lo, hi), classes
@@ -135,11 +134,8 @@ def coverage_faults(joined: Joined, found: Overlaps, names: Mapping[int, str], c
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         member = names[int(targets.layout[row])]
         faults.append(f"{catalog.names[targets.tensor[row]]}: target {member} wants {boxes}{more}, held by no source")
-    left, right = pairs_by_key(found.target, found.target)
-    later = left < right
-    left, right = left[later], right[later]
-    _, _, twice = intersect(found.lo[left], found.hi[left], found.lo[right], found.hi[right])
-    for n in np.unique(found.target[left[twice]]).tolist():
+    twice, _ = meeting(found.target, found.lo, found.hi)
+    for n in np.unique(found.target[twice]).tolist():
         member = names[int(targets.layout[n])]
         faults.append(f"{catalog.names[targets.tensor[n]]}: elements of target {member} would be written twice")
     return faults

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import repeat
 
 import numpy as np
 
@@ -37,11 +38,7 @@ class Rows:
         """Elements per row."""
         return volume(self.lo, self.hi)
 
-    def followed_by(self, others: Rows) -> Rows:
-        """These and behind them those of another side."""
-        return Rows(*(np.concatenate([getattr(rows, f.name) for rows in (self, others)]) for f in fields(self)))
-
-    def select(self, rows: Int64s) -> Rows:
+    def select(self, rows: Int64s | slice) -> Rows:
         """Those at `rows`, in that order."""
         return Rows(*(getattr(self, column.name)[rows] for column in fields(self)))
 
@@ -65,7 +62,8 @@ def pieces_of(layouts: Sequence[Layout], index: Mapping[str, int]) -> Pieces:
     for number, layout in enumerate(layouts):
         table = layout.pieces
         end = at + len(table)
-        names = np.array([index.get(tensor.name, -1) for tensor in layout.tensors], dtype=np.int64)
+        found = map(index.get, [tensor.name for tensor in layout.tensors], repeat(-1))
+        names = np.fromiter(found, np.int64, len(layout.tensors))
         flat[0][at:end], flat[1][at:end] = number, np.arange(len(table))
         flat[2][at:end] = names[table.tensor] if len(table) else 0
         flat[3][at:end], flat[4][at:end] = table.buffer, table.offset
@@ -73,8 +71,9 @@ def pieces_of(layouts: Sequence[Layout], index: Mapping[str, int]) -> Pieces:
         for column, values in zip(wide, (table.lo, table.hi, table.strides, table.factors), strict=True):
             column[at:end, pad:] = values
         at = end
-    known = np.flatnonzero(flat[2] >= 0)
-    return Pieces(Rows(*(column[known] for column in (*flat, *wide[:3]))), wide[3][known])
+    pieces = Pieces(Rows(*flat, *wide[:3]), wide[3])
+    known = np.flatnonzero(pieces.rows.tensor >= 0)
+    return pieces if len(known) == total else Pieces(pieces.rows.select(known), pieces.factors[known])
 
 
 def common_splits(pieces: Pieces, shapes_of: Sequence[tuple[int, ...]]) -> Int64s:
@@ -104,6 +103,8 @@ def in_splits(pieces: Pieces, splits: Int64s) -> Rows:
     """The same pieces in the splits of their tensors (`splits`, shape (tensors, k)), by layout and piece."""
     table, factors = pieces.rows, pieces.factors
     width = splits.shape[1]
+    if width == factors.shape[1] and np.array_equal(splits[table.tensor], factors):
+        return table
     fits = np.zeros(len(table.tensor), dtype=bool)
     if width >= factors.shape[1]:
         pad = width - factors.shape[1]

@@ -88,6 +88,24 @@ def intersect(
     return low, high, meets
 
 
+def meeting(keys: Int64s, lo: Int64s, hi: Int64s) -> tuple[Int64s, Int64s]:
+    """Every pair of rows (i, j), i < j, of one key whose boxes share an element. Equal keys are next to each other.
+
+    Where each box of a key lies wholly before the next one on the first axis on which the two differ, no two of them
+    meet; that holds for grids in row-major order, which nearly all are. Other keys are looked at pair by pair.
+    """
+    together = keys[1:] == keys[:-1]
+    if lo.shape[1]:
+        axis = ((lo[1:] != lo[:-1]) | (hi[1:] != hi[:-1])).argmax(axis=1)
+        row = np.arange(len(axis))
+        together &= hi[row, axis] > lo[row + 1, axis]
+    rows = np.flatnonzero(np.isin(keys, keys[1:][together])) if together.any() else np.zeros(0, np.int64)
+    left, right = pairs_by_key(keys[rows], keys[rows])
+    left, right = rows[left[left < right]], rows[right[left < right]]
+    _, _, meets = intersect(lo[left], hi[left], lo[right], hi[right])
+    return left[meets], right[meets]
+
+
 def volume(lo: Int64s, hi: Int64s) -> Int64s:
     """Elements of every box, shape (n,)."""
     elements: Int64s = np.prod(hi - lo, axis=1, dtype=np.int64)
