@@ -23,7 +23,7 @@ from weft.wire import Notice, Wire
 KEPT_VERSIONS = 8
 """Records of so many versions stay in the store for people to look at."""
 _ANSWER_SECONDS = 2.0
-"""A late replica's leader may take so long to say which of its members are late."""
+"""A replica's leader may take so long to say why its replica does not install a version that is withdrawn."""
 
 
 class OfferRecord(msgspec.Struct, array_like=True):
@@ -55,7 +55,7 @@ class SourceLeader:
         self._offered: set[str] = set()
         self._limit = {replica: Deadline.after(deadlines.begin) for replica in leaders}
         self._begun: set[str] = set()
-        self._late: dict[str, str] = {}
+        self._withdrawn: dict[str, str] = {}
         self._ended: set[str] = set()
 
     @property
@@ -70,33 +70,40 @@ class SourceLeader:
             self._offered.add(peer)
             if len(self._offered) == len(self._sources):
                 self._offer()
+        for _, notice in wire.take(version, "replica-outcome"):
+            self._end(notice)
         for peer, notice in wire.take(version, "source-failed"):
-            self._abort(notice.replica, f"source {peer}: {notice.text}")
+            self._withdraw(notice.replica, f"source {peer}: {notice.text}")
         for _, notice in wire.take(version, "replica-begun"):
-            if notice.replica not in self._ended | self._begun:
+            if notice.replica not in self._ended | self._begun | self._withdrawn.keys():
                 self._begun.add(notice.replica)
                 rest = self._deadlines.move + self._deadlines.vote + self._deadlines.commit
                 self._limit[notice.replica] = Deadline.after(rest)
                 self._tell_sources(Notice("go", notice.replica))
-        for _, notice in wire.take(version, "replica-outcome"):
-            self._end(notice)
-        for replica, limit in self._limit.items():
-            if replica in self._ended:
-                continue
-            if limit.expired():
-                self._expire(replica, limit)
-            needed = {self._leaders[replica], *(set(self._sources) - self._offered)}
-            if lost := self._wire.lost(needed):
-                self._abort(replica, "; ".join(map(str, lost)))
+        for replica, leader in self._leaders.items():
+            if lost := self._wire.lost(set(self._sources) - self._offered):
+                self._withdraw(replica, "; ".join(map(str, lost)))
+            if lost := self._wire.lost([leader]):
+                self._abort(replica, self._withdrawn.get(replica, str(lost[0])))
+            elif self._limit[replica].expired():
+                self._expire(replica)
 
-    def _expire(self, replica: str, limit: Deadline) -> None:
-        """Withdraw, and go by the answer of the replica's leader, who knows more; without one, abort."""
-        if replica in self._late:
-            self._end(Notice("outcome", replica, self._late[replica], (0,)))
+    def _expire(self, replica: str) -> None:
+        if replica in self._withdrawn:
+            self._abort(replica, self._withdrawn[replica])
+        else:
+            self._withdraw(replica, self._lateness(replica, self._limit[replica]))
+
+    def _withdraw(self, replica: str, text: str) -> None:
+        """Give a replica up, and go by the answer of its leader, who may know why; without one, by what is known here.
+
+        Who fails takes others down with it: what a source sees first may be one of those.
+        """
+        if replica in self._ended or replica in self._withdrawn:
             return
-        self._late[replica] = self._lateness(replica, limit)
+        self._withdrawn[replica] = text
         self._limit[replica] = Deadline.after(min(_ANSWER_SECONDS, self._deadlines.begin / 2))
-        self._wire.tell(self._leaders[replica], self._version, Notice("withdraw", replica, self._late[replica]))
+        self._wire.tell(self._leaders[replica], self._version, Notice("withdraw", replica, text))
 
     def _lateness(self, replica: str, limit: Deadline) -> str:
         missing = sorted(set(self._sources) - self._offered)
@@ -110,14 +117,18 @@ class SourceLeader:
         self._store.set(f"{self._prefix}/offer/{self._version}", seal("offer", OfferRecord(self._version)))
         self._store.delete(f"{self._prefix}/offer/{self._version - KEPT_VERSIONS}")
         for replica, leader in self._leaders.items():
-            if replica not in self._ended:
+            if replica not in self._ended | self._withdrawn.keys():
                 self._limit[replica] = Deadline.after(self._deadlines.begin)
                 self._wire.tell(leader, self._version, Notice("offer", replica))
 
+    def give_up(self, text: str) -> None:
+        """Withdraw from every replica without an outcome, and wait for nobody."""
+        for replica in self._leaders:
+            self._withdraw(replica, text)
+            self._abort(replica, text)
+
     def _abort(self, replica: str, text: str) -> None:
-        if replica not in self._ended:
-            self._end(Notice("outcome", replica, text, (0,)))
-            self._wire.tell(self._leaders[replica], self._version, Notice("withdraw", replica, text))
+        self._end(Notice("outcome", replica, text, (0,)))
 
     def _end(self, outcome: Notice) -> None:
         if outcome.replica not in self._ended:

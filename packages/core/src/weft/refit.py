@@ -219,8 +219,11 @@ class Refit:
         try:
             found = self._await(version, *(("offer", roles.source_leader) if leads else ("begin", leader_name)))
         except RefitAbortedError as error:
-            for member in members if leads else ():
-                wire.tell(member, error.version, Notice("abort", replica, "\n".join(error.reasons)))
+            if leads:
+                for member in members:
+                    wire.tell(member, error.version, Notice("abort", replica, "\n".join(error.reasons)))
+                ended = Notice("replica-outcome", replica, "; ".join(error.reasons), (0,))
+                wire.tell(roles.source_leader, error.version, ended)
             raise
         wire.finish(found - 1)
         leader = None

@@ -279,6 +279,15 @@ class TransportSuite(LossSuite):
             crew["b"].call("signal", "a", 1, b"")
         assert set(records) == set("abc")
 
+    @pytest.mark.trap(48)
+    def test_what_was_signalled_before_close_arrives(self, crew: Crew) -> None:
+        open_members(crew, {"a": [10], "b": [10]})
+        notes = [bytes([i]) * 30_000 for i in range(100)]
+        for note in notes:
+            crew["a"].call("signal", "b", 1, note)
+        crew["a"].call("close")
+        assert [message[3] for message in crew["b"].call("collect", len(notes), crew.seconds)] == notes
+
     def test_close_ends_everything_and_use_afterwards_is_an_error(self, crew: Crew) -> None:
         records = open_members(crew, {"a": [10], "b": [10]})
         prepare_buckets(crew, {("a", "b"): [segments([(0, 0, 0, 0, 5)]), segments([])]})

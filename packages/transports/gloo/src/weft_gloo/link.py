@@ -29,6 +29,11 @@ _WAKE_TAG = 1
 _UNTIL_CLOSED = timedelta(days=30)
 _END_SECONDS = 5.0
 _LINGER_SECONDS = 1.0
+_LINGER_LOOKS = 1000
+_FAREWELL = b""
+"""The envelope of who closes, and the answer to it: gloo loses what has arrived but was not looked at when a connection
+ends.
+"""
 
 
 @dataclass(eq=False)
@@ -79,6 +84,9 @@ class Link:
         self._lock = threading.Lock()
         self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
         self._open_parcels: set[Parcel] = set()
+        self._farewell_said = False
+        self._parted = False
+        """Whether the peer has said farewell: it has everything, and says no more."""
         self._receiver = threading.Thread(target=self._receive, name=f"weft-gloo from {peer}", daemon=True)
         self._sender = threading.Thread(target=self._send, name=f"weft-gloo to {peer}", daemon=True)
         self._receiver.start()
@@ -106,12 +114,14 @@ class Link:
                 self._open_parcels.discard(parcel)
 
     def close(self) -> None:
-        """End both threads. What was submitted and can leave within a second does."""
-        linger = threading.Event()
-        for _ in range(100):
-            if not self._open_parcels or not self.up or self.error is not None:
-                break
-            linger.wait(_LINGER_SECONDS / 100)
+        """End both threads. What was submitted arrives before, if it can within a second."""
+        if self.up or self._open_parcels:
+            self._say_farewell()
+            linger = threading.Event()
+            for _ in range(_LINGER_LOOKS):
+                if self._parted or self.error is not None:
+                    break
+                linger.wait(_LINGER_SECONDS / _LINGER_LOOKS)
         self._closing = True
         self._fail("closed")
         group = self._group
@@ -150,6 +160,10 @@ class Link:
             head = torch.empty(HEAD_BYTES, dtype=torch.uint8)
             while not self._closing:
                 envelope = self._receive_envelope(head)
+                if envelope is None:
+                    self._parted = True
+                    self._say_farewell()
+                    continue
                 expected = _SIGNAL if envelope.bucket is None else self._expected(envelope, self._closed)
                 if expected is None:
                     break
@@ -160,10 +174,19 @@ class Link:
             self._fail(str(error).partition("\n")[0])
             self._parcels.put(None)
 
-    def _receive_envelope(self, head: torch.Tensor) -> Envelope:
+    def _say_farewell(self) -> None:
+        with self._lock:
+            said, self._farewell_said = self._farewell_said, True
+        if not said:
+            self.submit(Parcel(_FAREWELL, ()))
+
+    def _receive_envelope(self, head: torch.Tensor) -> Envelope | None:
+        """None is a farewell."""
         self._recv(head).wait(_UNTIL_CLOSED)
         wire = head.numpy().tobytes()
         length = int.from_bytes(wire[:_LENGTH_BYTES], "little")
+        if not length:
+            return None
         body = wire[_LENGTH_BYTES : _LENGTH_BYTES + length]
         if length > len(body):
             if length > 2 * 65536:

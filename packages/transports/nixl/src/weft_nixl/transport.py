@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -40,6 +41,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 _PROBE = b"?"
 """A notification that means nothing: sending it fails when the peer is gone."""
+_FAREWELL = b"."
+"""The last word of who closes, and the answer to it: everything that was sent before is here."""
+_POLL_SECONDS = 1e-3
+_LINGER_SECONDS = 1.0
+"""Longest wait for the answers. NIXL would drop what has not left when an agent ends."""
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
@@ -105,6 +111,7 @@ class NixlTransport:
         self._thread: threading.Thread | None = None
         self._polled_at = 0.0
         self._faults: list[RecordError | TransportError] = []
+        self._closing = False
 
     @_locked
     def open(self, member: Member) -> None:
@@ -251,13 +258,16 @@ class NixlTransport:
             prepared.sends.clear()
 
     def close(self) -> None:
-        """Handles, registrations, remote agents, the agent itself: in this order (trap 31)."""
+        """Handles, registrations, remote agents, the agent: in this order (trap 31). What was sent arrives before,
+        if it can within a second.
+        """
         atexit.unregister(self.close)
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._agent is not None:
+            self._linger(Deadline.after(_LINGER_SECONDS))
             for prepared in list(self._prepared):
                 self.release(prepared)
             for registration in list(self._registrations):
@@ -284,7 +294,9 @@ class NixlTransport:
                 arrived = self._agent.get_new_notifs()
             for identity, messages in arrived.items():
                 for message in messages:
-                    if message != _PROBE:
+                    if message == _FAREWELL:
+                        self._part(identity)
+                    elif message != _PROBE:
                         self._inbox.deliver(identity, decode(message, identity))
             self._probe()
         except (RecordError, TransportError) as error:
@@ -309,16 +321,35 @@ class NixlTransport:
             self._note_loss(error)
             raise
 
+    def _linger(self, deadline: Deadline) -> None:
+        """Say farewell and wait for the answers; the deadline is for peers that hang or have never connected."""
+        self._closing = True
+        self._tell_all(_FAREWELL)
+        while not deadline.expired() and any(not known.lost for known in self._peers.values()):
+            self._progress()
+            time.sleep(_POLL_SECONDS)
+
+    def _part(self, identity: str) -> None:
+        """A peer has said farewell, first or in answer."""
+        for peer in [name for name, known in self._peers.items() if known.address.identity == identity]:
+            if not self._closing:
+                with contextlib.suppress(PeerLostError):
+                    self._notify(peer, _FAREWELL)
+            self._note_loss(PeerLostError(peer, "it has closed"))
+
+    def _tell_all(self, message: bytes) -> None:
+        for peer in [name for name, known in self._peers.items() if not known.lost]:
+            try:
+                self._notify(peer, message)
+            except PeerLostError as error:
+                _LOG.debug("%s: %s", peer, error)
+
     def _probe(self) -> None:
         now = time.monotonic()
         if now < self._next_probe:
             return
         self._next_probe = now + self._options.probe_seconds
-        for peer in [name for name, known in self._peers.items() if not known.lost]:
-            try:
-                self._notify(peer, _PROBE)
-            except PeerLostError as error:
-                _LOG.debug("probe: %s", error)
+        self._tell_all(_PROBE)
 
     def _note_loss(self, error: TransportError) -> None:
         if isinstance(error, PeerLostError):

@@ -1,0 +1,66 @@
+"""The reason of an abort: who fails takes others down with it, and the one who knows why has the last word."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from weft.deadline import Deadline, Deadlines
+from weft.leaders import SourceLeader
+from weft.local import LocalHub, factory
+from weft.member import Member
+from weft.stores import open_store
+from weft.wire import Notice, Wire
+
+NAME = "trainer/0"
+
+
+class Case:
+    """A leader of sources that leads the replica `rollout`, too, so that every notice comes back here."""
+
+    def __init__(self, store_url: str, begin_seconds: float = 60.0) -> None:
+        self.wire = Wire(factory({"hub": LocalHub()}), Member(NAME, None, None, None, 0, "h", "h", "cpu"), [])
+        store = open_store(store_url, Deadline.after(60.0))
+        deadlines = Deadlines(begin=begin_seconds)
+        self.leader = SourceLeader(self.wire, store, "p", [NAME], {"rollout": NAME}, deadlines, 1)
+
+    def says(self, kind: str, text: str) -> None:
+        self.wire.tell(NAME, 1, Notice(kind, "rollout", text, (0,)))
+
+    def step(self) -> tuple[list[str], list[str]]:
+        """What the replica's leader and the sources were told."""
+        self.leader.step()
+        return tuple([n.text for _, n in self.wire.take(1, kind)] for kind in ("withdraw", "outcome"))
+
+
+@pytest.mark.trap(48)
+def test_the_outcome_of_a_replica_goes_before_what_its_end_did_to_a_source(store_url: str) -> None:
+    case = Case(store_url)
+    case.says("source-failed", "lost rollout/2")
+    case.says("replica-outcome", "rollout/1: bytes arrived changed")
+    assert case.step() == ([], ["rollout/1: bytes arrived changed"])
+    assert case.leader.done
+
+
+@pytest.mark.trap(48)
+def test_a_replica_is_asked_for_the_reason(store_url: str) -> None:
+    case = Case(store_url)
+    case.says("source-failed", "lost rollout/2")
+    assert case.step() == (["source trainer/0: lost rollout/2"], [])
+    case.says("replica-begun", "")
+    assert not case.wire.take(1, "go")
+    case.says("replica-outcome", "rollout/1: bytes arrived changed; source trainer/0: lost rollout/2")
+    assert case.step() == ([], ["rollout/1: bytes arrived changed; source trainer/0: lost rollout/2"])
+
+
+@pytest.mark.trap(40)
+def test_a_replica_that_does_not_answer_ends_with_what_is_known(store_url: str) -> None:
+    case = Case(store_url, begin_seconds=0.05)
+    case.says("source-failed", "lost rollout/2")
+    case.step()
+    limit = time.monotonic() + 60
+    told: list[str] = []
+    while not told and time.monotonic() < limit:
+        told = case.step()[1]
+    assert told == ["source trainer/0: lost rollout/2"]
