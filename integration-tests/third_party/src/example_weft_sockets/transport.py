@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
 _END_SECONDS = 5.0
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class Options(msgspec.Struct, frozen=True, kw_only=True, tag_field="name", tag="example-sockets"):
     """What `transport_options` may hold."""
 
     host: str = "127.0.0.1"

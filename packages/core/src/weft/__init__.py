@@ -6,6 +6,7 @@ Start with `Refit`: one handle per member of a job. Layouts are made with `Layou
 
 from weft.box import Affine, Box
 from weft.builder import LayoutBuilder
+from weft.config import Config, load_config
 from weft.contracts import ReplicaControl, Source, Target, Transport
 from weft.deadline import Deadline, Deadlines
 from weft.errors import (
@@ -40,6 +41,7 @@ from weft.views import execute
 __all__ = [
     "Affine",
     "Box",
+    "Config",
     "ConfigError",
     "Deadline",
     "DeadlineError",
@@ -73,6 +75,7 @@ __all__ = [
     "TransportError",
     "WeftError",
     "execute",
+    "load_config",
     "open_store",
     "plan",
     "serve_store",

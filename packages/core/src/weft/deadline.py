@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
 
 from weft.errors import DeadlineError
 
 _FIRST_SLEEP_SECONDS = 20e-6
 _LONGEST_SLEEP_SECONDS = 2e-3
+_Seconds = Annotated[float, msgspec.Meta(gt=0, extra={"unit": "seconds"})]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +53,17 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """How long each stage of the protocol may take, in seconds."""
+    """How long each stage of the protocol may take."""
 
-    rendezvous: float = 300.0
+    rendezvous: _Seconds = 300.0
     """From the first member's arrival until every expected member has registered and connected."""
-    offer: float = 600.0
+    offer: _Seconds = 600.0
     """A target waiting for the sources to offer a version."""
-    begin: float = 60.0
+    begin: _Seconds = 60.0
     """Sources waiting for every member of a replica to have paused and begun."""
-    move: float = 300.0
+    move: _Seconds = 300.0
     """From the first byte to the last group landed."""
-    vote: float = 60.0
+    vote: _Seconds = 60.0
     """From a member's own vote to the replica's decision."""
-    commit: float = 60.0
+    commit: _Seconds = 60.0
     """From the decision to the report that every member has committed."""

@@ -17,6 +17,8 @@ import numpy as np
 from weft.contracts import SEGMENT, Bucket, Capabilities, Message, TransferProgram, Transport
 from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
 from weft.member import Region, Tag
+from weft.options import parse, tag_of
+from weft.plugins import transports_with
 
 NOTE_LIMIT_BYTES = 4096
 """Longest note of a bucket."""
@@ -31,14 +33,20 @@ Options = TypeVar("Options", bound=msgspec.Struct)
 
 @dataclass(frozen=True, slots=True)
 class Factory:
-    """`weft.contracts.TransportFactory` of a function: `factory = Factory(make, transport_api=1)`."""
+    """`weft.contracts.TransportFactory` of a class: `factory = Factory(Mine, transport_api=1, options=MyOptions)`."""
 
-    make: Callable[[Mapping[str, Any]], Transport]
+    make: Callable[[Any], Transport]
     transport_api: int
+    options: type[msgspec.Struct] | None = None
+    """Its options: a documented struct (`weft.options`) whose tag, in the field `name`, is the plug-in's name; `make`
+    gets one. Without it `make` gets the mapping as it was given.
+    """
 
     def __call__(self, options: Mapping[str, Any]) -> Transport:
-        """What `make` makes of the options."""
-        return self.make(options)
+        """What `make` makes of the options. Raises `ConfigError` with everything that is wrong with them."""
+        if self.options is None:
+            return self.make(options)
+        return self.make(parse_options(self.options, options, str(tag_of(self.options))))
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -69,16 +77,8 @@ def decode(wire: bytes, peer: str) -> Envelope:
 
 
 def parse_options(kind: type[Options], options: Mapping[str, Any], transport: str) -> Options:
-    """Options of a transport as a typed struct. Raises `ConfigError` for unknown names and wrong types."""
-    known = {field.name for field in msgspec.structs.fields(kind)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        has = ", ".join(sorted(known))
-        raise ConfigError(f"transport {transport!r} has no option {', '.join(unknown)}; it has {has}")
-    try:
-        return msgspec.convert(dict(options), kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"options of transport {transport!r}: {error}") from error
+    """Options of a transport as a typed struct. Raises `ConfigError` with everything that is wrong with them."""
+    return parse(kind, options, f"transport {transport!r}", transports_with)
 
 
 class RegionBook:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from weft.contracts import TRANSPORT_API
 from weft.errors import PluginError
+from weft.options import fields, nearest
 
 GROUPS: Mapping[str, str] = {
     "weft.transports": "transport",
@@ -61,8 +61,8 @@ def load(group: str, name: str) -> Any:
     found = [point for point in points if point.name == name]
     if not found:
         names = [point.name for point in points]
-        similar = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {similar[0]!r}? " if similar else ""
+        similar = nearest(name, names)
+        hint = f"did you mean {similar!r}? " if similar else ""
         raise PluginError(
             f"no {role} {name!r} is installed: {hint}pip install weft-{name} may provide it; "
             f"installed: {', '.join(names) or 'none'}"
@@ -78,6 +78,33 @@ def load(group: str, name: str) -> Any:
     if fault := _api_fault(point, plugin):
         raise PluginError(f"{role} {name!r} of {distribution} {version} {fault}")
     return plugin
+
+
+def installed(group: str) -> list[str]:
+    """Names of every plug-in of a group, in order. Imports none."""
+    return sorted({point.name for point in _installed(group)})
+
+
+def declared_options() -> dict[str, type]:
+    """The struct of options of every transport that declares one, by name. Imports each; skips what does not import."""
+    declared: dict[str, type] = {}
+    for name in installed("weft.transports"):
+        try:
+            kind = getattr(load("weft.transports", name), "options", None)
+        except PluginError:  # `weft plugins` says why
+            continue
+        if kind is not None:
+            declared[name] = kind
+    return declared
+
+
+def transports_with(option: str) -> Sequence[str]:
+    """The transports that have an option of this name, in words; for hints. Imports each."""
+    return [
+        f"transport {name!r}"
+        for name, kind in declared_options().items()
+        if option in {field.name for field in fields(kind)}
+    ]
 
 
 def _installed(group: str) -> list[EntryPoint]:

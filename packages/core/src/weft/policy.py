@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import Annotated
 
 import msgspec
 
 from weft.errors import ConfigError, NotSupportedError
 from weft.layout import ITEM_BYTES
+from weft.options import bound_faults, one_of
 
 _MIB = 1 << 20
-_RELAYS = ("never", "host", "domain")
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,22 +31,22 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Encodings other than `casts`."""
     drive: str = "lock_step"
     """`lock_step`: sources push a version and wait until it is installed."""
-    relay: str = "never"
+    relay: Annotated[str, one_of("never", "host", "domain")] = "never"
     """`host`: what several targets of a replica on one host want comes there once and is passed on among them;
     `domain`: the same within a fabric domain, whatever its hosts; `never`: sources send to every target themselves.
     """
     digests: bool = True
     """Whether every bucket's digest is compared before the vote."""
-    bucket_bytes: int = 16 * _MIB
-    """Upper bound of one bucket, in bytes; at least 4 KiB."""
-    staging_bytes: int = 128 * _MIB
-    """Upper bound of a member's staging memory per direction, in bytes; at least 64 KiB."""
-    direct_run_bytes: int = 0
-    """Contiguous runs at least this long move straight between final buffers, shorter ones through staging, in bytes.
+    bucket_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 16 * _MIB
+    """Upper bound of one bucket."""
+    staging_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 128 * _MIB
+    """Upper bound of a member's staging memory per direction."""
+    direct_run_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Contiguous runs at least this long move straight between final buffers, shorter ones through staging.
     0 takes what the transport says (`Capabilities.direct_run_bytes`); planned without a transport it means always."""
-    max_segments: int = 16_384
+    max_segments: Annotated[int, msgspec.Meta(ge=1, extra={"unit": "segments"})] = 16_384
     """Most segments of one bucket."""
-    least_cut_bytes: int = _MIB
+    least_cut_bytes: Annotated[int, msgspec.Meta(ge=1)] = _MIB
     """A copy may be divided between equally near senders, for balance, into parts of at least so many bytes."""
 
     def check(self) -> None:
@@ -57,18 +58,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             for source, target in self.casts
             if source not in ITEM_BYTES or target not in ITEM_BYTES
         ]
-        bounds = {
-            "bucket_bytes": 4096,
-            "staging_bytes": 65_536,
-            "direct_run_bytes": 0,
-            "max_segments": 1,
-            "least_cut_bytes": 1,
-        }
-        for name, least in bounds.items():
-            if getattr(self, name) < least:
-                faults.append(f"{name} is {getattr(self, name)}, it must be at least {least}")
-        if self.relay not in _RELAYS:
-            faults.append(f"relay {self.relay!r} is none of {', '.join(_RELAYS)}")
+        faults += bound_faults(self)
         if faults:
             raise ConfigError("policy: " + "; ".join(faults))
         if self.landing == "shadow":

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -22,10 +23,10 @@ from weft.member import Member
 class Expect:
     """How many take part. Members that expect different numbers do not come together."""
 
-    sources: int
-    """Members that send, over all of the trainer; at least 1."""
-    replicas: int
-    """Replicas that receive, each whole; at least 1. Its members tell a replica's size (`Member.replica_size`)."""
+    sources: Annotated[int, msgspec.Meta(ge=1, extra={"unit": "members"})]
+    """Members that send, over all of the trainer."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, extra={"unit": "replicas"})]
+    """Replicas that receive, each whole. Its members tell a replica's size (`Member.replica_size`)."""
 
     def __post_init__(self) -> None:
         if self.sources < 1 or self.replicas < 1:

@@ -11,6 +11,7 @@ from weft.contracts import SEGMENT, Bucket, TransferProgram
 from weft.deadline import Deadline
 from weft.errors import ConfigError, DeadlineError
 from weft.member import Member, Region
+from weft.testing.options import undocumented
 from weft_gloo import GlooOptions, factory
 from weft_gloo.messages import messages_of
 from weft_gloo.options import check_reachable, choose_host
@@ -18,11 +19,19 @@ from weft_gloo.options import check_reachable, choose_host
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [({"hots": "x"}, r"no option hots.*host"), ({"depth": 0}, "depth"), ({"pack_bytes": "much"}, "pack_bytes")],
+    [
+        ({"hots": "x"}, r"no option hots; did you mean 'host'"),
+        ({"depth": 0}, "depth"),
+        ({"pack_bytes": "much"}, "pack_bytes"),
+    ],
 )
 def test_wrong_options_are_refused_by_name(options: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         factory(options)
+
+
+def test_every_option_is_documented() -> None:
+    assert undocumented(GlooOptions) == []
 
 
 def test_the_address_comes_from_host_interface_or_nic() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from weft.errors import PeerLostError, TransportError
+from weft_nixl.environment import imposed, report
 
 INSTALL = "weft-nixl needs NIXL: pip install 'weft-nixl[cu12]' (CUDA 12, or no CUDA at all) or 'weft-nixl[cu13]'"
 
@@ -40,7 +42,8 @@ _MEANING: Mapping[str, str] = {
     "nixlInvalidParamError": "NIXL rejects an argument: a descriptor index or a backend parameter",
     "nixlMismatchError": "local and remote descriptors differ in number or size",
     "nixlNotAllowedError": "NIXL does not allow this in its present state",
-    "nixlNotFoundError": "memory that is not registered over there (any more), or a peer that is not connected",
+    "nixlNotFoundError": "memory that is not registered over there (any more), a peer that is not connected, or a "
+    "plug-in that lacks a library",
     "nixlNotPostedError": "the transfer was never posted",
     "nixlNotSupportedError": "no backend can do this with memory of this kind",
     "nixlRemoteDisconnectError": "its process or the link to it is gone",
@@ -71,16 +74,23 @@ def translated(what: str, peer: str = "") -> Iterator[None]:
         raise translate(error, what, peer) from error
 
 
-def make_agent(name: str, backends: Mapping[str, Mapping[str, str]], progress_thread: bool) -> Any:
-    """A `nixl_agent` with these backends and their parameters. Raises `TransportError` when one is not available."""
-    configuration = _api.nixl_agent_config(
-        enable_prog_thread=progress_thread, backends=[], sync_mode=_api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
-    )
-    agent = _api.nixl_agent(name, configuration)
-    for backend, parameters in backends.items():
-        if backend not in agent.get_plugin_list():
-            has = ", ".join(sorted(agent.get_plugin_list()))
-            raise TransportError(f"this NIXL has no backend {backend!r}; it has {has}")
-        with translated(f"creating the {backend} backend with {dict(parameters)}"):
-            agent.create_backend(backend, dict(parameters))
+def make_agent(
+    name: str, backends: Mapping[str, Mapping[str, str]], progress_thread: bool, variables: Mapping[str, str]
+) -> Any:
+    """A `nixl_agent` with these back ends and their parameters, for which the environment says `variables`.
+
+    The environment itself stays as it is. Raises `TransportError` when a back end is not available.
+    """
+    report(variables, os.environ)
+    with imposed(variables):
+        configuration = _api.nixl_agent_config(
+            enable_prog_thread=progress_thread, backends=[], sync_mode=_api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        )
+        agent = _api.nixl_agent(name, configuration)
+        for backend, parameters in backends.items():
+            if backend not in agent.get_plugin_list():
+                has = ", ".join(sorted(agent.get_plugin_list()))
+                raise TransportError(f"this NIXL has no backend {backend!r}; it has {has}")
+            with translated(f"creating the {backend} backend with {dict(parameters)}, {dict(variables)}"):
+                agent.create_backend(backend, dict(parameters))
     return agent

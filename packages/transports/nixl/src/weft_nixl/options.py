@@ -1,78 +1,78 @@
-"""Options of the `nixl` transport, and the environment variables that would silently win over them (trap 32)."""
+"""Options of the `nixl` transport."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
 from weft.errors import ConfigError
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+def _at_least_one(unit: str) -> msgspec.Meta:
+    return msgspec.Meta(ge=1, extra={"unit": unit})
 
 
-class NixlOptions(msgspec.Struct, frozen=True, kw_only=True):
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class NixlOptions(msgspec.Struct, frozen=True, kw_only=True, tag_field="name", tag="nixl"):
     """What `transport_options` may hold."""
 
     backends: tuple[str, ...] = ("UCX",)
-    """NIXL backends, as NIXL names them."""
+    """NIXL's back ends, as NIXL names them."""
+    backend_parameters: dict[str, dict[str, str]] = {}
+    """Parameters by back end, as it names them, such as `{"LIBFABRIC": {…}}`; NIXL ignores those it does not know."""
+    nics: tuple[str, ...] = ()
+    """Network devices as UCX names them (`mlx5_0:1`, `eth0`), a rail each, over all of which UCX stripes large writes;
+    empty takes the member's own, else what `choose_nics` says.
+    """
+    choose_nics: Literal["nearest", "ucx"] = "nearest"
+    """`nearest`: for memory on a GPU the RDMA ports that are up and nearest to it by PCI topology, balanced over the
+    GPUs of the host; UCX chooses for other memory, and where no RDMA port is up. `ucx`: UCX and its variables choose.
+    """
+    rails: Annotated[int, _at_least_one("NICs")] = 1
+    """How many NICs `nearest` takes for each GPU."""
+    ucx_settings: dict[str, str | int] = {}
+    """UCX's settings without their `UCX_`, such as `{"TLS": "rc,cuda_copy"}`. They win over the environment, for this
+    agent only; a variable that contradicts nothing here is obeyed, and reported in the log.
+    """
     ucx_error_handling_mode: Literal["peer", "none"] = "peer"
     """`none` loses the death of a peer and is a little faster on some fabrics."""
-    device_list: tuple[str, ...] = ()
-    """Network devices as UCX names them (`mlx5_0:1`, `eth0`); empty takes the member's `nics`, or lets UCX choose."""
-    num_workers: Positive | None = None
+    num_workers: Annotated[int, _at_least_one("workers")] | None = None
     """UCX workers of the agent; NIXL's default is 1."""
-    num_threads: Positive | None = None
-    """Threads of the UCX backend; NIXL's default is none."""
-    split_batch_size: Positive | None = None
+    num_threads: Annotated[int, _at_least_one("threads")] | None = None
+    """Threads of the UCX back end; NIXL's default is none."""
+    split_batch_size: Annotated[int, _at_least_one("descriptors")] | None = None
     """Descriptors per thread and batch; NIXL's default is 1024."""
-    engine_config: dict[str, str | int] = {}
-    """UCX settings without their `UCX_`, such as `{"MAX_RMA_RAILS": 4}`."""
     progress_thread: bool = False
     """NIXL's own thread, which spins on a whole core even while nothing moves: for machines with cores to spare."""
-    idle_progress_seconds: Annotated[float, msgspec.Meta(gt=0)] = 0.005
+    idle_progress_seconds: _Seconds = 0.005
     """How often a thread of the transport makes progress while the caller does not poll."""
-    depth: Positive = 8
+    depth: Annotated[int, _at_least_one("transfers")] = 8
     """Most transfers in flight per peer; further posts wait their turn (trap 39)."""
-    chunk_segments: Positive = 2048
+    chunk_segments: Annotated[int, _at_least_one("segments")] = 2048
     """Most descriptors per transfer: posting takes about 5 µs for each, during which the caller waits."""
-    probe_seconds: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    probe_seconds: _Seconds = 1.0
     """How often connected peers are probed, so that a receiver learns of a dead sender."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"device_list": "nics", "engine_config": "ucx_settings"}
 
-def backend_parameters(options: NixlOptions, nics: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Parameters of every backend as NIXL reads them; `nics` are the member's own."""
-    devices = options.device_list or nics
+
+def backend_parameters(options: NixlOptions) -> dict[str, dict[str, str]]:
+    """Parameters of every back end as NIXL reads them. Raises `ConfigError` for those of one that is not used."""
+    unused = sorted(set(options.backend_parameters) - set(options.backends))
+    if unused:
+        raise ConfigError(
+            f"transport 'nixl': backend_parameters has {', '.join(unused)}, but backends are "
+            f"{', '.join(options.backends)}"
+        )
     ucx = {
         "ucx_error_handling_mode": options.ucx_error_handling_mode,
-        "device_list": ", ".join(devices),
-        "num_workers": "" if options.num_workers is None else str(options.num_workers),
-        "num_threads": "" if options.num_threads is None else str(options.num_threads),
-        "split_batch_size": "" if options.split_batch_size is None else str(options.split_batch_size),
-        "engine_config": ",".join(f"{key}={value}" for key, value in options.engine_config.items()),
+        "num_workers": options.num_workers,
+        "num_threads": options.num_threads,
+        "split_batch_size": options.split_batch_size,
     }
-    return {
-        backend: {key: value for key, value in ucx.items() if value} if backend == "UCX" else {}
-        for backend in options.backends
-    }
-
-
-def check_environment(options: NixlOptions, nics: tuple[str, ...], environment: Mapping[str, str]) -> list[str]:
-    """Variables `UCX_*` that are set, as `NAME=value`, since UCX obeys them before anything given here.
-
-    Raises `ConfigError` that names every one which contradicts an option.
-    """
-    wanted = {f"UCX_{key}": str(value) for key, value in options.engine_config.items()}
-    devices = options.device_list or nics
-    if devices:
-        wanted["UCX_NET_DEVICES"] = ",".join(devices)
-    found = {name: value for name, value in sorted(environment.items()) if name.startswith("UCX_")}
-    faults = [
-        f"{name}={value} is set, but the options ask for {wanted[name]}"
-        for name, value in found.items()
-        if wanted.get(name, value) != value
-    ]
-    if faults:
-        raise ConfigError(f"the environment overrides options of transport 'nixl': {'; '.join(faults)}; unset either")
-    return [f"{name}={value}" for name, value in found.items()]
+    own = {"UCX": {key: str(value) for key, value in ucx.items() if value is not None}}
+    return {name: {**own.get(name, {}), **options.backend_parameters.get(name, {})} for name in options.backends}
