@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import functools
 import logging
-import os
 import threading
 import time
 import uuid
@@ -21,8 +20,10 @@ from weft.deadline import Deadline
 from weft.endpoint import Inbox, RegionBook, check_program, decode, encode
 from weft.errors import ConfigError, DeadlineError, PeerLostError, RecordError, TransportError
 from weft.member import Member, Region, Tag
+from weft_nixl.environment import ucx_variables
 from weft_nixl.library import FOREIGN, make_agent, translated
-from weft_nixl.options import NixlOptions, backend_parameters, check_environment
+from weft_nixl.nics import choose_nics
+from weft_nixl.options import NixlOptions, backend_parameters
 from weft_nixl.pinning import CudaSegments, refuse_expandable
 from weft_nixl.transfers import MEMORY, Lane, NixlPrepared, NixlWork, prepare_sends
 from weft_nixl.visibility import flush_inbound_writes
@@ -115,15 +116,13 @@ class NixlTransport:
 
     @_locked
     def open(self, member: Member) -> None:
-        """Create the agent and its backends (0.5 s). Raises `ConfigError` for `UCX_*` variables that contradict."""
+        """Create the agent and its backends (0.5 s). Raises `ConfigError` for NICs that are not there."""
         if self._agent is not None or self._closed:
             raise TransportError(f"transport 'nixl' of {member.name} is {'closed' if self._closed else 'open already'}")
-        overriding = check_environment(self._options, member.nics, os.environ)
-        if overriding:
-            _LOG.warning("UCX obeys these variables before any option of transport 'nixl': %s", ", ".join(overriding))
         self._identity = f"{member.name}#{member.incarnation}/{uuid.uuid4().hex}"
+        variables = ucx_variables(self._options, choose_nics(self._options, member))
         self._agent = make_agent(
-            self._identity, backend_parameters(self._options, member.nics), self._options.progress_thread
+            self._identity, backend_parameters(self._options), self._options.progress_thread, variables
         )
         self._thread = threading.Thread(target=self._run, name=f"weft-nixl {member.name}", daemon=True)
         self._thread.start()
