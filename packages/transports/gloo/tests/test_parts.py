@@ -1,4 +1,4 @@
-"""Options, addresses and packing of the gloo transport, without a network."""
+"""Options and packing of the gloo transport, without a network."""
 
 from typing import Any
 
@@ -14,7 +14,6 @@ from weft.member import Member, Region
 from weft.testing.options import undocumented
 from weft_gloo import GlooOptions, factory
 from weft_gloo.messages import messages_of
-from weft_gloo.options import check_reachable, choose_host
 
 
 @pytest.mark.parametrize(
@@ -32,26 +31,6 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any], what: str) -
 
 def test_every_option_is_documented() -> None:
     assert undocumented(GlooOptions) == []
-
-
-def test_the_address_comes_from_host_interface_or_nic() -> None:
-    assert choose_host(GlooOptions(host="127.0.0.1"), ("eth9",)) == "127.0.0.1"
-    assert choose_host(GlooOptions(interface="lo"), ("eth9",)) == "127.0.0.1"
-    assert choose_host(GlooOptions(), ("lo",)) == "127.0.0.1"
-    with pytest.raises(ConfigError, match="no_such_nic"):
-        choose_host(GlooOptions(interface="no_such_nic"), ())
-    with pytest.raises(ConfigError, match="not both"):
-        choose_host(GlooOptions(host="127.0.0.1", interface="lo"), ())
-
-
-@pytest.mark.trap(49)
-def test_loopback_is_refused_between_hosts_only() -> None:
-    check_reachable("one", "127.0.0.1", "one", "127.0.0.1")
-    check_reachable("one", "10.0.0.1", "two", "10.0.0.2")
-    with pytest.raises(ConfigError, match=r"this member's address is 127.0.0.1"):
-        check_reachable("one", "127.0.0.1", "two", "10.0.0.2")
-    with pytest.raises(ConfigError, match=r"the peer's address is 127.0.0.2"):
-        check_reachable("one", "10.0.0.1", "two", "127.0.0.2")
 
 
 @pytest.mark.trap(42)

@@ -17,10 +17,11 @@ from weft.contracts import Message as Arrival
 from weft.deadline import Deadline
 from weft.endpoint import Envelope, Inbox, RegionBook, check_program, encode
 from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
+from weft.hosts import check_reachable, choose_host
 from weft.member import Member, Region, Tag
 from weft_gloo.link import Expected, Link, Parcel
 from weft_gloo.messages import Message, dropped, messages_of
-from weft_gloo.options import GlooOptions, check_reachable, choose_host
+from weft_gloo.options import GlooOptions
 from weft_gloo.rendezvous import listen, meet, serve
 
 CAPABILITIES = Capabilities(
@@ -118,7 +119,7 @@ class GlooTransport:
         """Listen on a free port. Raises `ConfigError` for a host or interface that does not exist."""
         if self._member is not None or self._closed:
             raise TransportError(f"transport 'gloo' of {member.name} is {'closed' if self._closed else 'open already'}")
-        host = choose_host(self._options, member.nics)
+        host = choose_host("gloo", self._options.host, self._options.interface, member.nics)
         try:
             self._device = listen(host)
             self._store = serve(host)
@@ -156,7 +157,7 @@ class GlooTransport:
             new = msgspec.msgpack.decode(address, type=Address)
         except msgspec.MsgspecError as error:
             raise RecordError(f"the address of {peer.name} is none of transport 'gloo': {error}") from error
-        check_reachable(member.host, own.host, peer.host, new.host)
+        check_reachable("gloo", member.host, own.host, peer.host, new.host)
         if new.packing != own.packing:
             raise ConfigError(
                 f"pack_below_bytes and pack_bytes are {own.packing} here, {new.packing} at {peer.name}: make them equal"
