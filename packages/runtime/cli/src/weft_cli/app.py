@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from weft.errors import ConfigError, WeftError
-from weft_cli import plan_app, plugins_command
+from weft_cli import config_command, plan_app, plugins_command
 from weft_cli.bench.app import bench_commands
 from weft_cli.sides import parse_side
 from weft_cli.verify import command as verify_command
@@ -32,9 +32,9 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     help="""weft: weights from trainer. Moves the weights of a model in training into live inference engines.
 
-Start with `weft demo`, look at what is installed with `weft plugins`, and see what a refit of your model would move
-with `weft plan`; `weft explain` and `weft diff` look into plans. Whether an engine holds what a checkpoint holds,
-`weft verify` says.
+Start with `weft demo`, look at what is installed with `weft plugins` and at what there is to set with `weft config
+--explain`, and see what a refit of your model would move with `weft plan`; `weft explain` and `weft diff` look into
+plans. Whether an engine holds what a checkpoint holds, `weft verify` says.
 
 Exit codes: 0 done, 1 refused or a check failed, 2 used wrongly.""",
 )
@@ -53,6 +53,40 @@ def plugins(
         weft plugins --json | jq '.[] | select(.state != "ok")'
     """
     plugins_command.show(as_json=as_json)
+
+
+@application.command()
+def config(
+    file: Annotated[
+        Path | None, typer.Option(help="TOML file; WEFT_CONFIG names one if not given.", dir_okay=False)
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="List all there is: type, unit, range, default, variable, meaning.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --explain: as tables of Markdown.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the configuration that a member would read here, and where each value comes from.
+
+    Python wins over the environment (`WEFT_JOB`, `WEFT_POLICY_STAGING_BYTES`, `WEFT_NIXL_RAILS`), the environment over
+    the file, the file over defaults. Everything that is wrong is told at once, with exit code 2.
+
+    **Examples**
+
+        weft config --file weft.toml
+
+        WEFT_TRANSPORT=gloo weft config --json | jq '.values[] | select(.origin != "default")'
+
+        weft config --explain
+    """
+    if markdown and explain:
+        typer.echo(config_command.markdown())
+    elif explain:
+        config_command.explain(as_json=as_json)
+    elif markdown:
+        raise ConfigError("--markdown goes with --explain")
+    else:
+        config_command.show(file, as_json=as_json)
 
 
 for command in (plan_app.plan, plan_app.explain, plan_app.diff):
