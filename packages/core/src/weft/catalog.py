@@ -99,7 +99,8 @@ def build_catalog(
     ]
     names = sorted(held.tensors.keys() & wanted.tensors.keys())
     ours, theirs = ([side.tensors[name] for name in names] for side in (held, wanted))
-    for name, tensor, other in zip(names, ours, theirs, strict=True):
+    differing = zip(names, ours, theirs, strict=True) if ours != theirs else ()
+    for name, tensor, other in differing:
         if tensor.shape != other.shape:
             faults.append(
                 f"{name}: source {held.first[name]} has shape {list(tensor.shape)}, "
@@ -111,7 +112,7 @@ def build_catalog(
                 f'{other.dtype}; declare it with Policy(casts=(("{tensor.dtype}", "{other.dtype}"),)) if rounding is '
                 "meant"
             )
-    index = {name: n for n, name in enumerate(names)}
+    index = dict(zip(names, range(len(names)), strict=True))
     faults += [
         f"Policy.only: {pattern!r} is the name of no tensor that a source holds and a target wants"
         for pattern in policy.only
@@ -169,7 +170,8 @@ def memory_faults(member: str, layout: Layout) -> list[str]:
     """
     faults: list[str] = []
     views: dict[int, list[tuple[str, Affine]]] = defaultdict(list)
-    numbers = {buffer.name: n for n, buffer in enumerate(layout.buffers)}
+    filled = {fill.buffer for fill in layout.fills}
+    numbers = {buffer.name: n for n, buffer in enumerate(layout.buffers) if buffer.name in filled}
     table, tiled = layout.pieces, _tiled(layout, [numbers[fill.buffer] for fill in layout.fills])
     sizes = table.hi - table.lo
     for n in np.flatnonzero(~tiled[table.buffer]).tolist():

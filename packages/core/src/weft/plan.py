@@ -184,10 +184,7 @@ def plan(
         faults.append("the plan would have no copies: no target wants anything that a source holds")
     if faults:
         raise PlanError(faults)
-    tensors = tuple(
-        PlannedTensor(*row)
-        for row in zip(catalog.names, catalog.shapes, catalog.source_dtypes, catalog.target_dtypes, strict=True)
-    )
+    tensors = tuple(map(PlannedTensor, catalog.names, catalog.shapes, catalog.source_dtypes, catalog.target_dtypes))
     landing = _landing([layouts[a] for a in target_addresses], joined.targets)
     parts, routes, bound = assign(
         joined, found, classes, members, source_addresses, target_addresses, landing,
@@ -203,9 +200,10 @@ def plan(
 def _landing(layouts: Sequence[Layout], targets: Rows) -> Landing:
     groups, scratches = [], []
     for layout in layouts:
-        numbers = {group: n for n, group in enumerate(layout.scratch_groups)}
+        scratch = np.full(len(layout.groups), -1, dtype=np.int64)
+        scratch[list(layout.scratch_groups)] = np.arange(len(layout.scratch_groups))
         groups.append(np.array([buffer.group for buffer in layout.buffers], dtype=np.int64))
-        scratches.append(np.array([numbers.get(buffer.group, -1) for buffer in layout.buffers], dtype=np.int64))
+        scratches.append(scratch[groups[-1]])
     first = np.cumsum([0, *(len(each) for each in groups)])
     row = first[targets.layout] + targets.buffer
     return Landing(np.concatenate(groups)[row], np.concatenate(scratches)[row])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
 from weft.copies import Loops, Parts, Routes
 from weft.member import Member
-from weft.table import Int64s, distinct, first_of_each, stable_order, unique_rows, volume
+from weft.table import Int64s, stable_order, unique_rows, volume
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -47,40 +48,48 @@ def statistics_of(
     members: Sequence[Member], tensors: int, parts: Parts, loops: Loops, routes: Routes, part_bytes: Int64s, bound: int
 ) -> Statistics:
     """Add up. `part_bytes` are bytes per part, `bound` those that the busiest sender sends in any plan."""
-    count, size = len(members), part_bytes[routes.part]
-    egress, ingress = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-    np.add.at(egress, routes.source, size)
-    np.add.at(ingress, routes.target, size)
-    pairs, _ = distinct(routes.source * count + routes.target, count * count)
-    pairs = pairs[pairs // count != pairs % count]
-    peers = np.bincount(np.concatenate([pairs // count, pairs % count]), minlength=count)
+    count = len(members)
+    egress, ingress, peers = (np.zeros(count, dtype=np.int64) for _ in range(3))
+    hosts: dict[str, list[int]] = {}
+    for m, member in enumerate(members):
+        hosts.setdefault(member.host, []).append(m)
+    first_of_box, box = unique_rows(np.concatenate([parts.tensor[:, None], parts.lo, parts.hi], axis=1))
+    box_bytes = part_bytes[first_of_box]
+    starts = np.searchsorted(routes.target, np.arange(count + 1)).tolist()
+    lengths = _Lengths.of(parts, loops)
+    local = far = once = segments = 0
+    for neighbours in hosts.values():
+        elsewhere = np.ones(count, dtype=bool)
+        elsewhere[neighbours] = False
+        came = np.zeros(len(box_bytes), dtype=bool)
+        for m in (m for m in neighbours if starts[m] < starts[m + 1]):  # one by one, so that the columns stay small
+            source, part = (column[starts[m] : starts[m + 1]] for column in (routes.source, routes.part))
+            size = part_bytes[part]
+            np.add.at(egress, source, size)
+            ingress[m] = size.sum()
+            senders = np.unique(source)
+            senders = senders[senders != m]
+            peers[senders] += 1
+            peers[m] += len(senders)
+            away = elsewhere[source]
+            local, far = local + int(size[source == m].sum()), far + int(size[away].sum())
+            came[box[part[away]]] = True
+            order = stable_order(source, count)
+            segments += lengths.segments(part[order], source[order])
+        once += int(box_bytes[came].sum())
     sources = np.array([m.is_source for m in members])
     mean, busiest = (egress[sources].mean(), int(egress[sources].max())) if sources.any() else (0.0, 0)
-    hosts: dict[str, int] = {}
-    host = np.array([hosts.setdefault(member.host, len(hosts)) for member in members], dtype=np.int64)
-    far = np.flatnonzero(host[routes.source] != host[routes.target])
-    _, box = unique_rows(np.concatenate([parts.tensor[:, None], parts.lo, parts.hi], axis=1))
-    once = first_of_each(box[routes.part[far]] * len(hosts) + host[routes.target[far]], len(box) * len(hosts))
-    most, needed = int(ingress.max(initial=0)), _needed(routes, part_bytes, count)
     return Statistics(
-        bytes=int(size.sum()), local_bytes=int(size[routes.source == routes.target].sum()),
-        cross_host_bytes=int(size[far].sum()), once_per_host_bytes=int(size[far][once].sum()), copies=len(routes),
-        tensors=tensors, segments=_segments(parts, loops, routes, count),
+        bytes=int(ingress.sum()), local_bytes=local, cross_host_bytes=far, once_per_host_bytes=once, copies=len(routes),
+        tensors=tensors, segments=segments,
         egress_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if m.is_source},
         ingress_bytes={m.name: int(n) for m, n in zip(members, ingress, strict=True) if m.is_target},
         relayed_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if n and not m.is_source},
         egress_max_over_mean=float(busiest / mean) if mean else 1.0,
         egress_over_bound=busiest / bound if bound else 1.0,
-        ingress_over_bound=most / needed if needed else 1.0,
+        ingress_over_bound=1.0,  # every element comes once: that is proven before there is a plan
         peers={m.name: int(n) for m, n in zip(members, peers, strict=True)},
     )  # fmt: skip
-
-
-def _needed(routes: Routes, part_bytes: Int64s, count: int) -> int:
-    """Bytes that the neediest target must receive: all it gets, since nothing is sent to it twice."""
-    needed = np.zeros(count, dtype=np.int64)
-    np.add.at(needed, routes.target, part_bytes[routes.part])
-    return int(needed.max(initial=0))
 
 
 def run_elements(sizes: Int64s, source_strides: Int64s, target_strides: Int64s) -> Int64s:
@@ -91,24 +100,43 @@ def run_elements(sizes: Int64s, source_strides: Int64s, target_strides: Int64s) 
     return np.where(dense, sizes[:, -1], 1)
 
 
-def _segments(parts: Parts, loops: Loops, routes: Routes, count: int) -> int:
-    """Runs of all copies, less those that continue one of the copy before them between the same two members."""
-    run = run_elements(loops.sizes, loops.source_strides, loops.target_strides)
-    runs = volume(np.zeros_like(loops.sizes), loops.sizes) // run
-    pair = routes.source * count + routes.target
-    order = stable_order(pair, count * count)
-    pair, part = pair[order], routes.part[order]
-    here, there = part[:-1], part[1:]
-    near = pair[1:] == pair[:-1]
-    for column in (parts.source_buffer, parts.target_buffer):
-        near &= column[here] == column[there]
-    end = next_run = near
-    for offset, strides in (
-        (parts.source_offset, loops.source_strides), (parts.target_offset, loops.target_strides)
-    ):  # fmt: skip
-        last = offset + ((loops.sizes - 1) * strides).sum(axis=1)
-        end = end & (last[here] + 1 == offset[there])
-        next_run = next_run & (offset[here] + run[here] == offset[there]) & (runs[here] == runs[there])
-        next_run &= (strides[here, :-1] == strides[there, :-1]).all(axis=1)
-    next_run &= (loops.sizes[here, :-1] == loops.sizes[there, :-1]).all(axis=1)
-    return int(runs[part].sum() - np.where(next_run, runs[here], end).sum())
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """What says whether one part goes on where another ends."""
+
+    parts: Parts
+    loops: Loops
+    run: Int64s
+    """Elements per run."""
+    runs: Int64s
+    source_end: Int64s
+    target_end: Int64s
+    """Behind the last element of the part."""
+
+    @classmethod
+    def of(cls, parts: Parts, loops: Loops) -> _Lengths:
+        run = run_elements(loops.sizes, loops.source_strides, loops.target_strides)
+        return cls(
+            parts, loops, run, volume(np.zeros_like(loops.sizes), loops.sizes) // run,
+            parts.source_offset + ((loops.sizes - 1) * loops.source_strides).sum(axis=1) + 1,
+            parts.target_offset + ((loops.sizes - 1) * loops.target_strides).sum(axis=1) + 1,
+        )  # fmt: skip
+
+    def segments(self, part: Int64s, source: Int64s) -> int:
+        """Runs of copies to one member, in the order of its memory per source, less those that continue one of the copy
+        before them from the same source.
+        """
+        parts, loops = self.parts, self.loops
+        near = np.flatnonzero(
+            (source[1:] == source[:-1]) & (parts.target_buffer[part[1:]] == parts.target_buffer[part[:-1]])
+        )
+        here, there = part[near], part[near + 1]
+        near = parts.source_buffer[here] == parts.source_buffer[there]
+        from_offset, to_offset = parts.source_offset[there], parts.target_offset[there]
+        end = near & (self.source_end[here] == from_offset) & (self.target_end[here] == to_offset)
+        next_run = near & (self.runs[here] == self.runs[there])
+        next_run &= parts.source_offset[here] + self.run[here] == from_offset
+        next_run &= parts.target_offset[here] + self.run[here] == to_offset
+        for outer in (loops.sizes, loops.source_strides, loops.target_strides):
+            next_run &= (outer[here, :-1] == outer[there, :-1]).all(axis=1)
+        return int(self.runs[part].sum() - np.where(next_run, self.runs[here], end).sum())

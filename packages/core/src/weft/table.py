@@ -66,7 +66,7 @@ def ragged_ranges(starts: Int64s, counts: Int64s) -> tuple[Int64s, Int64s]:
     """Concatenate `range(starts[i], starts[i] + counts[i])`; returns (owner i of each entry, the entries)."""
     owner = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     first = np.cumsum(counts) - counts
-    return owner, starts[owner] + np.arange(len(owner), dtype=np.int64) - first[owner]
+    return owner, np.arange(len(owner), dtype=np.int64) + (starts - first)[owner]
 
 
 def pairs_by_key(left: Int64s, right: Int64s) -> tuple[Int64s, Int64s]:
