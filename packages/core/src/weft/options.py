@@ -83,12 +83,17 @@ def one_of(*words: str) -> msgspec.Meta:
 
 def fields(kind: type) -> tuple[Field, ...]:
     """Every field, in order. The documentation is empty where Python finds no source."""
-    annotations = typing.get_type_hints(kind, include_extras=True)
     documentation = _documentation(kind)
-    return tuple(
-        Field(name, *_described(name, annotations[name]), default, documentation.get(name, ""), annotations[name])
+    return tuple(dataclasses.replace(each, doc=documentation.get(each.name, "")) for each in _undocumented(kind))
+
+
+def _undocumented(kind: type) -> list[Field]:
+    """The fields without their documentation, for which a source file would have to be parsed."""
+    annotations = typing.get_type_hints(kind, include_extras=True)
+    return [
+        Field(name, *_described(name, annotations[name]), default, "", annotations[name])
         for name, default in _defaults(kind)
-    )
+    ]
 
 
 def read(
@@ -130,7 +135,7 @@ def parse(
 
 def bound_faults(options: Any) -> Iterator[str]:
     """What the types of a struct's fields forbid about the values it was made with."""
-    for field in fields(type(options)):
+    for field in _undocumented(type(options)):
         value = getattr(options, field.name)
         try:
             msgspec.convert(value, field.annotation)
