@@ -214,9 +214,8 @@ def segments(copies: Copies, itemsize: Int64s, source: Binding, target: Binding,
     `itemsize` is bytes per element of every copy; see `contracts.SEGMENT`.
     """
     run = run_elements(copies)
-    outer_sizes = copies.sizes.copy()
-    if outer_sizes.shape[1]:
-        outer_sizes[run == outer_sizes[:, -1], -1] = 1
+    within = np.cumprod(copies.sizes[:, ::-1], axis=1)[:, ::-1] <= run[:, None]
+    outer_sizes = np.where(within, 1, copies.sizes)
     counts = copies.numel // run
     owner, number = ragged_ranges(np.zeros(len(copies), np.int64), counts)
     from_offset, to_offset = copies.source_offset[owner], copies.target_offset[owner]

@@ -93,11 +93,16 @@ def statistics_of(
 
 
 def run_elements(sizes: Int64s, source_strides: Int64s, target_strides: Int64s) -> Int64s:
-    """Elements per run that is contiguous in both buffers, per loop nest."""
-    if not sizes.shape[1]:
-        return np.ones(len(sizes), dtype=np.int64)  # scalars only
-    dense = (source_strides[:, -1] == 1) & (target_strides[:, -1] == 1)
-    return np.where(dense, sizes[:, -1], 1)
+    """Elements per run that is contiguous in both buffers, per loop nest: innermost axes that follow each other densely
+    are one run, whatever they are in the logical tensor.
+    """
+    run = np.ones(len(sizes), dtype=np.int64)
+    dense = np.ones(len(sizes), dtype=bool)
+    for axis in range(sizes.shape[1] - 1, -1, -1):
+        size = sizes[:, axis]
+        dense &= (size == 1) | ((source_strides[:, axis] == run) & (target_strides[:, axis] == run))
+        run *= np.where(dense, size, 1)
+    return run
 
 
 @dataclass(frozen=True, slots=True)
