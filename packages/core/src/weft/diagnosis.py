@@ -1,7 +1,7 @@
-"""What plug-ins say about the machine they are on. `weft doctor` asks each that is installed.
+"""What plug-ins say about the machine they are on. `weft doctor` asks each that has an entry point in group `GROUP`.
 
-The module that an entry point names may have a function `diagnose(root)`; its name and signature are the whole
-contract (`Diagnose`). It runs in a process of its own with a deadline, so it may load drivers and libraries.
+It points at a function, `Diagnose`, and is called after the distribution (`nixl`). The function is called in another
+process and under a deadline, so it may load drivers and libraries.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
+
+GROUP = "weft.diagnoses"
+"""Group of entry points. Optional: a plug-in without any is only imported."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -27,7 +30,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Diagnose(Protocol):
-    """The function `diagnose` of a plug-in's module."""
+    """What an entry point of group `weft.diagnoses` points at."""
 
     def __call__(self, root: Path) -> Sequence[Finding]:
         """What the plug-in can do here. `root` is the folder in which `sys` and `proc` are: `/`, except in tests.

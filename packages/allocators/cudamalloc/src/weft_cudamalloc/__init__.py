@@ -7,7 +7,6 @@ assert held.active, held.reason
 
 from __future__ import annotations
 
-from weft_cudamalloc.diagnosis import diagnose
 from weft_cudamalloc.pools import CudaMallocAllocator, Pool, factory, inactive_reason, pool
 from weft_cudamalloc.runtime import CudaRuntime, load_runtime
 
@@ -15,7 +14,6 @@ __all__ = [
     "CudaMallocAllocator",
     "CudaRuntime",
     "Pool",
-    "diagnose",
     "factory",
     "inactive_reason",
     "load_runtime",

@@ -14,6 +14,7 @@ import typer
 from weft.errors import ConfigError, WeftError
 from weft_cli import config_command, plan_app, plugins_command
 from weft_cli.bench.app import bench_commands
+from weft_cli.doctor import command as doctor_command
 from weft_cli.sides import parse_side
 from weft_cli.verify import command as verify_command
 
@@ -34,7 +35,7 @@ application = typer.Typer(
 
 Start with `weft demo`, look at what is installed with `weft plugins` and at what there is to set with `weft config
 --explain`, and see what a refit of your model would move with `weft plan`; `weft explain` and `weft diff` look into
-plans. Whether an engine holds what a checkpoint holds, `weft verify` says.
+plans. Whether an engine holds what a checkpoint holds, `weft verify` says; what is wrong with a machine, `weft doctor`.
 
 Exit codes: 0 done, 1 refused or a check failed, 2 used wrongly.""",
 )
@@ -87,6 +88,30 @@ def config(
         raise ConfigError("--markdown goes with --explain")
     else:
         config_command.show(file, as_json=as_json)
+
+
+@application.command()
+def doctor(
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each question that may hang.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder in which sys, proc and dev are.", hidden=True)] = Path("/"),
+) -> None:
+    """Look at this machine and environment: what is broken, and what to do about it.
+
+    GPUs and their driver, network devices and their state, peer memory, limits, versions, torch's devices and
+    allocator, and what every installed plug-in can do here, which it is asked itself. Drivers and libraries are loaded
+    in another process, and what hangs or dies there is named.
+
+    Exit code 1 if something is broken. A `note` is worth knowing and breaks nothing.
+
+    **Examples**
+
+        weft doctor
+
+        weft doctor --json | jq '.sections[].findings[] | select(.state == "broken")'
+    """
+    if not doctor_command.show(root=root, seconds=timeout, as_json=as_json):
+        raise typer.Exit(REFUSED)
 
 
 for command in (plan_app.plan, plan_app.explain, plan_app.diff):
