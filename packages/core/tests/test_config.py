@@ -149,10 +149,10 @@ def test_every_fault_of_every_origin_is_told_at_once_with_what_to_do(tmp_path: P
 def test_options_of_a_transport_that_another_origin_overrides_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "weft.toml"
     file.write_text('transport = {name = "bird", flock = 3}\n')
-    assert refusal(file=file, environment={"WEFT_TRANSPORT": "wild-beast"})[0] == (
+    assert refusal(file=file, environment={"WEFT_TRANSPORT": "wild-beast"}) == [
         f"{file}: option flock is for transport 'bird', but WEFT_TRANSPORT chooses 'wild-beast': leave it out, or "
         "choose 'bird'"
-    )
+    ]
     assert refusal({"transport": {"flock": 1}}) == ["Python: option flock of no transport: choose one by name"]
     assert "no transport 'birt' is installed: did you mean 'bird'?" in refusal({"transport": "birt"})[0]
     assert "does not import" in refusal({"transport": "absent"})[0]

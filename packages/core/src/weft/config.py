@@ -124,7 +124,7 @@ def load_config(
     faults += variables.faults
     faults += variables.foreign_faults(transport)
     for layer in (from_file, from_python):
-        faults += _tag_faults(layer, chosen)
+        faults += _taken_over_faults(layer, chosen)
     given = {**from_file, **variables.layer, **variables.options(transport), **from_python}
     kinds = {**SECTIONS, TRANSPORT: _options_of(transport, faults)}
     read_values = {section: _section(section, kind, given, transport, faults) for section, kind in kinds.items()}
@@ -181,17 +181,20 @@ def _flattened(values: Mapping[str, Any], origin: str, faults: list[str]) -> Lay
     return layer
 
 
-def _tag_faults(layer: Layer, chosen: Given | None) -> Iterator[str]:
-    """Options that stand beside the name of another transport than the one chosen elsewhere."""
+def _taken_over_faults(layer: Layer, chosen: Given | None) -> list[str]:
+    """Take out the options that stand beside the name of another transport than the chosen one, and say so of each."""
     tag = layer.get(("", TRANSPORT))
     if tag is None or chosen is None or tag.value == chosen.value:
-        return
-    for (section, field), one in layer.items():
-        if section == TRANSPORT:
-            yield (
-                f"{one.origin}: option {field} is for transport {tag.value!r}, but {chosen.origin} chooses "
-                f"{chosen.value!r}: leave it out, or choose {tag.value!r}"
-            )
+        return []
+    names = [field for section, field in layer if section == TRANSPORT]
+    faults = []
+    for name in names:
+        one = layer.pop((TRANSPORT, name))
+        faults.append(
+            f"{one.origin}: option {name} is for transport {tag.value!r}, but {chosen.origin} chooses "
+            f"{chosen.value!r}: leave it out, or choose {tag.value!r}"
+        )
+    return faults
 
 
 def _options_of(transport: str | None, faults: list[str]) -> type | None:

@@ -93,7 +93,7 @@ def refit(hosts: Sequence[str], store: Path, nics: str) -> list[int]:
     """Bytes that left the source's host by rail, in a refit that only these devices may carry."""
     before = [sent(hosts[0], rail) for rail in ("rail0", "rail1")]
     program = [sys.executable, str(Path(__file__).with_name("across.py"))]
-    environment = {**os.environ, "UCX_NET_DEVICES": "lo"}
+    environment = {**os.environ, "UCX_NET_DEVICES": "lo", "UCX_MAX_RMA_RAILS": "1"}
     members = [
         subprocess.Popen(
             ["ip", "netns", "exec", host, *program, role, f"file://{store}", nics],

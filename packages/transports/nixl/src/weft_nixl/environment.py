@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from weft_nixl.options import NixlOptions
 
 _LOG = logging.getLogger(__name__)
-_NIXL_RAILS = 2
-"""What NIXL sets itself."""
 _environment = threading.Lock()
 """The environment is the process's: one agent at a time may change it."""
 
@@ -26,7 +24,7 @@ def ucx_variables(options: NixlOptions, nics: Sequence[str]) -> dict[str, str]:
     variables = {}
     if nics:
         variables["UCX_NET_DEVICES"] = ",".join(nics)
-    if len(nics) > _NIXL_RAILS:
+    if len(nics) > 1:
         variables |= {"UCX_MAX_RMA_RAILS": str(len(nics)), "UCX_MAX_RNDV_RAILS": str(len(nics))}
     return variables | {f"UCX_{name}": str(value) for name, value in options.ucx_settings.items()}
 
