@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -160,6 +161,19 @@ def test_a_torch_that_cannot_is_refused_with_its_own_words(
     imitate(monkeypatch, **arguments)
     with pytest.raises(NotSupportedError, match=rf"torch 9\.9 makes no cudaMalloc pool on cuda:1: .*{words}"):
         weft_cudamalloc.pool()
+
+
+def test_other_errors_of_torch_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    imitate(monkeypatch, refusal="CUDA out of memory")
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"):
+        weft_cudamalloc.pool()
+
+
+def test_the_block_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("Pool(")
 
 
 def test_the_allocator_keeps_one_pool_per_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,8 @@ class Pool:
                 torch.empty(1, dtype=torch.uint8, device=self.device)
             refused = any(segment.get("is_expandable") for segment in self._pool.snapshot())
         except RuntimeError as error:
+            if "expandable" not in str(error):
+                raise
             words, refused = str(error).splitlines()[0], True
         if refused:
             raise NotSupportedError(
