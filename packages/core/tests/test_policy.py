@@ -47,5 +47,5 @@ def test_every_contradiction_is_named_at_once() -> None:
 
 @pytest.mark.parametrize("fields", [{"landing": "beside"}, {"drive": "by itself"}])
 def test_a_misspelt_choice_is_an_error(fields: dict[str, Any]) -> None:
-    with pytest.raises(weft.ConfigError, match="is neither"):
+    with pytest.raises(weft.ConfigError, match="is none of"):
         weft.Policy(**fields).check()

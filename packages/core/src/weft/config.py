@@ -118,21 +118,14 @@ def load_config(
     from_file = _flattened(_toml(Path(named)), str(named), faults) if named else {}
     from_python = _flattened(values or {}, _PYTHON, faults)
     variables = Variables(environment, SECTIONS, installed("weft.transports"))
-    tags = [layer.get(("", TRANSPORT)) for layer in (from_python, variables.layer, from_file)]
-    chosen = next((tag for tag in tags if tag is not None), None)
-    transport = chosen.value if chosen and isinstance(chosen.value, str) else None
-    faults += variables.faults
-    faults += variables.foreign_faults(transport)
-    for layer in (from_file, from_python):
-        faults += _taken_over_faults(layer, chosen)
-    given = {**from_file, **variables.layer, **variables.options(transport), **from_python}
+    transport, given = _merged(from_file, variables, from_python, faults)
     kinds = {**SECTIONS, TRANSPORT: _options_of(transport, faults)}
     read_values = {section: _section(section, kind, given, transport, faults) for section, kind in kinds.items()}
     expect = read_values["expect"]
     if expect:
         absent = [field.name for field in fields(Expect) if ("expect", field.name) not in given]
         faults += [f"expect needs the option {name}" for name in absent]
-    policy = Policy() if faults else Policy(**read_values["policy"])
+    policy = Policy(**read_values["policy"])
     try:
         policy.check()
     except WeftError as error:
@@ -179,6 +172,18 @@ def _flattened(values: Mapping[str, Any], origin: str, faults: list[str]) -> Lay
     if tag is not None:
         layer["", TRANSPORT] = tag
     return layer
+
+
+def _merged(from_file: Layer, variables: Variables, from_python: Layer, faults: list[str]) -> tuple[str | None, Layer]:
+    """The transport that was chosen, and what holds."""
+    tags = [layer.get(("", TRANSPORT)) for layer in (from_python, variables.layer, from_file)]
+    chosen = next((tag for tag in tags if tag is not None), None)
+    transport = chosen.value if chosen and isinstance(chosen.value, str) else None
+    faults += variables.faults
+    faults += variables.foreign_faults(transport)
+    for layer in (from_file, from_python):
+        faults += _taken_over_faults(layer, chosen)
+    return transport, {**from_file, **variables.layer, **variables.options(transport), **from_python}
 
 
 def _taken_over_faults(layer: Layer, chosen: Given | None) -> list[str]:

@@ -117,6 +117,7 @@ def read(
             faults.append(f"{one.origin}: {name} of {what} is {one.value!r}: {error}")
             continue
         if fault := choice_fault(known[name], values[name]):
+            del values[name]
             faults.append(f"{one.origin}: {name} of {what} {fault}")
     return values, faults
 

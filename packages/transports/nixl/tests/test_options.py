@@ -89,6 +89,16 @@ def test_a_backend_that_nixl_does_not_have_is_named() -> None:
         transport.open(Member("a", None, None, None, 0, "here", "here", "cpu"))
 
 
+def test_other_backends_are_created_with_their_parameters() -> None:
+    parameters = {"ios_pool_size": "1024"}
+    transport = factory({"backends": ["UCX", "POSIX"], "backend_parameters": {"POSIX": parameters}})
+    transport.open(Member("a", None, None, None, 0, "here", "here", "cpu"))
+    try:
+        assert transport._agent.get_backend_params("POSIX")["ios_pool_size"] == "1024"
+    finally:
+        transport.close()
+
+
 @pytest.mark.trap(29, 31)
 def test_one_registration_per_region_and_everything_is_gone_before_the_agent() -> None:
     transport = factory({})
