@@ -80,7 +80,10 @@ def _locked(method: Method) -> Method:
     @functools.wraps(method)
     def guarded(self: NixlTransport, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
-            return method(self, *args, **kwargs)
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self._called_at = time.monotonic()
 
     return cast(Method, guarded)
 
@@ -110,7 +113,7 @@ class NixlTransport:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._polled_at = 0.0
+        self._called_at = 0.0
         self._faults: list[RecordError | TransportError] = []
         self._closing = False
 
@@ -229,7 +232,6 @@ class NixlTransport:
     def poll(self) -> Sequence[Message]:
         """Make progress, and give what arrived. Raises `RecordError` for what is no message of weft."""
         self._require_open()
-        self._polled_at = time.monotonic()
         self._progress()
         if self._faults:
             raise self._faults.pop(0)
@@ -277,11 +279,11 @@ class NixlTransport:
         self._closed = True
 
     def _run(self) -> None:
-        """The thread: make progress when the caller has not polled for a while."""
+        """The thread: make progress when the caller has not called for a while."""
         pause_seconds = self._options.idle_progress_seconds
         while not self._stop.wait(pause_seconds):
             with self._lock:
-                if time.monotonic() - self._polled_at > pause_seconds:
+                if time.monotonic() - self._called_at > pause_seconds:
                     self._progress()
 
     def _progress(self) -> None:
