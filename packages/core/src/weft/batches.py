@@ -88,7 +88,7 @@ def divide(lengths: Sequence[int], limits: Limits) -> tuple[Division, ...]:
     return tuple(divisions)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Batch:
     """A `Division` as views of registered memory, uint8."""
 

@@ -1,9 +1,4 @@
-"""What one endpoint of `weft.granted` says to its peers, and the thread in which it does so.
-
-A bucket's way: the sender's `_Ask`, the receiver's `_Grant`, the sender's `_Go`, the batches through the channel at
-both ends, and for every bucket that is in place the receiver's `_Arrived`. A turn that was not yet granted can be taken
-back (`_Withdrawn`).
-"""
+"""One endpoint of `weft.granted`: its peers, its turns, and the thread that drives them (`weft.passages`)."""
 
 from __future__ import annotations
 
@@ -11,118 +6,24 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from weft.batches import Batch
-from weft.contracts import Event
 from weft.control import Control
 from weft.endpoint import Envelope, Inbox
 from weft.errors import PeerLostError, TransportError
-from weft.networks import Channel, Network, Transfer
+from weft.networks import Channel, Network
+from weft.passages import Arrived, Ask, Go, Grant, Invitation, Passage, Post, Said, Signal, Withdrawn
 from weft.turns import Incoming, Outgoing, Turn
 
-DEPTH = 2
-"""Most batches of a turn in flight; each has a staging buffer of its own."""
 _BUCKETS_PER_TURN = 64
 _IDLE_SECONDS = 0.5
 _LINGER_SECONDS = 1.0
 _END_SECONDS = 5.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 20e-6, 1e-3
-
-
-class _Signal(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    envelope: Envelope
-
-
-class _Invitation(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    body: bytes
-
-
-class _Ask(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    number: int
-    envelopes: Annotated[list[Envelope], msgspec.Meta(min_length=1)]
-
-
-class _Grant(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    number: int
-
-
-class _Go(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    number: int
-
-
-class _Withdrawn(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    number: int
-
-
-class _Arrived(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    number: int
-    count: int
-    """How many of the turn's buckets, from the first."""
-
-
-_Said = _Signal | _Invitation | _Ask | _Grant | _Go | _Withdrawn | _Arrived
-_DECODER: msgspec.msgpack.Decoder[_Said] = msgspec.msgpack.Decoder(_Said)
-
-
-@dataclass(eq=False)
-class Post:
-    """A bucket on its way out. Finished when the receiver says that all of it is in place."""
-
-    peer: str
-    envelope: Envelope
-    batches: Sequence[Batch]
-    after: Event | None
-    done: bool = False
-    error: TransportError | None = None
-
-    def fail(self, error: TransportError) -> None:
-        """It will never arrive."""
-        self.error, self.done = error, True
-
-
-@dataclass(eq=False)
-class _Passage:
-    """A turn under way at one end: its batches one after another through a channel."""
-
-    turn: Turn[Any]
-    channel: Channel
-    buckets: Sequence[Sequence[Batch]]
-    sends: bool
-    acknowledged: int = 0
-    """Buckets whose arrival the receiver has said or, at the receiver, that were delivered."""
-    _started: int = 0
-    _finished: int = 0
-    _flight: list[Transfer] = field(default_factory=list)
-
-    def advance(self) -> int:
-        """Start and finish what can be; how many buckets are finished, from the first."""
-        batches = [batch for bucket in self.buckets for batch in bucket]
-        while True:
-            while self._flight and self._flight[0].poll():
-                del self._flight[0]
-                self._finished += 1
-            if self._started == len(batches) or len(self._flight) == DEPTH:
-                break
-            self._flight.append(self._start(batches[self._started]))
-            self._started += 1
-        total = 0
-        for count, bucket in enumerate(self.buckets):
-            total += len(bucket)
-            if total > self._finished:
-                return count
-        return len(self.buckets)
-
-    def _start(self, batch: Batch) -> Transfer:
-        staging = self.channel.staging(self._started % DEPTH)
-        if self.sends:
-            with self.channel.ordered():
-                out = batch.gather(staging)
-            return self.channel.send(out)
-        return self.channel.receive(batch.through(staging), lambda: batch.scatter(staging))
 
 
 @dataclass(eq=False)
@@ -152,12 +53,15 @@ class Exchange:
         self._network, self._control = network, control
         self._expected, self._unwanted = expected, unwanted
         self._peers: dict[str, _Peer] = {}
-        self._outgoing: Outgoing[Post] = Outgoing(places, _BUCKETS_PER_TURN, lambda post: post.envelope.program)
+        self._outgoing: Outgoing[Post] = Outgoing(
+            places, _BUCKETS_PER_TURN, lambda post: post.envelope.program, network.turn_of
+        )
         self._incoming: Incoming[Envelope] = Incoming(places)
-        self._sending: dict[str, _Passage] = {}
-        self._receiving: dict[str, _Passage] = {}
+        self._sending: dict[str, Passage] = {}
+        self._receiving: dict[str, Passage] = {}
         self._waiting: list[Post] = []
         self._lock = threading.RLock()
+        self._decoder: msgspec.msgpack.Decoder[Said] = msgspec.msgpack.Decoder(Said)
         self._ending = False
         self._thread = threading.Thread(target=self._drive, name=f"weft {control.identity}", daemon=True)
         self._thread.start()
@@ -212,7 +116,7 @@ class Exchange:
             if known.outgoing is None:
                 invitation = self._network.invite()
                 known.outgoing = self._network.channel(invitation, peer, True, self._control.wake)
-                self._say(peer, _Invitation(invitation))
+                self._say(peer, Invitation(invitation))
         self._control.wake()
 
     def unmade(self, peers: Sequence[str]) -> list[str]:
@@ -244,14 +148,14 @@ class Exchange:
             self._waiting = [each for each in self._waiting if each is not post]
             withdrawn = self._outgoing.cancel(post.peer, post)
             if withdrawn is not None:
-                self._say(post.peer, _Withdrawn(withdrawn.number))
+                self._say(post.peer, Withdrawn(withdrawn.number))
         self._control.wake()
 
     def signal(self, peer: str, envelope: Envelope) -> None:
         """Send it. Raises `PeerLostError`."""
         with self._lock:
             self.check(peer)
-            self._say(peer, _Signal(envelope))
+            self._say(peer, Signal(envelope))
         self._control.wake()
 
     def wake(self) -> None:
@@ -306,11 +210,11 @@ class Exchange:
             self._waiting.remove(post)
             self._outgoing.put(post.peer, post)
         for turn in self._outgoing.asks():
-            self._say(turn.peer, _Ask(turn.number, [post.envelope for post in turn.items]))
+            self._say(turn.peer, Ask(turn.number, [post.envelope for post in turn.items]))
         for refused in self._incoming.refuse(lambda turn: self._unwanted(turn.items)):
-            self._say(refused.peer, _Arrived(refused.number, len(refused.items)))
+            self._say(refused.peer, Arrived(refused.number, len(refused.items)))
         for granted in self._incoming.grants(self._is_expected):
-            self._say(granted.peer, _Grant(granted.number))
+            self._say(granted.peer, Grant(granted.number))
         before = self._progress()
         for peer in [*self._sending]:
             self._guarded(peer, self._advance_sending)
@@ -334,27 +238,27 @@ class Exchange:
     def _hear(self, peer: str, said: bytes | PeerLostError) -> None:
         if isinstance(said, PeerLostError):
             raise said
-        match _DECODER.decode(said):
-            case _Signal(envelope):
+        match self._decoder.decode(said):
+            case Signal(envelope):
                 self.inbox.deliver(self._peers[peer].identity, envelope)
-            case _Invitation(body):
+            case Invitation(body):
                 self._peers[peer].incoming = self._network.channel(body, peer, False, self._control.wake)
-            case _Ask(number, envelopes):
+            case Ask(number, envelopes):
                 self._incoming.asked(peer, number, envelopes)
-            case _Grant(number):
+            case Grant(number):
                 self._go(peer, self._outgoing.granted(peer, number))
-            case _Go(number):
+            case Go(number):
                 self._begin_receiving(peer, self._incoming.goes(peer, number))
-            case _Withdrawn(number):
+            case Withdrawn(number):
                 self._incoming.withdrawn(peer, number)
-            case _Arrived(number, count):
+            case Arrived(number, count):
                 self._acknowledge(peer, number, count)
 
     def _go(self, peer: str, turn: Turn[Post] | None) -> None:
         channel = self._peers[peer].outgoing
         if turn is not None and channel is not None:
-            self._sending[peer] = _Passage(turn, channel, [post.batches for post in turn.items], sends=True)
-            self._say(peer, _Go(turn.number))
+            self._sending[peer] = Passage(turn, channel, [post.batches for post in turn.items], sends=True)
+            self._say(peer, Go(turn.number))
 
     def _is_expected(self, turn: Turn[Envelope]) -> bool:
         try:
@@ -367,7 +271,7 @@ class Exchange:
         buckets = None if turn is None else self._expected(peer, turn.items)
         if turn is None or channel is None or buckets is None:
             raise TransportError(f"{peer} sends what this end has not granted")
-        self._receiving[peer] = _Passage(turn, channel, buckets, sends=False)
+        self._receiving[peer] = Passage(turn, channel, buckets, sends=False)
 
     def _advance_sending(self, peer: str) -> None:
         passage = self._sending[peer]
@@ -388,7 +292,7 @@ class Exchange:
             self._incoming.ended(peer)
         if finished > passage.acknowledged:
             passage.acknowledged = finished
-            self._say(peer, _Arrived(passage.turn.number, finished))
+            self._say(peer, Arrived(passage.turn.number, finished))
 
     def _acknowledge(self, peer: str, number: int, count: int) -> None:
         turn = self._outgoing.turns.get(peer)
@@ -425,5 +329,5 @@ class Exchange:
                 channel.close()
         known.outgoing = known.incoming = None
 
-    def _say(self, peer: str, what: _Said) -> None:
+    def _say(self, peer: str, what: Said) -> None:
         self._control.send(peer, msgspec.msgpack.encode(what))

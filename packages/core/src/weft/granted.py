@@ -21,10 +21,11 @@ from weft.control import Control
 from weft.deadline import Deadline
 from weft.endpoint import Envelope, RegionBook, check_program, encode
 from weft.errors import ConfigError, RecordError, TransportError
-from weft.exchange import Exchange, Post
+from weft.exchange import Exchange
 from weft.hosts import check_reachable
 from weft.member import Member, Region, Tag
 from weft.networks import Network
+from weft.passages import Post
 
 _RELEASED_KEPT = 4
 
@@ -192,6 +193,7 @@ class GrantedTransport:
             return not exchange.absent()
 
         deadline.wait(met, "connecting", exchange.absent)
+        self._network.meet(deadline)
         for peer in to:
             exchange.invite(peer)
         deadline.wait(lambda: not exchange.unmade(to), "making channels", lambda: exchange.unmade(to))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
+from weft.batches import Batch
 from weft.contracts import Event
+from weft.deadline import Deadline
 from weft.member import Member
+
+DEPTH = 2
+"""Most batches of one channel in flight; each end of it has as many staging buffers, used in turn."""
 
 
 class Transfer(Protocol):
     """One batch under way at one end."""
 
     def poll(self) -> bool:
-        """Whether it is over, `then` included. Raises `TransportError` when it failed."""
+        """Whether it is over at this end: its bytes have left, or are in place. Raises `TransportError`."""
         ...
 
 
@@ -30,20 +34,12 @@ class Channel(Protocol):
         """Whether both ends have made it."""
         ...
 
-    def staging(self, index: int) -> torch.Tensor:
-        """Staging buffer `index`, below `weft.exchange.DEPTH`, of this end: uint8, `Limits.staging_bytes` long."""
+    def send(self, batch: Batch) -> Transfer:
+        """Start a batch, after those started before; the other end receives one of the same sizes."""
         ...
 
-    def ordered(self) -> AbstractContextManager[Any]:
-        """Copies inside come after earlier transfers of this end and before later ones."""
-        ...
-
-    def send(self, tensors: Sequence[torch.Tensor]) -> Transfer:
-        """Start a batch; the other end receives tensors of the same sizes."""
-        ...
-
-    def receive(self, tensors: Sequence[torch.Tensor], then: Callable[[], None]) -> Transfer:
-        """Start a batch, and do `then`, as if in `ordered`, once its bytes are there."""
+    def receive(self, batch: Batch) -> Transfer:
+        """The same at the other end."""
         ...
 
     def close(self) -> None:
@@ -59,6 +55,14 @@ class Network(Protocol):
 
         Raises `ConfigError` when this machine or the member's device cannot.
         """
+        ...
+
+    def meet(self, deadline: Deadline) -> None:
+        """What all members must do together before channels are made, if anything; the first time it may wait."""
+        ...
+
+    def turn_of(self, peer: str) -> int:
+        """Peers with a lower number are sent to first."""
         ...
 
     def reached(self) -> Event | None:

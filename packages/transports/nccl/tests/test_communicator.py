@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
+from weft.batches import Batch
 from weft.errors import ConfigError, TransportError
 from weft.member import Member
 from weft.streams import Finished
@@ -93,13 +94,13 @@ class CpuLane:
         return Finished()
 
 
-def channel(stand_in: StandIn, sends: bool = True) -> NcclChannel:
-    staging = [torch.zeros(8, dtype=torch.uint8) for _ in range(2)]
-    return NcclChannel(Library(stand_in), bytes(UNIQUE_ID_BYTES), "b", sends, CpuLane(), staging)
+def channel(stand_in: StandIn, sends: bool = True, staging: Sequence[torch.Tensor] = ()) -> NcclChannel:
+    buffers = staging or [torch.zeros(8, dtype=torch.uint8) for _ in range(2)]
+    return NcclChannel(Library(stand_in), bytes(UNIQUE_ID_BYTES), "b", sends, CpuLane(), buffers)
 
 
-def tensors(*sizes: int) -> list[torch.Tensor]:
-    return [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+def direct(*sizes: int) -> Batch:
+    return Batch((), tuple(torch.zeros(size, dtype=torch.uint8) for size in sizes))
 
 
 @pytest.mark.trap(36, 37)
@@ -108,7 +109,7 @@ def test_one_group_at_a_time_is_in_the_communicators_hands() -> None:
     one = channel(nccl)
     assert nccl.said == [("begin", 2, 0)]
     assert not one.up()
-    first, second = one.send(tensors(3, 4)), one.send(tensors(5))
+    first, second = one.send(direct(3, 4)), one.send(direct(5))
     assert not first.poll()
     assert nccl.said[1:] == [], "issued before the communicator was made"
     nccl.state = SUCCESS
@@ -126,29 +127,30 @@ def test_one_group_at_a_time_is_in_the_communicators_hands() -> None:
 
 
 @pytest.mark.trap(37)
-def test_what_follows_a_batch_is_done_in_its_stream_once_it_was_issued() -> None:
+def test_a_batch_is_packed_before_its_group_and_unpacked_after_the_communicator_took_it() -> None:
     nccl = StandIn(state=SUCCESS)
-    one = channel(nccl, sends=False)
-    done: list[bool] = []
-    lane = one.ordered()
-    transfer = one.receive(tensors(3), lambda: done.append(True))
-    assert done == []
+    staging = torch.zeros(8, dtype=torch.uint8)
+    out = Batch((torch.full((2,), 6, dtype=torch.uint8), torch.full((1,), 7, dtype=torch.uint8)), ())
+    channel(nccl, staging=[staging, staging]).send(out)
+    assert staging.tolist()[:3] == [6, 6, 7]
+    assert nccl.said[2][1:3] == (staging.data_ptr(), 3)
+    nccl = StandIn(state=SUCCESS)
+    into = Batch(tuple(torch.full((size,), 0xA5, dtype=torch.uint8) for size in (2, 1)), ())
+    transfer = channel(nccl, sends=False, staging=[staging, staging]).receive(into)
+    assert nccl.said[2][:3] == ("Recv", staging.data_ptr(), 3)
+    assert nccl.said[2][4] == 0, "the sender is rank 0"
+    assert not transfer.poll()
+    assert into.packed[0].tolist() == [0xA5, 0xA5], "unpacked before its bytes were asked for"
     nccl.state = SUCCESS
     assert transfer.poll()
-    assert done == [True]
-    assert transfer.poll()
-    assert done == [True]
-    assert nccl.said[2][0] == "Recv"
-    assert nccl.said[2][4] == 0, "the sender is rank 0"
-    with lane:
-        pass
+    assert [piece.tolist() for piece in into.packed] == [[6, 6], [7]]
 
 
 @pytest.mark.trap(40)
 def test_an_error_that_nccl_reports_later_is_quoted_and_a_closed_channel_says_so() -> None:
     nccl = StandIn(state=SUCCESS)
     one = channel(nccl)
-    transfer = one.send(tensors(3))
+    transfer = one.send(direct(3))
     nccl.state = SYSTEM_ERROR
     with pytest.raises(TransportError, match=r"channel with b: NCCL reports code 2: the cable"):
         transfer.poll()
@@ -164,7 +166,7 @@ def test_an_error_that_nccl_reports_later_is_quoted_and_a_closed_channel_says_so
 def test_a_refused_operation_ends_its_group_and_is_an_error() -> None:
     nccl = StandIn(state=SUCCESS, refuses="Send")
     with pytest.raises(TransportError, match=r"NCCL's ncclSend failed: code 2"):
-        channel(nccl).send(tensors(3))
+        channel(nccl).send(direct(3))
     assert nccl.said[-1] == ("GroupEnd",)
 
 

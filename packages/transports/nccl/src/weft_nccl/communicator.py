@@ -6,6 +6,7 @@ lost. Communicators of two need no world, so that members of different `torch.di
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ from typing import Any, Protocol
 
 import torch
 
+from weft.batches import Batch
 from weft.contracts import Event
+from weft.deadline import Deadline
 from weft.errors import ConfigError, TransportError
-from weft.exchange import DEPTH
 from weft.member import Member
+from weft.networks import DEPTH
 from weft_nccl.library import Library, load
 
 _END_SECONDS = 5.0
@@ -84,7 +87,8 @@ class NcclChannel:
     def __init__(
         self, library: Library, unique_id: bytes, peer: str, sends: bool, lane: Lane, staging: Sequence[torch.Tensor]
     ) -> None:
-        self._library, self._peer, self._sends, self._lane, self._staging = library, peer, sends, lane, staging
+        self._library, self._peer, self._sends, self._lane = library, peer, sends, lane
+        self._staging = itertools.cycle(staging)
         self._waiting: deque[NcclTransfer] = deque()
         self._issued: NcclTransfer | None = None
         self.abort: threading.Thread | None = None
@@ -95,20 +99,18 @@ class NcclChannel:
         """Whether both ends have come."""
         return self._settled()
 
-    def staging(self, index: int) -> torch.Tensor:
-        """GPU memory."""
-        return self._staging[index]
+    def send(self, batch: Batch) -> NcclTransfer:
+        """Pack it now, and issue its group as soon as the communicator has taken the one before."""
+        with self._lane.within():
+            tensors = batch.gather(next(self._staging))
+        return self._queue(tensors, lambda: None)
 
-    def ordered(self) -> AbstractContextManager[Any]:
-        """The communicator's stream."""
-        return self._lane.within()
+    def receive(self, batch: Batch) -> NcclTransfer:
+        """Issue its group as soon as the communicator has taken the one before, and then unpack it."""
+        staging = next(self._staging)
+        return self._queue(batch.through(staging), lambda: batch.scatter(staging))
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> NcclTransfer:
-        """Issue a group as soon as the communicator has taken the one before."""
-        return self.receive(tensors, lambda: None)
-
-    def receive(self, tensors: Sequence[torch.Tensor], then: Callable[[], None]) -> NcclTransfer:
-        """Issue a group as soon as the communicator has taken the one before."""
+    def _queue(self, tensors: Sequence[torch.Tensor], then: Callable[[], None]) -> NcclTransfer:
         transfer = NcclTransfer(self, tensors, then)
         self._waiting.append(transfer)
         self.pump()
@@ -172,6 +174,13 @@ class NcclNetwork:
             )
         self._library = load(self._name)
         return self._device
+
+    def meet(self, deadline: Deadline) -> None:
+        """Nothing: communicators of two need no world."""
+
+    def turn_of(self, peer: str) -> int:
+        """All alike: who waits longest is next."""
+        return 0
 
     def reached(self) -> Event | None:
         """An event of the caller's current stream."""

@@ -6,11 +6,11 @@ gloo's work objects cannot be asked whether they are finished, only waited for; 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,10 +19,12 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from weft.batches import Batch
 from weft.contracts import Event
+from weft.deadline import Deadline
 from weft.errors import TransportError
-from weft.exchange import DEPTH
 from weft.member import Member
+from weft.networks import DEPTH
 
 # torch's own annotations leave these out.
 _dist: Any = dist
@@ -63,7 +65,7 @@ class GlooChannel:
         self, invitation: Invitation, peer: str, sends: bool, staging_bytes: int, ended: Callable[[], None]
     ) -> None:
         self._peer, self._sends, self._ended = peer, sends, ended
-        self._staging = [torch.empty(staging_bytes, dtype=torch.uint8) for _ in range(DEPTH)]
+        self._staging = itertools.cycle([torch.empty(staging_bytes, dtype=torch.uint8) for _ in range(DEPTH)])
         self._error = ""
         self._group: Any | None = None
         self._closing = False
@@ -81,20 +83,16 @@ class GlooChannel:
         """Whether both ends have met."""
         return self.check() and self._group is not None
 
-    def staging(self, index: int) -> torch.Tensor:
-        """CPU memory."""
-        return self._staging[index]
+    def send(self, batch: Batch) -> GlooTransfer:
+        """Pack it, and queue it for the thread."""
+        return self._queue(batch.gather(next(self._staging)), lambda: None)
 
-    def ordered(self) -> AbstractContextManager[Any]:
-        """CPU copies are in order anyway."""
-        return contextlib.nullcontext()
+    def receive(self, batch: Batch) -> GlooTransfer:
+        """Queue it for the thread, which unpacks it too."""
+        staging = next(self._staging)
+        return self._queue(batch.through(staging), lambda: batch.scatter(staging))
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> GlooTransfer:
-        """Queue it for the thread."""
-        return self.receive(tensors, lambda: None)
-
-    def receive(self, tensors: Sequence[torch.Tensor], then: Callable[[], None]) -> GlooTransfer:
-        """Queue it for the thread."""
+    def _queue(self, tensors: Sequence[torch.Tensor], then: Callable[[], None]) -> GlooTransfer:
         transfer = GlooTransfer(tensors, then, self)
         self._transfers.put(transfer)
         return transfer
@@ -145,6 +143,13 @@ class GlooNetwork:
         except RuntimeError as error:
             raise TransportError(f"transport 'nccl' of {member.name} cannot listen on {host}: {error}") from error
         return torch.device("cpu")
+
+    def meet(self, deadline: Deadline) -> None:
+        """Nothing: channels need no world."""
+
+    def turn_of(self, peer: str) -> int:
+        """All alike: who waits longest is next."""
+        return 0
 
     def reached(self) -> Event | None:
         """None: the CPU has no streams."""
