@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,29 +32,37 @@ TINY = {
 }
 
 
+def refit_rows(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    (folder / "config.json").write_text(json.dumps(TINY))
+    result = CliRunner().invoke(application, ["bench", "refit", "--model", str(folder), "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    return rows
+
+
 @pytest.mark.trap(29, 41)
 @pytest.mark.parametrize("transport", ["nixl", "gloo"])
 def test_a_benchmark_reports_what_it_moved_and_that_every_byte_is_right(transport: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    arguments = [
-        "bench",
-        "refit",
-        "--model",
-        str(tmp_path),
-        "--transport",
-        transport,
-        "--digests",
-        "--cycles",
-        "3",
-        "--json",
-    ]
-    result = CliRunner().invoke(application, arguments)
-    assert result.exit_code == 0, result.output
-    row = json.loads(result.stdout)[0]
+    (row,) = refit_rows(tmp_path, "--transport", transport, "--digests", "--cycles", "3")
     assert row["wrong_bytes"] == 0
     assert row["bytes"] > 150_000
     assert (row["registrations_warm"], row["allocations_warm"]) == (0, 0)
-    assert (row["ratio_to_raw"] is not None) == (transport == "nixl")
+    assert 0 < row["ratio_to_raw"] <= 1
+    assert row["extra_peak_bytes"] > 0
+    assert sorted(row["cycles"]) == ["source/0", "source/1", "target/0", "target/1"]
+    for cycles in row["cycles"].values():
+        assert [phases["join"] > 0 for phases in cycles] == [True, False, False]
+        for phases in cycles:
+            parts = sum(seconds for phase, seconds in phases.items() if phase != "total")
+            assert parts == pytest.approx(phases["total"])
+
+
+def test_without_reuse_every_cycle_joins_and_pays_for_it(tmp_path: Path) -> None:
+    (row,) = refit_rows(tmp_path, "--transport", "gloo", "--digests", "--cycles", "2", "--no-reuse")
+    assert row["wrong_bytes"] == 0
+    assert all(phases["join"] > 0 for cycles in row["cycles"].values() for phases in cycles)
+    slowest = max(cycles[1]["total"] for cycles in row["cycles"].values())
+    assert row["seconds_median"] == pytest.approx(slowest)
 
 
 def test_wrong_bytes_are_counted() -> None:

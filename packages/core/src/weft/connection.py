@@ -20,7 +20,7 @@ from weft.plan import fingerprint, plan
 from weft.policy import Policy
 from weft.prepare import Endpoint, Step, endpoint_record, local_moves, make_endpoint, make_steps, transfer_program
 from weft.rendezvous import Rendezvous
-from weft.replay import LocalMove
+from weft.replay import Clock, LocalMove
 from weft.slices import Slice, prove, slice_of
 from weft.views import Memory
 from weft.wire import Wire
@@ -72,6 +72,8 @@ class Connection:
     """Per target: scratch groups in flight."""
     segments: int
     registrations: int
+    seconds: Mapping[str, float]
+    """What joining took: `allocate` (staging), `register`; the rest is meeting, planning, connecting, preparing."""
 
 
 def host_identity() -> str:
@@ -148,11 +150,13 @@ def _join(
     roles = roles_of(members)
     made = _slice(rendezvous, identity.name, roles.source_leader, members, own, policy)
     prove(made, source[0] if source else None, target[0] if target else None)
-    program = lower(made)
-    endpoint = make_endpoint(program, source, target)
+    program, clock = lower(made), Clock()
+    with clock.phase("allocate"):
+        endpoint = make_endpoint(program, source, target)
 
     transport.open(announced)
-    register(transport, endpoint.regions, deadline)
+    with clock.phase("register"):
+        register(transport, endpoint.regions, deadline)
     rendezvous.publish_endpoint(
         endpoint_record(identity.name, announced.incarnation, 0, transport.address(), endpoint, made.fingerprint)
     )
@@ -174,7 +178,7 @@ def _join(
         local=local, source=source, target=target,
         scratch_slots={m.name: n for m, n in zip(made.members, made.scratch_slots, strict=True)},
         segments=sum(len(bucket.segments) for bucket in (*transfers.sends, *transfers.receives)),
-        registrations=len(endpoint.regions),
+        registrations=len(endpoint.regions), seconds=clock.seconds,
     )  # fmt: skip
 
 

@@ -52,6 +52,12 @@ class Endpoint:
     outgoing: Mapping[str, tuple[int, int]]
     """Per receiver of packed buckets: the same at this end."""
 
+    @property
+    def staging_bytes(self) -> int:
+        """Size of the staging slots, both ways."""
+        used = {region for slots in (self.incoming, self.outgoing) for region, _ in slots.values()}
+        return sum(self.regions[n].nbytes for n in used)
+
 
 def make_endpoint(
     program: MemberProgram, source: tuple[Layout, Memory] | None, target: tuple[Layout, Memory] | None

@@ -110,6 +110,16 @@ class Refit:
         return self._connection[0].registrations
 
     @property
+    def join_seconds(self) -> Mapping[str, float]:
+        """What `allocate` (staging) and `register` took in `open`: refits do neither. Raises `ConfigError` before."""
+        return self._connection[0].seconds
+
+    @property
+    def staging_bytes(self) -> int:
+        """Staging memory that `open` allocated here, in both directions. Raises `ConfigError` before it."""
+        return self._connection[0].endpoint.staging_bytes
+
+    @property
     def _connection(self) -> tuple[Connection, Loop]:
         if self._joined is None:
             raise ConfigError(f"{self.name} is not open: use `with Refit(...) as refit`, or call open() first")

@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from weft.errors import ConfigError
+from weft.policy import Policy
 from weft_cli.bench import command, planner_command
+from weft_cli.bench.cases import NAMED, case_of, named_case
+from weft_cli.models import load_config
 
 bench_commands = typer.Typer(no_args_is_help=True, help="Measure what refits and plans cost on this machine.")
 _JSON = typer.Option("--json", help="Print a JSON list instead of a table.")
@@ -16,30 +19,65 @@ _JSON = typer.Option("--json", help="Print a JSON list instead of a table.")
 
 @bench_commands.command("refit")
 def bench_refit(
-    model: Annotated[str, typer.Option(help="As for `weft plan`.")] = "qwen3-0.6b",
-    source: Annotated[str, typer.Option(help="The trainer, as for `weft plan`.")] = "megatron:tp2",
-    target: Annotated[str, typer.Option(help="The engines, as for `weft plan`.")] = "vllm:tp2",
-    transports: Annotated[list[str] | None, typer.Option("--transport", help="May be given several times.")] = None,
+    named: Annotated[
+        list[str] | None,
+        typer.Option("--case", help=f"{', '.join(NAMED)}. Several times; instead of model, sides and transport."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As for `weft plan`; qwen3-0.6b if not given.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="The trainer, as for `weft plan`; megatron:tp2 if not given.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The engines, as for `weft plan`; vllm:tp2 if not given.")] = None,
+    transports: Annotated[
+        list[str] | None, typer.Option("--transport", help="May be given several times; nixl if not given.")
+    ] = None,
+    staging_bytes: Annotated[
+        int | None, typer.Option(help="Most staging memory of a member per direction; the policy's if not given.")
+    ] = None,
     digests: Annotated[
         bool | None, typer.Option(help="Only with, or only without, digests; both if not given.")
     ] = None,
     cycles: Annotated[int, typer.Option(min=2, help="Refits per case; the first is cold.")] = 6,
+    reuse: Annotated[bool, typer.Option(help="Join once; otherwise anew for every version, for comparison.")] = True,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw the first cycles by phase: .html needs plotly, .png kaleido too."),
+    ] = None,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
-    """Time whole refits between processes on this machine, and bare NIXL writes of as many bytes beside them.
+    """Time whole refits between processes on this machine, in turn with bare transfers of as many bytes.
 
-    One process per rank holds plain memory in the layout that the framework would have; every byte of every target is
-    checked after the clock has stopped. `ratio` is the refit's rate over the best rate of bare writes (of four chunk
-    sizes) between the same processes. Wrong bytes end in exit code 1.
+    One process per rank holds plain memory in the layout that the framework would have; memory is poisoned before every
+    refit, and every byte of every target is checked after the clock has stopped. `ratio` is the refit's rate over the
+    best rate (of four chunk sizes) of NIXL or gloo alone between the same processes; a rate above that is an error.
+    Wrong bytes end in exit code 1.
+
+    Needs Linux.
 
     **Examples**
 
         weft bench refit
 
-        weft bench refit --transport nixl --transport gloo --no-digests --json
+        weft bench refit --case nixl-dense --case nixl-moe --no-digests --json
+
+        weft bench refit --transport gloo --no-reuse --plot cycles.html
     """
     chosen = [digests] if digests is not None else [False, True]
-    command.refit(model, source, target, transports or ["nixl"], chosen, cycles, as_json=as_json)
+    if named and (model or source or target or transports or staging_bytes):
+        raise ConfigError("--case goes without --model, --source, --target, --transport and --staging-bytes")
+    if named:
+        cases = [named_case(name, digest, cycles, reuse=reuse) for name in named for digest in chosen]
+    else:
+        config = load_config(model or "qwen3-0.6b")
+        sides = source or "megatron:tp2", target or "vllm:tp2"
+        most = Policy().staging_bytes if staging_bytes is None else staging_bytes
+        policies = [Policy(digests=digest, staging_bytes=most) for digest in chosen]
+        cases = [
+            case_of(model or "qwen3-0.6b", config, *sides, name, policy, cycles, reuse=reuse)
+            for name in transports or ["nixl"]
+            for policy in policies
+        ]
+    command.refit(cases, as_json=as_json, figure=figure)
 
 
 @bench_commands.command("planner")

@@ -4,61 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from weft_cli.bench import plot
+from weft_cli.bench.rows import above_limit, check_limit
 from weft_cli.bench.run import run_case
 from weft_cli.bench.settings import Case
-from weft_cli.models import load_config
-from weft_cli.sides import parse_side
+
+_PHASES = ("allocate", "register", "join", "gather", "digest", "wire", "land", "commit", "total")
 
 
-def refit(
-    model: str,
-    source: str,
-    target: str,
-    transports: Sequence[str],
-    digests: Sequence[bool],
-    cycles: int,
-    *,
-    as_json: bool,
-) -> None:
-    """Run every combination and print a row for each."""
+def refit(cases: Sequence[Case], *, as_json: bool, figure: Path | None) -> None:
+    """Run every case and print a row for each. Raises `WeftError` when a rate is above the limit of its run."""
+    if figure is not None:
+        plot.check(figure)
     console = Console(stderr=True)
-    rows: list[Mapping[str, Any]] = []
-    held, wanted = parse_side(source), parse_side(target)
-    for transport in transports:
-        for digest in digests:
-            case = Case(
-                config=dict(load_config(model)),
-                source=(held.framework, dict(held.parallel)),
-                target=(wanted.framework, dict(wanted.parallel)),
-                transport=transport,
-                transport_options={},
-                digests=digest,
-                cycles=cycles,
-                dtype="bfloat16",
-                seconds=300.0,
-            )
-            with console.status(f"{model}, {source} to {target} over {transport}, digests {'on' if digest else 'off'}"):
-                rows.append(run_case(case))
+    measured: list[Mapping[str, Any]] = []
+    for case in cases:
+        with console.status(f"{case.name} over {case.transport}, digests {'on' if case.policy.digests else 'off'}"):
+            measured.append(run_case(case))
+    rows = [row for row in measured if not above_limit(row)]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
         output = Console()
         if not output.is_terminal:  # into a file or a pipe: nothing is cut off
-            output = Console(width=120)
+            output = Console(width=140)
         output.print(_table(rows))
+        for row in rows:
+            output.print(_cycles(row))
+    if figure is not None:
+        plot.write(rows, figure)
+    check_limit(measured)
     if any(row["wrong_bytes"] for row in rows):
         raise typer.Exit(1)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="Refits, and bare writes of as many bytes in the same run")
+    table = Table(title="Refits, and bare transfers of as many bytes in the same run")
     for column in (
+        "case",
         "transport",
         "digests",
         "bytes",
@@ -69,15 +59,28 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "ratio",
         "regs",
         "allocs",
+        "extra MB",
         "wrong",
     ):
         table.add_column(column, justify="right")
     for row in rows:
         raw = row["raw_gigabytes_per_second"]
         table.add_row(
-            row["transport"], "on" if row["digests"] else "off", f"{row['bytes']:,}", f"{row['first_seconds']:.3f}",
-            f"{row['seconds_median']:.3f}", f"{row['gigabytes_per_second']:.2f}", f"{raw:.2f}" if raw else "–",
-            f"{row['ratio_to_raw']:.2f}" if raw else "–", str(row["registrations_warm"]), str(row["allocations_warm"]),
-            str(row["wrong_bytes"]),
+            row["case"], row["transport"], "on" if row["digests"] else "off", f"{row['bytes']:,}",
+            f"{row['first_seconds']:.3f}", f"{row['seconds_median']:.3f}", f"{row['gigabytes_per_second']:.2f}",
+            f"{raw:.2f}" if raw else "–", f"{row['ratio_to_raw']:.2f}" if raw else "–", str(row["registrations_warm"]),
+            str(row["allocations_warm"]), f"{row['extra_peak_bytes'] / 1e6:.0f}", str(row["wrong_bytes"]),
         )  # fmt: skip
+    return table
+
+
+def _cycles(row: Mapping[str, Any]) -> Table:
+    """Seconds of the first cycles by phase, of every member."""
+    reused = "" if row["reuse"] else ", joining anew for each"
+    table = Table(title=f"{row['case']}, digests {'on' if row['digests'] else 'off'}{reused}: milliseconds")
+    for column in ("cycle", "member", *_PHASES):
+        table.add_column(column, justify="right")
+    for name, cycles in row["cycles"].items():
+        for number, phases in enumerate(cycles, 1):
+            table.add_row(str(number), name, *(f"{phases[phase] * 1e3:.1f}" for phase in _PHASES))
     return table

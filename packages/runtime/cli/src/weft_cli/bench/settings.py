@@ -1,16 +1,18 @@
-"""What is measured, as every process of a benchmark is told."""
+"""What is measured, as every process of a benchmark is told, and what it answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+
+from weft.policy import Policy
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One benchmark case."""
 
+    name: str
     config: dict[str, Any]
     """Hugging Face config."""
     source: tuple[str, dict[str, int]]
@@ -18,7 +20,17 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     target: tuple[str, dict[str, int]]
     transport: str
     transport_options: dict[str, Any]
-    digests: bool
+    policy: Policy
+    beside: Policy | None = None
+    """Refits with this policy too, in turn with the others, in the same processes."""
+    environment: dict[str, str] = {}
+    """Set in every process before it loads a network's library."""
+    collocated: bool = False
+    """Whether a rank of the source and the target's of the same number are one process."""
+    reuse: bool = True
+    """False joins anew for every version."""
+    tensor_by_tensor: bool = False
+    """Whether the plan's copies are also sent one by one over gloo, in turn with the refits."""
     cycles: int
     """Refits; the first one is cold."""
     dtype: str
@@ -26,64 +38,42 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     """Deadline of every stage."""
 
 
+class Seat(msgspec.Struct, frozen=True, kw_only=True):
+    """Which process of a case this is."""
+
+    name: str
+    source: int | None
+    """Its rank among the sources, or None."""
+    target: int | None
+
+
 class MemberResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What one member measured. Seconds by cycle."""
+    """What one member measured. Lists have an entry per cycle, unless they say otherwise."""
 
     name: str
     bytes: int
-    total_seconds: list[float]
-    phases: list[dict[str, float]]
-    raw_seconds: dict[int, list[float]]
-    """Per chunk size in bytes, the bare writes of the same bytes; empty where the transport has no bare form."""
-    raw_bytes: int
-    """Bytes of one bare write."""
+    """Bytes that one refit wrote here; 0 of a mere source."""
+    joins: list[dict[str, float]]
+    """Seconds of joining before that cycle by phase: `allocate`, `register`, `join` (the rest); empty where none was.
+    """
+    refits: list[dict[str, float]]
+    """`weft.report.Report.seconds`."""
+    beside_seconds: list[float]
+    """Of the refits with the other policy; empty without one."""
+    bare_bytes: int
+    """Bytes of one bare transfer that this member sent."""
+    bare_seconds: dict[int, list[float]]
+    """Per chunk size in bytes, the bare transfers; empty where there are none."""
+    tensor_by_tensor_seconds: list[float]
     registrations: list[int]
     allocations: list[int]
     store_operations: list[int]
-    open_seconds: float
-    """Rendezvous, planning, registration, connecting and preparing."""
+    extra_peak_bytes: int
+    """Staging, and the most resident memory during any refit above what the member had when it had joined."""
     wrong_bytes: int
     """Bytes of a target that are not what an independent slice of the logical tensors gives, after the last refit."""
 
-
-def row(case: Case, sources: list[MemberResult], targets: list[MemberResult]) -> Mapping[str, Any]:
-    """The figures of a case. A cycle lasts as long as its slowest member; the best chunk size is the raw limit."""
-    everybody = [*sources, *targets]
-    cycles = [max(times) for times in zip(*(m.total_seconds for m in everybody), strict=True)]
-    warm = sorted(cycles[1:])
-    median = warm[len(warm) // 2]
-    nbytes = sum(m.bytes for m in targets)
-    chunks = {
-        c: [max(t) for t in zip(*(m.raw_seconds[c] for m in sources), strict=True)] for c in sources[0].raw_seconds
-    }
-    medians = {chunk: sorted(times)[len(times) // 2] for chunk, times in chunks.items()}
-    best = min(medians, key=lambda chunk: medians[chunk]) if medians else None
-    raw = sum(m.raw_bytes for m in sources) / medians[best] if best is not None else 0.0
-    return {
-        "case": f"{case.source[0]}:{_sizes(case.source[1])} to {case.target[0]}:{_sizes(case.target[1])}",
-        "transport": case.transport,
-        "digests": case.digests,
-        "bytes": nbytes,
-        "open_seconds": max(m.open_seconds for m in everybody),
-        "first_seconds": cycles[0],
-        "seconds_median": median,
-        "seconds_warm": cycles[1:],
-        "gigabytes_per_second": nbytes / median / 1e9,
-        "raw_seconds_median": medians[best] if best is not None else None,
-        "raw_chunk_bytes": best,
-        "raw_gigabytes_per_second": raw / 1e9,
-        "ratio_to_raw": nbytes / median / raw if raw else None,
-        "phases_median_cycle": {m.name: m.phases[1 + _middle(m.total_seconds[1:])] for m in everybody},
-        "registrations_warm": sum(sum(m.registrations[1:]) for m in everybody),
-        "allocations_warm": sum(sum(m.allocations[1:]) for m in everybody),
-        "store_operations_warm": sum(m.store_operations[-1] for m in everybody),
-        "wrong_bytes": sum(m.wrong_bytes for m in targets),
-    }
-
-
-def _middle(times: list[float]) -> int:
-    return sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]
-
-
-def _sizes(parallel: Mapping[str, int]) -> str:
-    return ",".join(f"{axis}{size}" for axis, size in parallel.items())
+    def total(self, cycle: int) -> float:
+        """Seconds of a cycle, joining included only where every cycle joins."""
+        refit = self.refits[cycle]["total"]
+        return refit + sum(self.joins[cycle].values()) if all(self.joins) else refit
