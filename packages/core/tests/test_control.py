@@ -70,7 +70,28 @@ def test_messages_of_every_size_arrive_whole_and_in_order_both_ways(make: Callab
 
     Deadline.after(60).wait(complete, "messages", list)
     assert got == {"a": messages, "b": messages}
-    assert not a.unsent()
+
+
+def test_who_finishes_has_been_heard_when_its_peers_have_closed_too(make: Callable[[str], Control]) -> None:
+    a, b = make("a"), make("b")
+    connect(a, "b", b)
+    connect(b, "a", a)
+    Deadline.after(60).wait(lambda: bool(a.step() or b.step()) or (a.up("b") and b.up("a")), "it", list)
+    messages = [bytes([i]) * 60_000 for i in range(50)]
+    for message in messages:
+        a.send("b", message)
+        b.send("a", b"not looked at")
+    heard: Heard = []
+    assert not a.finish()
+
+    def finished() -> bool:
+        heard.extend(b.step())
+        a.step()
+        return a.finish()
+
+    Deadline.after(60).wait(finished, "b", list)
+    assert [message for _, message in heard[:-1]] == messages
+    assert isinstance(heard[-1][1], PeerLostError)
 
 
 @pytest.mark.trap(40)

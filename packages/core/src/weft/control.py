@@ -166,9 +166,16 @@ class Control:
         link.wire.write(body)
         self._flush(link, link.wire)
 
-    def unsent(self) -> bool:
-        """Whether something still waits for a connection that is up."""
-        return any(link.up and link.wire is not None and link.wire.unsent for link in self._links.values())
+    def finish(self) -> bool:
+        """Say nothing more, once what was said has left. Whether every peer has answered by closing its end, and so
+        has taken in all of it; until then `step` must go on.
+        """
+        up = [link for link in self._links.values() if link.up]
+        for link in up:
+            if link.wire is not None and not link.wire.unsent:
+                with contextlib.suppress(OSError):  # closed meanwhile: `step` says so
+                    link.wire.socket.shutdown(socket.SHUT_WR)
+        return not up
 
     def wait(self, seconds: float) -> None:
         """Wait until the network has something or `wake` is called. Needs no lock."""

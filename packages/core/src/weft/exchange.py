@@ -163,9 +163,9 @@ class Exchange:
         self._control.wake()
 
     def close(self) -> None:
-        """Let what can leave do so, for a second; then end everything but the network."""
+        """Let what can arrive do so, for a second; then end everything but the network."""
         linger = time.monotonic() + _LINGER_SECONDS
-        while time.monotonic() < linger and self.alive and self._has_to_leave():
+        while time.monotonic() < linger and self.alive and not self._parted():
             time.sleep(_LONGEST_PAUSE_SECONDS)
         self._ending = True
         self._control.wake()
@@ -179,10 +179,11 @@ class Exchange:
     def _under_way(self, peer: str) -> Sequence[Post]:
         return self._sending[peer].turn.items if peer in self._sending else ()
 
-    def _has_to_leave(self) -> bool:
+    def _parted(self) -> bool:
+        """Whether everybody has everything. Says nothing more to anybody once no bucket is on its way out."""
         with self._lock:
             busy = {*self._outgoing.waiting(), *(post.peer for post in self._waiting)}
-            return self._control.unsent() or any(self._control.up(peer) for peer in busy)
+            return not any(self._control.up(peer) for peer in busy) and self._control.finish()
 
     def _drive(self) -> None:
         pause = _SHORTEST_PAUSE_SECONDS

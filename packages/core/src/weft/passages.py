@@ -98,17 +98,20 @@ class Passage:
     _started: int = 0
     _finished: int = 0
     _flight: list[Transfer] = field(default_factory=list)
+    _batches: Sequence[Batch] = ()
+
+    def __post_init__(self) -> None:
+        self._batches = [batch for bucket in self.buckets for batch in bucket]
 
     def advance(self) -> int:
         """Start and finish what can be; how many buckets are finished, from the first."""
-        batches = [batch for bucket in self.buckets for batch in bucket]
         while True:
             while self._flight and self._flight[0].poll():
                 del self._flight[0]
                 self._finished += 1
-            if self._started == len(batches) or len(self._flight) == DEPTH:
+            if self._started == len(self._batches) or len(self._flight) == DEPTH:
                 break
-            self._flight.append(self._start(batches[self._started]))
+            self._flight.append(self._start(self._batches[self._started]))
             self._started += 1
         total = 0
         for count, bucket in enumerate(self.buckets):
