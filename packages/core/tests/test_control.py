@@ -6,9 +6,10 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 
-from weft.control import FRAME_LIMIT_BYTES, Control
+from weft.control import FRAME_LIMIT_BYTES, Control, Hello
 from weft.deadline import Deadline
 from weft.errors import PeerLostError
 
@@ -130,9 +131,31 @@ def test_another_life_of_the_peer_is_not_taken_for_it(make: Callable[[str], Cont
     a.connect("b", "b/first life", "127.0.0.1", b.port, dials=True)
     connect(b, "a", a)
     heard: Heard = []
-    Deadline.after(60).wait(lambda: bool(heard.extend(a.step()) or b.step()) or bool(heard), "the loss", list)
+
+    def lost() -> bool:
+        heard.extend(a.step())
+        assert b.step() == [], "took a connection that was meant for another"
+        return bool(heard)
+
+    Deadline.after(60).wait(lost, "the loss", list)
     assert isinstance(heard[0][1], PeerLostError)
-    assert not b.up("a")
+    for _ in range(20):
+        assert b.step() == []
+
+
+@pytest.mark.trap(64)
+@pytest.mark.parametrize("answer", [Hello("another", "a"), Hello("b", "another"), "no hello"])
+def test_who_answers_must_be_who_was_meant(make: Callable[[str], Control], answer: object) -> None:
+    a, heard = make("a"), list[tuple[str, bytes | PeerLostError]]()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        a.connect("b", "b", "127.0.0.1", server.getsockname()[1], dials=True)
+        connection, _ = server.accept()
+        with connection:
+            body = msgspec.msgpack.encode(answer)
+            connection.sendall(struct.pack("<I", len(body)) + body)
+            Deadline.after(60).wait(lambda: bool(heard.extend(a.step()) or heard), "the loss", list)
+    assert isinstance(heard[0][1], PeerLostError)
+    assert "another endpoint answers there" in str(heard[0][1])
 
 
 def test_strangers_are_turned_away(make: Callable[[str], Control]) -> None:
