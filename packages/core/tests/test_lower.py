@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from weft.builder import LayoutBuilder
 from weft.errors import ConfigError, PlanError
 from weft.layout import ITEM_BYTES, Layout
-from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
+from weft.lower import ALIGNMENT, SLOTS, LoweredBucket, MemberProgram
 from weft.member import Member
 from weft.plan import Plan, plan
 from weft.policy import Policy
+from weft.segments import Binding, segments
 from weft.testing.lowered import lowered
 from weft.testing.models import Case, random_case
 from weft.testing.tiny import Tiny

@@ -13,11 +13,12 @@ from weft.box import Affine
 from weft.builder import LayoutBuilder
 from weft.copies import Copies
 from weft.layout import ITEM_BYTES, Int64s, Layout
-from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
+from weft.lower import ALIGNMENT, SLOTS, LoweredBucket, MemberProgram
 from weft.member import Member
 from weft.naive import Bits, bits_dtype, expected_memory, poisoned_memory
 from weft.plan import Plan, plan
 from weft.policy import Policy
+from weft.segments import Binding, packed_segments, segments
 from weft.testing.lowered import lowered
 from weft.testing.models import Case, Rank, random_case
 
@@ -68,7 +69,8 @@ def check_bucket(planned: Plan, sent: LoweredBucket, received: LoweredBucket, sl
     """Both ends agree on all but each other's name, and the bounds hold. Returns bytes per element of each copy."""
     for field in ("index", "group", "counted", "nbytes", "slot", "staged", "scratch"):
         assert getattr(sent, field) == getattr(received, field), field
-    assert sent.offsets.tolist() == received.offsets.tolist()
+    for field in ("offsets", "gathered", "scattered"):
+        assert getattr(sent, field).tolist() == getattr(received, field).tolist()
     for field in Copies.__slots__:
         assert getattr(sent.copies, field).tolist() == getattr(received.copies, field).tolist(), field
     width = np.array([ITEM_BYTES[t.target_dtype] for t in planned.tensors], dtype=np.int64)[sent.copies.tensor]
@@ -92,6 +94,32 @@ def fewest_runs(here: Host, there: Host, bucket: LoweredBucket, width: Int64s) -
     into = np.concatenate([there.bytes_of(copies, n, int(width[n]), sending=False) for n in every])
     order = np.argsort(into)
     return 1 + int(((np.diff(into[order]) != 1) | (np.diff(out[order]) != 1)).sum())
+
+
+def through_slots(
+    here: Host, there: Host, sent: LoweredBucket, received: LoweredBucket, width: Int64s, slot_bytes: int
+) -> None:
+    """Gather what leaves from the slot, move the segments, scatter what arrives in the slot, and nothing else."""
+    shift = 64 * 3
+    regions = [[host.region, np.full(shift + slot_bytes, poison, np.uint8)] for host, poison in ((here, 1), (there, 2))]
+    slots = ((1, shift), (1, shift))
+    for n in np.flatnonzero(sent.gathered).tolist():
+        places = here.bytes_of(sent.copies, n, int(width[n]), sending=True)
+        start = shift + int(sent.offsets[n])
+        regions[0][1][start : start + len(places)] = here.region[places]
+    table = packed_segments(sent, width, here.binding, there.binding, slots, True)
+    mirror = packed_segments(received, width, here.binding, there.binding, slots, False)
+    for field, twin in (("region", "remote_region"), ("offset", "remote_offset"), ("nbytes", "nbytes")):
+        assert table[field].tolist() == mirror[twin].tolist()
+        assert table[twin].tolist() == mirror[field].tolist()
+    for row in table:
+        source = regions[0][row["region"]][row["offset"] : row["offset"] + row["nbytes"]]
+        assert len(source) == row["nbytes"]
+        regions[1][row["remote_region"]][row["remote_offset"] : row["remote_offset"] + row["nbytes"]] = source
+    for n in np.flatnonzero(received.scattered).tolist():
+        places = there.bytes_of(received.copies, n, int(width[n]), sending=False)
+        start = shift + int(received.offsets[n])
+        there.region[places] = regions[1][1][start : start + len(places)]
 
 
 def replay(planned: Plan, programs: dict[str, MemberProgram], hosts: dict[str, Host]) -> int:
@@ -123,13 +151,7 @@ def replay(planned: Plan, programs: dict[str, MemberProgram], hosts: dict[str, H
                     source = here.region[row["offset"] : row["offset"] + row["nbytes"]]
                     there.region[row["remote_offset"] : row["remote_offset"] + row["nbytes"]] = source
                 continue
-            slot = np.full(program.slot_bytes, 0x5A, dtype=np.uint8)
-            for n, start in enumerate(sent.offsets.tolist()):
-                places = here.bytes_of(sent.copies, n, int(width[n]), sending=True)
-                slot[start : start + len(places)] = here.region[places]
-            for n, start in enumerate(received.offsets.tolist()):
-                places = there.bytes_of(received.copies, n, int(width[n]), sending=False)
-                there.region[places] = slot[start : start + len(places)]
+            through_slots(here, there, sent, received, width, program.slot_bytes)
     assert moved == sum(len(program.receives) for program in programs.values())
     return moved
 
@@ -202,8 +224,30 @@ def test_scalars_alone_are_moved() -> None:
     assert check_case(case, values, Policy(), {"rollout/0": {"scale": np.array([7], dtype=np.uint32)}}) == 1
 
 
+@pytest.mark.trap(33)
+def test_a_copy_passes_through_slots_only_where_it_is_cut() -> None:
+    """Rows of columns are strided at the sources, and dense at the targets unless these are transposed."""
+    for transposed in (False, True):
+        case, _ = large(transposed)
+        policy = Policy(direct_run_bytes=1024)
+        planned = plan([r.member for r in case.sources], [r.member for r in case.targets], case.layouts, policy)
+        sends = [bucket for rank in case.sources for bucket in lowered(planned, rank.member.name).sends]
+        assert len(sends) == 8
+        for bucket in sends:
+            assert bucket.slot is not None
+            assert bucket.gathered.all()
+            assert (bucket.scattered == transposed).all()
+
+
 def check_large(transposed: bool, policy: Policy) -> int:
     """Rows on two sources to columns on two targets; returns the number of buckets."""
+    case, values = large(transposed)
+    expected = {rank.member.name: expected_memory(values, rank.layout) for rank in case.targets}
+    return check_case(case, values, policy, expected)
+
+
+def large(transposed: bool) -> tuple[Case, dict[str, Bits]]:
+    """Two sources with rows, two targets with columns, and the logical tensors."""
     sources = [shard(0, low, low + 48, transposed=False) for low in (0, 48)]
     targets = [shard(1, low, high, transposed=transposed) for low, high in ((0, 120), (120, 200))]
     ranks = [
@@ -227,5 +271,4 @@ def check_large(transposed: bool, policy: Policy) -> int:
         "w": generator.integers(0, 2**32, (96, 200), dtype=np.uint32),
         "v": generator.integers(0, 2**8, (96, 200), dtype=np.uint8),
     }
-    expected = {rank.member.name: expected_memory(values, rank.layout) for rank in case.targets}
-    return check_case(case, values, policy, expected)
+    return case, values

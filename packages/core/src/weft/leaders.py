@@ -123,6 +123,7 @@ class SourceLeader:
 
     def give_up(self, text: str) -> None:
         """Withdraw from every replica without an outcome, and wait for nobody."""
+        text = f"source {self._wire.me.name}: {text}"
         for replica in self._leaders:
             self._withdraw(replica, text)
             self._abort(replica, text)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from weft.contracts import SEGMENT
 from weft.copies import Copies
 from weft.errors import ConfigError
 from weft.plan import Plan
@@ -17,6 +16,8 @@ from weft.policy import Policy
 from weft.slices import Slice
 from weft.statistics import run_elements as run_lengths
 from weft.table import Int64s, ragged_ranges
+
+Bools = npt.NDArray[np.bool_]
 
 SLOTS = 2
 """Staging slots per pair of members and direction: one is filled while the other moves."""
@@ -49,6 +50,12 @@ class LoweredBucket:
     """Which of the receiver's scratch groups it is for, counted from 0; None where it goes to live memory."""
     offsets: Int64s
     """Byte offset of every copy in the slot; empty for direct buckets."""
+    gathered: Bools
+    """Per copy of a packed bucket: whether it leaves from the slot, and not straight from its buffer, where it is dense
+    and long enough for a segment of its own. Empty for direct buckets.
+    """
+    scattered: Bools
+    """The same at the receiver: whether it arrives in the slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +110,12 @@ def staging_slot_bytes(plan: Plan | Slice) -> int:
 def _pair_buckets(own: Slice, rows: Copies, pair: int, peer: str, slot_bytes: int) -> list[LoweredBucket]:
     policy, width = own.policy, own.item_bytes
     plain = np.array([tensor.source_dtype == tensor.target_dtype for tensor in own.tensors])
-    # What was received has been cast already.
-    direct = (plain[rows.tensor] | ~own.is_source[rows.source]) & (
-        run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes
-    )
+
+    def uncast(copies: Copies) -> Bools:
+        """Whether the bits travel as the sender has them; what was received has been cast already."""
+        return plain[copies.tensor] | ~own.is_source[copies.source]
+
+    direct = uncast(rows) & (run_elements(rows) * width[rows.tensor] >= policy.direct_run_bytes)
     pieces: list[Copies] = []
     keys: list[tuple[Int64s, ...]] = []
     for kind, limit in ((0, policy.bucket_bytes), (1, slot_bytes)):
@@ -120,6 +129,9 @@ def _pair_buckets(own: Slice, rows: Copies, pair: int, peer: str, slot_bytes: in
     both, group, kind, uncounted = both.select(order), columns[0][order], columns[1][order], columns[2][order]
     nbytes = both.numel * width[both.tensor]
     segments = both.numel // run_elements(both)
+    long = nbytes >= policy.direct_run_bytes
+    gathered = ~(long & uncast(both) & _dense(both.sizes, both.source_strides))
+    scattered = ~(long & _dense(both.sizes, both.target_strides))
     buckets: list[LoweredBucket] = []
     staged = 0
     for first, last in _bounds(np.stack([group, kind, uncounted], axis=1), nbytes, segments, policy, slot_bytes):
@@ -132,6 +144,8 @@ def _pair_buckets(own: Slice, rows: Copies, pair: int, peer: str, slot_bytes: in
                 nbytes=int(nbytes[first:last].sum()), slot=staged % SLOTS if packed else None, staged=staged,
                 scratch=int(both.scratch[first]) if both.scratch[first] >= 0 else None,
                 offsets=np.cumsum(padded) - padded if packed else np.zeros(0, np.int64),
+                gathered=gathered[first:last] if packed else np.zeros(0, bool),
+                scattered=scattered[first:last] if packed else np.zeros(0, bool),
             )
         )  # fmt: skip
         staged += packed
@@ -167,6 +181,11 @@ def run_elements(rows: Copies) -> Int64s:
     return run_lengths(rows.sizes, rows.source_strides, rows.target_strides)
 
 
+def _dense(sizes: Int64s, strides: Int64s) -> Bools:
+    """Whether a copy is one run in the buffer at one end."""
+    return np.asarray(run_lengths(sizes, strides, strides) == sizes.prod(axis=1))
+
+
 def _divide(rows: Copies, limit: Int64s) -> Copies:
     """Cut copies of more than `limit` elements along their outermost axes."""
     while True:
@@ -198,52 +217,3 @@ def _divide(rows: Copies, limit: Int64s) -> Copies:
             moved[start] = getattr(rows, start).copy()
             moved[start][n] += begin * strides[n, at]
         rows = Copies(**{f: {**moved, "sizes": sizes}.get(f, getattr(rows, f)) for f in Copies.__slots__})
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """Where a member's buffers are: region index and byte offset in it, by buffer number."""
-
-    region: Int64s
-    offset: Int64s
-
-
-def segments(copies: Copies, itemsize: Int64s, source: Binding, target: Binding, sending: bool) -> npt.NDArray[np.void]:
-    """Lower copies to segments: as few as both sides' memory allows, in the order of the target's memory.
-
-    `itemsize` is bytes per element of every copy; see `contracts.SEGMENT`.
-    """
-    run = run_elements(copies)
-    within = np.cumprod(copies.sizes[:, ::-1], axis=1)[:, ::-1] <= run[:, None]
-    outer_sizes = np.where(within, 1, copies.sizes)
-    counts = copies.numel // run
-    owner, number = ragged_ranges(np.zeros(len(copies), np.int64), counts)
-    from_offset, to_offset = copies.source_offset[owner], copies.target_offset[owner]
-    for axis in range(outer_sizes.shape[1] - 1, -1, -1):
-        number, index = np.divmod(number, outer_sizes[owner, axis])
-        from_offset = from_offset + index * copies.source_strides[owner, axis]
-        to_offset = to_offset + index * copies.target_strides[owner, axis]
-    size = itemsize[owner]
-    ends = []
-    for binding, buffer, offset in (
-        (source, copies.source_buffer[owner], from_offset), (target, copies.target_buffer[owner], to_offset)
-    ):  # fmt: skip
-        ends.append((binding.region[buffer], binding.offset[buffer] + offset * size))
-    order = np.lexsort((ends[1][1], ends[1][0]))  # runs of different copies may continue each other, row by row
-    ends = [(region[order], offset[order]) for region, offset in ends]
-    (region, offset), (remote_region, remote_offset) = ends if sending else ends[::-1]
-    length = (run[owner] * size)[order]
-    joins = np.zeros(len(length), dtype=bool)
-    joins[1:] = (
-        (region[1:] == region[:-1]) & (remote_region[1:] == remote_region[:-1])
-        & (offset[1:] == offset[:-1] + length[:-1]) & (remote_offset[1:] == remote_offset[:-1] + length[:-1])
-    )  # fmt: skip
-    starts = np.flatnonzero(~joins)
-    result = np.zeros(len(starts), dtype=SEGMENT)
-    for field, column in (
-        ("region", region), ("offset", offset), ("remote_region", remote_region), ("remote_offset", remote_offset)
-    ):  # fmt: skip
-        result[field] = column[starts]
-    if len(starts):
-        result["nbytes"] = np.add.reduceat(length, starts)
-    return result

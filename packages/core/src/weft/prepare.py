@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from weft.contracts import SEGMENT, Bucket, TransferProgram
+from weft.contracts import Bucket, TransferProgram
 from weft.copies import Copies
 from weft.digest import Bytes, Runs, tensor_seed
 from weft.errors import LayoutError
 from weft.layout import ITEM_BYTES, Layout
-from weft.lower import ALIGNMENT, SLOTS, Binding, LoweredBucket, MemberProgram, segments
+from weft.lower import SLOTS, LoweredBucket, MemberProgram
 from weft.member import Member, Region, RemoteRegion, regions_of
 from weft.rendezvous import EndpointRecord
+from weft.segments import Binding, packed_segments, segments
 from weft.slices import Slice
 from weft.views import Memory, byte_view, source_view, target_view, torch_dtype
 
@@ -139,19 +140,18 @@ def transfer_program(
     width = own.item_bytes
 
     def lowered(bucket: LoweredBucket, sending: bool) -> Bucket:
-        peer = peers[bucket.peer]
+        peer, itemsize = peers[bucket.peer], width[bucket.copies.tensor]
+        ends = (endpoint.source, _columns(peer.target_region, peer.target_offset)) if sending else (
+            _columns(peer.source_region, peer.source_offset), endpoint.target
+        )  # fmt: skip
         if bucket.slot is None:
-            itemsize = width[bucket.copies.tensor]
-            ends = (endpoint.source, _columns(peer.target_region, peer.target_offset)) if sending else (
-                _columns(peer.source_region, peer.source_offset), endpoint.target
-            )  # fmt: skip
             return Bucket(bucket.index, bucket.peer, segments(bucket.copies, itemsize, *ends, sending))
+        step = bucket.slot * program.slot_bytes
         mine = (endpoint.outgoing if sending else endpoint.incoming)[bucket.peer]
         theirs = (peer.slots if sending else peer.outgoing_slots)[program.name]
-        step = bucket.slot * program.slot_bytes
-        segment = np.zeros(1, dtype=SEGMENT)
-        segment[0] = (mine[0], mine[1] + step, theirs[0], theirs[1] + step, slot_payload(bucket, width))
-        return Bucket(bucket.index, bucket.peer, segment)
+        slots = [(region, offset + step) for region, offset in ((mine, theirs) if sending else (theirs, mine))]
+        rows = packed_segments(bucket, itemsize, *ends, (slots[0], slots[1]), sending)
+        return Bucket(bucket.index, bucket.peer, rows)
 
     sends = tuple(lowered(bucket, True) for bucket in program.sends)
     receives = tuple(lowered(bucket, False) for bucket in program.receives)
@@ -160,13 +160,6 @@ def transfer_program(
         key.update(f"{member.name}/{member.incarnation}/{member.memory_epoch}".encode())
     remote = {name: tuple(record.regions) for name, record in peers.items()}
     return TransferProgram(key.digest(), sends, receives, endpoint.regions, remote)
-
-
-def slot_payload(bucket: LoweredBucket, width: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> int:
-    """Bytes of a packed bucket in its slot, alignment included."""
-    last = bucket.copies.select(np.array([len(bucket.copies) - 1]))
-    nbytes = int(last.numel[0] * width[last.tensor[0]])
-    return int(bucket.offsets[-1]) + -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _columns(region: bytes, offset: bytes) -> Binding:
@@ -196,16 +189,22 @@ def make_steps(
 def _packed_step(
     own: Slice, bucket: LoweredBucket, layout: Layout, memory: Memory, slot: torch.Tensor, sending: bool
 ) -> Step:
+    """Only what passes through the slot at this end is moved here; all is digested where it travels to or from."""
     copies = bucket.copies
     moves: list[Move] = []
     runs: list[tuple[Bytes, Runs]] = []
-    numel = copies.numel.tolist()
-    buffers = (copies.source_buffer if sending else copies.target_buffer).tolist()
+    staged = bucket.gathered if sending else bucket.scattered
+    buffers = copies.source_buffer if sending else copies.target_buffer
     for n, offset in enumerate(bucket.offsets.tolist()):
+        if not staged[n]:
+            if own.policy.digests:
+                runs.append(copy_runs(own, copies, n, layout, memory, sending))
+            continue
         tensor = own.tensors[copies.tensor[n]]
         itemsize = ITEM_BYTES[tensor.target_dtype]
         sizes = copies.sizes[n].tolist()
-        dense = slot[offset : offset + numel[n] * itemsize].view(torch_dtype(tensor.target_dtype)).view(sizes)
+        nbytes = int(copies.numel[n]) * itemsize
+        dense = slot[offset : offset + nbytes].view(torch_dtype(tensor.target_dtype)).view(sizes)
         view = (source_view if sending else target_view)(copies, n, memory[layout.buffers[buffers[n]].name])
         moves.append((dense, view) if sending else (view, dense))
         if own.policy.digests:

@@ -121,7 +121,7 @@ class SourceSession:
         if self._lease is not None:
             self._lease.release()
         if self.leader is not None:
-            self.leader.give_up(f"source {self._wire.me.name}: {reason}")
+            self.leader.give_up(reason)
 
     def _tell(self, kind: str, replica: str = "", text: str = "") -> None:
         self._wire.tell(self._leader_name, self.version, Notice(kind, replica, text))
