@@ -33,7 +33,8 @@ _RELEASED_KEPT = 4
 class Address(msgspec.Struct, frozen=True, array_like=True):
     """What a peer needs."""
 
-    transport: str
+    network: str
+    """The transport, and `Network.kind`."""
     identity: str
     """Unique to this life of the endpoint."""
     host: str
@@ -120,7 +121,7 @@ class GrantedTransport:
             ) from error
         limits = self._limits
         sizes = (limits.batch_bytes, limits.operations, limits.pack_below_bytes, limits.staging_bytes)
-        self._own = member, Address(self._name, identity, host, control.port, sizes)
+        self._own = member, Address(f"{self._name} over {self._network.kind}", identity, host, control.port, sizes)
         self._exchange = Exchange(self._network, control, self._places, self._expected, self._unwanted)
         atexit.register(self.close)  # a thread that the interpreter finds at work when it goes may abort the process
 
@@ -155,8 +156,11 @@ class GrantedTransport:
             new = msgspec.msgpack.decode(address, type=Address)
         except msgspec.MsgspecError as error:
             raise RecordError(f"the address of {peer.name} is none of transport '{self._name}': {error}") from error
-        if new.transport != own.transport:
-            raise RecordError(f"the address of {peer.name} is none of transport '{self._name}': of {new.transport}")
+        if new.network != own.network:
+            raise RecordError(
+                f"the address of {peer.name} is none of transport '{self._name}': it is of {new.network}, this one of "
+                f"{own.network}"
+            )
         check_reachable(self._name, member.host, own.host, peer.host, new.host)
         if new.limits != own.limits:
             raise ConfigError(
@@ -213,7 +217,8 @@ class GrantedTransport:
         what, batches = prepared.sends[bucket]
         encode(tag, bucket, note)  # refuses a note that is too long
         envelope = Envelope(tag, bucket, note, prepared.program.key)
-        work = GrantedWork(exchange, Post(what.peer, envelope, batches, after or self._network.reached()))
+        event = self._network.reached() if after is None else after
+        work = GrantedWork(exchange, Post(what.peer, envelope, batches, event))
         exchange.post(work.bucket)
         prepared.active[bucket] = work
         return work

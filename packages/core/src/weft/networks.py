@@ -50,6 +50,11 @@ class Channel(Protocol):
 class Network(Protocol):
     """One per endpoint."""
 
+    @property
+    def kind(self) -> str:
+        """What both ends must have in common, in a word."""
+        ...
+
     def open(self, member: Member, host: str) -> torch.device:
         """Get ready; the device whose memory it moves. `host` is the address that this member's peers reach.
 

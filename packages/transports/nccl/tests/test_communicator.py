@@ -17,7 +17,7 @@ from weft.member import Member
 from weft.streams import Finished
 from weft.testing.options import undocumented
 from weft_nccl import NcclOptions, factory
-from weft_nccl.communicator import NcclChannel
+from weft_nccl.communicator import NcclChannel, NcclNetwork
 from weft_nccl.library import UNIQUE_ID_BYTES, Config, Library, load, non_blocking
 
 SUCCESS, SYSTEM_ERROR, IN_PROGRESS = 0, 2, 7
@@ -96,7 +96,7 @@ class CpuLane:
 
 def channel(stand_in: StandIn, sends: bool = True, staging: Sequence[torch.Tensor] = ()) -> NcclChannel:
     buffers = staging or [torch.zeros(8, dtype=torch.uint8) for _ in range(2)]
-    return NcclChannel(Library(stand_in), bytes(UNIQUE_ID_BYTES), "b", sends, CpuLane(), buffers)
+    return NcclChannel(Library(stand_in), bytes(UNIQUE_ID_BYTES), "b", sends, CpuLane(), buffers, 16)
 
 
 def direct(*sizes: int) -> Batch:
@@ -173,8 +173,9 @@ def test_a_refused_operation_ends_its_group_and_is_an_error() -> None:
 def test_the_configuration_has_the_layout_of_nccl_h() -> None:
     offsets = [getattr(Config, name).offset for name, _ in Config._fields_]
     assert offsets == [0, 8, 12, 16, 20, 24, 28, 32]
-    made = non_blocking()
+    made = non_blocking(16)
     assert (made.size, made.magic, made.version, made.blocking) == (40, 0xCAFEBEEF, 21700, 0)
+    assert (made.cga_cluster_size, made.min_ctas, made.max_ctas, made.net_name) == (-(2**31), -(2**31), 16, None)
     assert ctypes.sizeof(Config) == 40
 
 
@@ -196,6 +197,13 @@ def test_wrong_options_are_refused_by_name() -> None:
         factory({"backend": "mpi"})
     with pytest.raises(ConfigError, match=r"staging must be"):
         factory({"batch_bytes": 10, "staging_bytes": 11})
+
+
+def test_channels_that_could_wait_for_each_other_on_the_gpu_are_refused_with_the_numbers() -> None:
+    network = NcclNetwork("libnccl.so.2", 1, blocks=16, most_channels=8)
+    network.check_room(128)
+    with pytest.raises(ConfigError, match=r"8 channels .* of 16 blocks may need 128 .* has 108: lower"):
+        network.check_room(108)
 
 
 def test_every_option_is_documented() -> None:

@@ -25,7 +25,7 @@ def test_a_communicator_of_one_moves_a_group_to_itself_and_is_aborted() -> None:
     source = torch.arange(1 << 20, device="cuda:0").to(torch.uint8)
     target = torch.full_like(source, 0xA5)
     with lane.within():
-        communicator = library.begin(library.unique_id(), 1, 0)
+        communicator = library.begin(library.unique_id(), 1, 0, 16)
         Deadline.after(60).wait(lambda: library.settled(communicator), "making it", list)
         torch.cuda.synchronize()
         with library.group():

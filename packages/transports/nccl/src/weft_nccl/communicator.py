@@ -85,7 +85,14 @@ class NcclChannel:
     """One end of a communicator of two; rank 0 sends and rank 1 receives."""
 
     def __init__(
-        self, library: Library, unique_id: bytes, peer: str, sends: bool, lane: Lane, staging: Sequence[torch.Tensor]
+        self,
+        library: Library,
+        unique_id: bytes,
+        peer: str,
+        sends: bool,
+        lane: Lane,
+        staging: Sequence[torch.Tensor],
+        blocks: int,
     ) -> None:
         self._library, self._peer, self._sends, self._lane = library, peer, sends, lane
         self._staging = itertools.cycle(staging)
@@ -93,7 +100,7 @@ class NcclChannel:
         self._issued: NcclTransfer | None = None
         self.abort: threading.Thread | None = None
         with lane.within():
-            self._handle = library.begin(unique_id, 2, _SENDER if sends else _RECEIVER)
+            self._handle = library.begin(unique_id, 2, _SENDER if sends else _RECEIVER, blocks)
 
     def up(self) -> bool:
         """Whether both ends have come."""
@@ -158,8 +165,12 @@ class NcclChannel:
 class NcclNetwork:
     """What `backend="nccl"` moves bytes with."""
 
-    def __init__(self, library: str, staging_bytes: int) -> None:
+    kind = "NCCL"
+
+    def __init__(self, library: str, staging_bytes: int, blocks: int, most_channels: int) -> None:
+        """`blocks` is how many thread blocks a channel takes, `most_channels` how many may move bytes at one time."""
         self._name, self._staging_bytes = library, staging_bytes
+        self._blocks, self._most_channels = blocks, most_channels
         self._library: Library | None = None
         self._device = torch.device("cpu")
         self._channels: list[NcclChannel] = []
@@ -172,8 +183,21 @@ class NcclNetwork:
                 f"transport 'nccl' of {member.name}: NCCL moves GPU memory, this member's device is {member.device} "
                 f"and torch finds {torch.cuda.device_count()} GPUs here; use transport 'gloo' or 'nixl'"
             )
+        self.check_room(torch.cuda.get_device_properties(self._device).multi_processor_count)
         self._library = load(self._name)
         return self._device
+
+    def check_room(self, room: int) -> None:
+        """Raise `ConfigError` when channels could wait for each other on a GPU of so many multiprocessors.
+
+        A channel's kernel waits on the GPU for that of its peer: one that finds no room there holds both.
+        """
+        asked = self._blocks * self._most_channels
+        if asked > room:
+            raise ConfigError(
+                f"{self._most_channels} channels (peers_at_once, both ways) of {self._blocks} blocks may need {asked} "
+                f"multiprocessors at once, this GPU has {room}: lower either option"
+            )
 
     def meet(self, deadline: Deadline) -> None:
         """Nothing: communicators of two need no world."""
@@ -196,7 +220,7 @@ class NcclNetwork:
         lane = CudaLane(self._device)
         with lane.within():
             staging = [torch.empty(self._staging_bytes, dtype=torch.uint8, device=self._device) for _ in range(DEPTH)]
-        channel = NcclChannel(self._loaded(), invitation, peer, sends, lane, staging)
+        channel = NcclChannel(self._loaded(), invitation, peer, sends, lane, staging, self._blocks)
         self._channels.append(channel)
         return channel
 

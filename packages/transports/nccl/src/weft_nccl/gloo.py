@@ -129,6 +129,8 @@ class GlooChannel:
 class GlooNetwork:
     """What `backend="gloo"` moves bytes with."""
 
+    kind = "gloo"
+
     def __init__(self, staging_bytes: int) -> None:
         self._staging_bytes = staging_bytes
         self._host = ""

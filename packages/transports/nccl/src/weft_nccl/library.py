@@ -40,10 +40,9 @@ class Config(ctypes.Structure):
     )
 
 
-def non_blocking() -> Config:
-    """A configuration in which no call waits for a peer."""
-    sizes = (_UNDEFINED, _UNDEFINED, _UNDEFINED)
-    return Config(ctypes.sizeof(Config), _MAGIC, _CONFIG_VERSION, 0, *sizes, None)
+def non_blocking(blocks: int) -> Config:
+    """A configuration in which no call waits for a peer, and a kernel has at most so many thread blocks."""
+    return Config(ctypes.sizeof(Config), _MAGIC, _CONFIG_VERSION, 0, _UNDEFINED, _UNDEFINED, blocks, None)
 
 
 _COMMUNICATOR = ctypes.c_void_p
@@ -93,11 +92,11 @@ class Library:
         self._call("ncclGetUniqueId", ctypes.byref(made))
         return bytes(made)
 
-    def begin(self, unique_id: bytes, size: int, rank: int) -> int:
-        """Begin to make a communicator; `settled` says when it is there."""
+    def begin(self, unique_id: bytes, size: int, rank: int, blocks: int) -> int:
+        """Begin to make a communicator whose kernels have at most so many blocks; `settled` says when it is there."""
         communicator = _COMMUNICATOR()
         identity = UniqueId.from_buffer_copy(unique_id)
-        config = non_blocking()
+        config = non_blocking(blocks)
         self._call("ncclCommInitRankConfig", ctypes.byref(communicator), size, identity, rank, ctypes.byref(config))
         if communicator.value is None:
             raise TransportError("NCCL's ncclCommInitRankConfig made no communicator")

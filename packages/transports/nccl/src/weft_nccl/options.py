@@ -30,5 +30,7 @@ class NcclOptions(msgspec.Struct, frozen=True, kw_only=True, tag_field="name", t
     """Segments shorter than this travel together, as one operation of their group."""
     staging_bytes: _Bytes = 8 << 20
     """Most bytes packed into one group; every channel has two buffers of this size at each end."""
-    peers_at_once: Annotated[int, msgspec.Meta(ge=1, extra={"unit": "peers"})] = 4
+    peers_at_once: Annotated[int, msgspec.Meta(ge=1, extra={"unit": "peers"})] = 2
     """Most peers that bytes move to at one time, and as many from which they come."""
+    blocks: Annotated[int, msgspec.Meta(ge=1, le=64, extra={"unit": "thread blocks"})] = 16
+    """Most thread blocks, as many of the GPU's multiprocessors, that bytes to or from one peer take."""

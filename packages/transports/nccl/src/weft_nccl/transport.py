@@ -17,7 +17,10 @@ def make_transport(options: NcclOptions) -> GrantedTransport:
     limits = Limits(options.batch_bytes, options.operations, options.pack_below_bytes, options.staging_bytes)
     network: Network
     if options.backend == "nccl":
-        device, network = "cuda", NcclNetwork(options.library, options.staging_bytes)
+        device, network = (
+            "cuda",
+            NcclNetwork(options.library, options.staging_bytes, options.blocks, 2 * options.peers_at_once),
+        )
     else:
         device, network = "cpu", GlooNetwork(options.staging_bytes)
     capabilities = Capabilities(

@@ -126,6 +126,8 @@ class NvshmemChannel:
 class NvshmemNetwork:
     """One per process."""
 
+    kind = "NVSHMEM"
+
     def __init__(self, options: NvshmemOptions, hardware: Hardware) -> None:
         self._options, self._hardware = options, hardware
         self._guest = Guest("", False, False)
