@@ -174,7 +174,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | bytes |
 
 
 def test_variables_of_others_that_begin_like_ours_are_let_be_and_listed() -> None:
-    environment = {"WEFT_SERVICE_HOST": "10.0.0.1", "WEFT_PORT_29511_TCP": "tcp://10.0.0.1:29511"}
+    service = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_STORE", "PORT", "PORT_29511_TCP", "PORT_29511_TCP_PORT")
+    environment = {f"{prefix}_{name}": "1" for prefix in ("WEFT", "WEFT_STORE") for name in service}
     assert weft.load_config(environment=environment).unread == tuple(sorted(environment))
 
 

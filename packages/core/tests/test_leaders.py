@@ -58,7 +58,6 @@ def test_a_replica_is_asked_for_the_reason(store_url: str) -> None:
 def test_a_replica_that_does_not_answer_ends_with_what_is_known(store_url: str) -> None:
     case = Case(store_url, begin_seconds=0.05)
     case.says("source-failed", "lost rollout/2")
-    case.step()
     limit = time.monotonic() + 60
     told: list[str] = []
     while not told and time.monotonic() < limit:

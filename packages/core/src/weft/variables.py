@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from weft.options import Given, fields, nearest
@@ -11,6 +12,8 @@ FILE_VARIABLE = "WEFT_CONFIG"
 TRANSPORT = "transport"
 """The section of the transport's own options. Its tag, the plug-in's name, is the setting of the same name."""
 _PREFIX = "WEFT_"
+_OF_A_SERVICE = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+"""What Kubernetes sets in every container for a service called `weft`, or `weft-…`."""
 
 Layer = dict[tuple[str, str], Given]
 """What one origin gives, by section and field; settings are in section ``."""
@@ -30,7 +33,7 @@ class Variables:
         """All but options of transports."""
         self.faults: list[str] = []
         self.unread: list[str] = []
-        """Variables that begin with `WEFT_` and are like nothing here; Kubernetes sets such for a service `weft`."""
+        """Variables that begin with `WEFT_` and are like nothing here, or are those of a Kubernetes service `weft`."""
         self._by_transport: dict[str, Layer] = {}
         settings = {variable("", field.name): field.name for field in fields(sections[""])}
         words = [known.removeprefix(_PREFIX) for known in (*settings, FILE_VARIABLE)]
@@ -46,10 +49,10 @@ class Variables:
                 section, transport = prefixes[prefix]
                 layer = self._by_transport.setdefault(transport, {}) if transport else self.layer
                 layer[section, name.removeprefix(prefix).lower()] = Given(text, name, text=True)
-            elif similar := nearest(name.removeprefix(_PREFIX), words):
-                self.faults.append(f"{name}: there is no such variable; did you mean {_PREFIX}{similar}?")
-            else:
+            elif _OF_A_SERVICE.fullmatch(name) or not (similar := nearest(name.removeprefix(_PREFIX), words)):
                 self.unread.append(name)
+            else:
+                self.faults.append(f"{name}: there is no such variable; did you mean {_PREFIX}{similar}?")
 
     def options(self, transport: str | None) -> Layer:
         """Options of this transport."""

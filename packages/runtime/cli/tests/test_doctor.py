@@ -158,12 +158,12 @@ def test_a_torch_without_cuda_on_a_machine_with_gpus_is_a_fault(made: Machine) -
 
 
 def test_versions_of_weft_must_be_one() -> None:
-    present = {"weft-core": "0.2.0", "weft-nixl": "0.1.0", "nixl-cu12": "1.5.1", "nvidia-nccl-cu13": "2.28", "six": "1"}
+    present = {"weft-core": "0.10.0", "weft-nixl": "0.9.0", "nixl-cu12": "1.5.1", "nvidia-nccl-cu13": "2.28", "six": ""}
     found = by_subject(versions.findings(present))
     assert list(found) == ["weft", "nixl-cu12", "nvidia-nccl-cu13"]
     assert found["weft"].state == "broken"
-    assert "weft-nixl 0.1.0" in found["weft"].text
-    assert found["weft"].fix == "pip install weft-core==0.2.0 weft-nixl==0.2.0"
+    assert "weft-nixl 0.9.0" in found["weft"].text
+    assert found["weft"].fix == "pip install weft-core==0.10.0 weft-nixl==0.10.0"
     assert versions.findings({"weft-core": "0.1.0", "weft-cli": "0.1.0"}) == [Finding("weft", "ok", "0.1.0")]
     assert versions.installed()["msgspec"]
 
@@ -186,7 +186,7 @@ def hangs(root):
 
 def crashes(root):
     print("my last words", flush=True)
-    os.kill(os.getpid(), signal.SIGSEGV)
+    os.kill(os.getpid(), signal.SIGKILL)  # like SIGSEGV, but without a core dump, which may take long
 """
 NAMES = ("raises", "wrong", "hangs", "crashes")
 
@@ -208,7 +208,7 @@ def strange_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str
 
 
 def test_what_raises_hangs_or_dies_is_named_and_all_others_answer(strange_plugins: list[str], tmp_path: Path) -> None:
-    found = ask([*strange_plugins, "weft.adapters:strange"], tmp_path, seconds=5.0)
+    found = ask([*strange_plugins, "weft.adapters:strange"], tmp_path, seconds=10.0)
     assert (
         found["weft.diagnoses:good"]
         == found["weft.diagnoses:zgood"]
@@ -217,8 +217,8 @@ def test_what_raises_hangs_or_dies_is_named_and_all_others_answer(strange_plugin
     words = {
         "raises": "ValueError: no such thing",
         "wrong": "splendid",
-        "hangs": "no answer within 5 s",
-        "crashes": "died (SIGSEGV): my last words",
+        "hangs": "no answer within 10 s",
+        "crashes": "died (SIGKILL): my last words",
     }
     for name in NAMES:
         (finding,) = found[f"weft.diagnoses:{name}"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.errors import ConfigError
@@ -139,6 +139,7 @@ def test_several_rails_take_the_next_nearest(sysfs: Sysfs) -> None:
 trees = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(gpus=trees, ports=trees)
 def test_no_gpu_has_a_farther_port_than_it_must_and_no_port_more_gpus_than_it_must(
     gpus: list[tuple[int, int, int]], ports: list[tuple[int, int, int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import distributions
 
@@ -25,7 +26,8 @@ def findings(versions: Mapping[str, str]) -> list[Finding]:
     own = {name: version for name, version in sorted(versions.items()) if name.startswith(_OWN)}
     words = ", ".join(f"{name} {version}" for name, version in own.items())
     if len(set(own.values())) > 1:
-        fix = f"pip install {' '.join(f'{name}=={max(own.values())}' for name in own)}"
+        newest = max(own.values(), key=lambda version: [int(number) for number in re.findall(r"\d+", version)])
+        fix = f"pip install {' '.join(f'{name}=={newest}' for name in own)}"
         found = [Finding("weft", "broken", f"distributions of different versions: {words}", fix)]
     else:
         found = [Finding("weft", "ok", next(iter(own.values()), "not installed, but on the path"))]
