@@ -14,6 +14,8 @@ from weft.builder import LayoutBuilder
 from weft.testing.members import MemoryTarget
 from weft_cli.app import application
 from weft_cli.bench import pattern
+from weft_cli.bench.registration import Sizes, run_registration
+from weft_cli.bench.transport import Shape, run_transport
 
 TINY = {
     "model_type": "qwen3",
@@ -76,3 +78,21 @@ def test_wrong_bytes_are_counted() -> None:
     assert pattern.wrong_bytes(target.layout(), target.memory(), 1) == 0
     target.memory()["w"].view(torch.int16)[5] ^= 1
     assert pattern.wrong_bytes(target.layout(), target.memory(), 1) == 2
+
+
+@pytest.mark.parametrize("transport", ["nixl", "gloo"])
+def test_a_transport_alone_moves_every_byte_beside_bare_transfers(transport: str) -> None:
+    shapes = [Shape(1, 4 << 10), Shape(2_000, 1 << 10), Shape(40, 1 << 20)]
+    rows = run_transport(transport, shapes)
+    assert [row["bytes"] for row in rows] == [shape.total for shape in shapes]
+    assert all(row["wrong_bytes"] == 0 and row["ratio_to_raw"] > 0 for row in rows)
+
+
+@pytest.mark.trap(29)
+@pytest.mark.parametrize("transport", ["nixl", "gloo"])
+def test_registering_tensor_by_tensor_is_compared_with_one_allocation(transport: str) -> None:
+    rows = run_registration(transport, Sizes(1 << 22, 20, (10, 100)))
+    assert [(row["case"], row["count"]) for row in rows] == [
+        ("one allocation", 1), ("tensor by tensor", 20), ("prepare segments", 10), ("prepare segments", 100)
+    ]  # fmt: skip
+    assert all(row["seconds_median"] > 0 for row in rows)

@@ -6,6 +6,7 @@ conformance suite (`weft.testing.transports`) asks about.
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class RegionBook:
     def __init__(self, transport: str, capabilities: Capabilities) -> None:
         self._transport, self._capabilities = transport, capabilities
         self._regions: dict[tuple[str, int], Region] = {}
+        self._addresses: dict[str, list[int]] = {}  # by device, ascending
 
     def __iter__(self) -> Iterator[Region]:
         return iter(self._regions.values())
@@ -103,12 +105,11 @@ class RegionBook:
         if region.device.type not in self._capabilities.devices:
             allowed = ", ".join(self._capabilities.devices)
             raise ConfigError(f"{what} cannot be registered: transport {self._transport!r} reaches {allowed}")
-        for other in self:
-            begins_before, ends_after = (
-                region.address < other.address + other.nbytes,
-                other.address < region.address + region.nbytes,
-            )
-            if other.device == region.device and begins_before and ends_after:
+        addresses = self._addresses.get(str(region.device), [])
+        at = bisect.bisect_left(addresses, region.address)
+        for address in addresses[max(0, at - 1) : at + 1]:  # registered ones do not overlap: the nearest are enough
+            other = self._regions[str(region.device), address]
+            if other.address < region.address + region.nbytes and region.address < other.address + other.nbytes:
                 raise ConfigError(
                     f"{what} at {region.address:#x}+{region.nbytes} overlaps the registered {other.name!r} at "
                     f"{other.address:#x}+{other.nbytes}: register every allocation once, whole"
@@ -117,10 +118,14 @@ class RegionBook:
     def add(self, region: Region) -> None:
         """Note a region as registered; `check` it first."""
         self._regions[str(region.device), region.address] = region
+        bisect.insort(self._addresses.setdefault(str(region.device), []), region.address)
 
     def remove(self, region: Region) -> bool:
         """Forget it; whether it was there."""
-        return self._regions.pop((str(region.device), region.address), None) is not None
+        found = self._regions.pop((str(region.device), region.address), None) is not None
+        if found:
+            self._addresses[str(region.device)].remove(region.address)
+        return found
 
     def find(self, device: str, address: int, nbytes: int) -> Region | None:
         """The region of exactly this place and size."""

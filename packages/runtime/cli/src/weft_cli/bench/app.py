@@ -9,11 +9,13 @@ import typer
 
 from weft.errors import ConfigError
 from weft.policy import Policy
-from weft_cli.bench import command, planner_command
+from weft_cli.bench import command, planner_command, transport_command
 from weft_cli.bench.cases import NAMED, case_of, named_case
 from weft_cli.models import load_config
 
 bench_commands = typer.Typer(no_args_is_help=True, help="Measure what refits and plans cost on this machine.")
+_MEASURED = ("nixl", "gloo")
+_TRANSPORTS = typer.Option("--transport", help="May be given several times; nixl and gloo if not given.")
 _JSON = typer.Option("--json", help="Print a JSON list instead of a table.")
 
 
@@ -78,6 +80,40 @@ def bench_refit(
             for policy in policies
         ]
     command.refit(cases, as_json=as_json, figure=figure)
+
+
+@bench_commands.command("transport")
+def bench_transport(
+    transports: Annotated[list[str] | None, _TRANSPORTS] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Time a transport alone between two processes, in turn with bare transfers of as many bytes.
+
+    One segment of 4 KiB to 64 MiB, 10,000 of 100 KiB and 100,000 of 1 KiB, in buckets as refits have them. Seconds run
+    from the first post until the sender knows that everything has arrived. A rate above the best (of four chunk sizes)
+    of NIXL or gloo alone is an error; every byte is checked once. Wrong bytes end in exit code 1.
+
+    **Example**
+
+        weft bench transport --transport nixl --json
+    """
+    transport_command.transport(transports or _MEASURED, as_json=as_json)
+
+
+@bench_commands.command("registration")
+def bench_registration(
+    transports: Annotated[list[str] | None, _TRANSPORTS] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Time registering 1 GiB at once and 10,000 tensors one by one, and preparing up to 100,000 segments.
+
+    What a refit that keeps its registrations does not pay again.
+
+    **Example**
+
+        weft bench registration --transport nixl
+    """
+    transport_command.registration(transports or _MEASURED, as_json=as_json)
 
 
 @bench_commands.command("planner")

@@ -19,6 +19,7 @@ _BATCH_BYTES = 16 << 20
 _DEPTH = 2
 _PAUSE_SECONDS = 100e-6
 """Between polls of long transfers: whoever spins takes the processor from those who copy."""
+_HELLO = b"hello"
 _SHORT_BYTES = 4 << 20
 
 
@@ -100,7 +101,20 @@ def open_pair(store: Store, key: str, *, sends: bool, memory: torch.Tensor, dead
     peer = agent.add_remote_agent(wait_for(store, f"{key}/{other}", deadline))
     address = int(wait_for(store, f"{key}/{other}/address", deadline))
     agent.make_connection(peer)
+    _greet(agent, peer, store, f"{key}/{mine}/met", f"{key}/{other}/met", deadline)
     return NixlPair(agent, peer, registered, (memory.data_ptr(), address) if sends else None)
+
+
+def _greet(agent: Any, peer: Any, store: Store, mine: str, other: str, deadline: Deadline) -> None:
+    """Until messages pass both ways: while a connection forms, both ends must call NIXL for them to leave."""
+    agent.send_notif(peer, _HELLO)
+    met = False
+    while not met or store.get(other) is None:
+        if any(_HELLO in notices for notices in agent.get_new_notifs().values()):
+            met = True
+            store.set(mine, b"")
+        time.sleep(_PAUSE_SECONDS)
+        _in_time("a bare NIXL connection", deadline)
 
 
 def _agent(name: str) -> Any:

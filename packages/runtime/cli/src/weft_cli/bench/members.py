@@ -72,12 +72,14 @@ class _Member:
         busy with all of them.
         """
         case, last = self._case, cycle == self._case.cycles - 1
-        report, join = self._refit("weft", case.policy, cycle)
-        self._reports.append(report)
-        self._joins.append(join)
-        self._check(last)
-        if case.beside is not None:
-            self._beside.append(self._refit("beside", case.beside, cycle)[0].seconds["total"])
+        policies = [("weft", case.policy)] if case.beside is None else [("weft", case.policy), ("beside", case.beside)]
+        for job, policy in policies[:: -1 if cycle % 2 else 1]:
+            report, join = self._refit(job, policy, cycle)
+            if job == "beside":
+                self._beside.append(report.seconds["total"])
+            else:
+                self._reports.append(report)
+                self._joins.append(join)
             self._check(last)
         if case.transport in bare.MODULES and not case.collocated:
             self._bare_transfers(cycle)
