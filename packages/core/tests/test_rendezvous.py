@@ -16,7 +16,7 @@ import pytest
 from weft.builder import LayoutBuilder
 from weft.contracts import Store
 from weft.deadline import Deadline
-from weft.errors import ConfigError, DeadlineError, RecordError, RendezvousError, WeftError
+from weft.errors import ConfigError, DeadlineError, PeerLostError, RecordError, RendezvousError, WeftError
 from weft.layout import Layout
 from weft.member import Member, RemoteRegion
 from weft.rendezvous import EndpointRecord, Rendezvous
@@ -288,6 +288,44 @@ def test_a_member_that_leaves_between_the_rounds_is_named(open_one: Callable[[],
 
 
 @pytest.mark.trap(18)
+@pytest.mark.trap(40, 45, 48)
+def test_nobody_begins_before_all_are_ready(open_one: Callable[[], Store]) -> None:
+    people = [Person(open_one(), name).announce() for name in TEAM]
+    together(*(person.names for person in people))
+    for person in people:
+        person.rendezvous._deadline = Deadline.after(SHORT_SECONDS)
+    looks = [0] * 4
+    errors = together(*(lambda n=n: people[n].rendezvous.ready(lambda: looks.__setitem__(n, 1)) for n in range(1, 4)))
+    assert any(isinstance(error, DeadlineError) and error.late == ("rollout0/0",) for error in errors)
+    assert all(
+        isinstance(error, DeadlineError | RendezvousError) and "late: rollout0/0" in str(error) for error in errors
+    )
+    assert looks == [0, 1, 1, 1]
+    again = [Person(open_one(), name).announce() for name in TEAM]
+    together(*(person.names for person in again))
+    assert together(*(lambda person=person: person.rendezvous.ready(lambda: None) for person in again)) == [None] * 4
+
+
+@pytest.mark.trap(48)
+def test_who_fails_to_connect_fails_all_with_its_reason(open_one: Callable[[], Store]) -> None:
+    people = [Person(open_one(), name).announce() for name in TEAM]
+    together(*(person.names for person in people))
+
+    def lose() -> None:
+        raise PeerLostError("trainer/1", "connection refused")
+
+    def join(person: Person) -> None:
+        try:
+            person.rendezvous.ready(lose if person is people[0] else lambda: None)
+        except PeerLostError as error:
+            person.rendezvous.fail(person.name, str(error))
+            raise
+
+    errors = together(*(lambda person=person: join(person) for person in people[:3]))
+    assert all("lost trainer/1: connection refused" in str(error) for error in errors)
+    assert {type(error) for error in errors[1:]} == {RendezvousError}
+
+
 def test_members_that_made_different_plans_are_an_error_that_names_them(open_one: Callable[[], Store]) -> None:
     people = [Person(open_one(), name).announce() for name in TEAM]
     together(*(person.names for person in people))

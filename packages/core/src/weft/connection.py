@@ -169,9 +169,16 @@ def _join(
     prepared = transport.prepare(transfers, deadline)
     held = source or target
     local = local_moves(made, program, source, target) if source and target else {}
+    wire = Wire(transport, announced, members)
+
+    def check() -> None:
+        wire.pump()
+        wire.check(lambda: peers)
+
+    rendezvous.ready(check)
     return Connection(
         me=announced, roles=roles, slice=made, program=program, endpoint=endpoint,
-        wire=Wire(transport, announced, members), prepared=prepared,
+        wire=wire, prepared=prepared,
         sends=tuple(make_steps(made, program, endpoint, held, True)) if held else (),
         gates={} if source else gates(program, frozenset(roles.sources)),
         receives=tuple(make_steps(made, program, endpoint, target, False)) if target else (),

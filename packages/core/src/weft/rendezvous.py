@@ -1,13 +1,15 @@
 """The rendezvous: members find out who takes part, and how to reach each other, through the store.
 
 Round one: every member publishes its layouts and announces itself; `members` waits until exactly the expected ones
-are there. Round two: every member publishes its endpoint and reads those of its peers. Conclusions are drawn from a
+are there. Round two: every member publishes its endpoint and reads those of its peers, connects, and waits until all
+have: nobody begins before. Conclusions are drawn from a
 log that all members read in one order (`weft.roster`), so they end with the same members or each with an error that
 says why. Keys, below `weft/<job>/`:
 
 - `incarnation/<name>`: counter, grows with every process that uses the name;
 - `entries`: counter, entries of the log; `log/<n>`: entry n, from 1;
-- `layout/<address>/…`: layouts, content-addressed; `endpoint/<name>/<incarnation>`: endpoint records.
+- `layout/<address>/…`: layouts, content-addressed; `endpoint/<name>/<incarnation>`: endpoint records;
+- `ready/<members>`: counter of those who can begin, `ready/<members>/<name>`: each of them.
 
 Of two processes with one name the newer incarnation takes part, because a restarted member must be able to take its
 old place; the older one gets an error. A member that restarts after the rendezvous was complete begins another one,
@@ -16,9 +18,11 @@ for which all others must join anew.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
+from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -32,6 +36,8 @@ from weft.member import Member, RemoteRegion
 from weft.plan import PLANNER_VERSION
 from weft.records import open_record, seal
 from weft.roster import Action, Attempt, Event, Expect, MemberRecord, Roster
+
+Found = TypeVar("Found")
 
 _FIRST_SLEEP_SECONDS = 0.005
 _LONGEST_SLEEP_SECONDS = 0.05
@@ -67,8 +73,8 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
 class Rendezvous:
     """One member's part in the rendezvous of a job. Used from one thread; every wait ends by `deadline`.
 
-    In order: `incarnation`, `announce`, `members`, `publish_endpoint`, `endpoints`; `fail` at any time instead of
-    going on; `leave` last.
+    In order: `incarnation`, `announce`, `members`, `publish_endpoint`, `endpoints`, `ready`; `fail` at any time instead
+    of going on; `leave` last.
     """
 
     def __init__(self, store: Store, job: str, expect: Expect, deadline: Deadline) -> None:
@@ -135,19 +141,16 @@ class Rendezvous:
         when one of all members has failed, left or restarted.
         """
         key = f"{self._root}/slice/{fingerprint}/{quote(self._name, safe='')}"
-        sleep_seconds = _FIRST_SLEEP_SECONDS
-        while True:
-            expired = self._deadline.expired()
-            if (data := self._store.get(key)) is not None:
-                return data
-            attempt = self._own_attempt()
-            if attempt is not None and planner in attempt.left:
-                raise RendezvousError(f"job {self._job!r}: {planner} left before it had planned")
-            if expired:
-                error = DeadlineError(f"the plan of job {self._job!r}", self._deadline.seconds, [planner])
-                self._append(Action.FAIL, str(error))
-                raise error
-            sleep_seconds = self._sleep(sleep_seconds)
+
+        def look() -> bytes | None:
+            data = self._store.get(key)
+            if data is None:
+                attempt = self._own_attempt()
+                if attempt is not None and planner in attempt.left:
+                    raise RendezvousError(f"job {self._job!r}: {planner} left before it had planned")
+            return data
+
+        return self._until(look, f"the plan of job {self._job!r}", lambda: [planner])
 
     def publish_endpoint(self, record: EndpointRecord) -> None:
         """Say how this member is reached; again after its memory epoch has changed."""
@@ -172,24 +175,48 @@ class Rendezvous:
                 f"members are {', '.join(sorted(attempt.records))}"
             )
         found: dict[str, EndpointRecord] = {}
-        sleep_seconds = _FIRST_SLEEP_SECONDS
-        while True:
-            expired = self._deadline.expired()
-            for name in wanted:
-                if name not in found and (record := self._endpoint(name, attempt.records[name].member.incarnation)):
+
+        def missing() -> list[str]:
+            return [name for name in wanted if name not in found]
+
+        def look() -> dict[str, EndpointRecord] | None:
+            for name in missing():
+                if record := self._endpoint(name, attempt.records[name].member.incarnation):
                     found[name] = record
-            missing = [name for name in wanted if name not in found]
             self._check_fingerprints(found)
-            if not missing:
+            if not missing():
                 return {name: found[name] for name in wanted}
             self._own_attempt()
-            if gone := sorted(attempt.left.intersection(missing)):
+            if gone := sorted(attempt.left.intersection(missing())):
                 raise RendezvousError(f"job {self._job!r}: {', '.join(gone)} left before saying how to be reached")
-            if expired:
-                error = DeadlineError(f"endpoints of job {self._job!r}", self._deadline.seconds, missing)
-                self._append(Action.FAIL, str(error))
-                raise error
-            sleep_seconds = self._sleep(sleep_seconds)
+            return None
+
+        return self._until(look, f"endpoints of job {self._job!r}", missing)
+
+    def ready(self, check: Callable[[], None]) -> None:
+        """Say that this member can begin, and wait until everybody can; `check` raises when a peer is lost meanwhile.
+
+        So a member that fails while it connects fails them all, and none of them finds it gone later, without a reason.
+        Raises `DeadlineError` that names who was not ready by the deadline, and `RendezvousError` when one of all
+        members has failed or restarted.
+        """
+        attempt = self._complete()
+        lives = {name: record.member.incarnation for name, record in attempt.records.items()}
+        key = f"{self._root}/ready/{hashlib.sha256(repr(sorted(lives.items())).encode()).hexdigest()[:16]}"
+        self._store.set(f"{key}/{quote(self._name, safe='')}", b"")
+        self._store.add(key, 1)
+
+        def look() -> bool | None:
+            if self._store.add(key, 0) >= len(lives):
+                return True
+            self._own_attempt()
+            check()
+            return None
+
+        def late() -> list[str]:
+            return [name for name in sorted(lives) if self._store.get(f"{key}/{quote(name, safe='')}") is None]
+
+        self._until(look, f"the start of job {self._job!r}", late)
 
     def fail(self, name: str, reason: str) -> None:
         """Say that this member cannot go on: whoever waits, now or later, raises `RendezvousError` with all reasons."""
@@ -296,6 +323,19 @@ class Rendezvous:
         if self._fingerprint and others:
             differing = "; ".join(f"{fingerprint} at {name}" for name, fingerprint in others.items())
             raise RendezvousError(f"job {self._job!r}: plans differ: {self._fingerprint} at {self._name}; {differing}")
+
+    def _until(self, look: Callable[[], Found | None], what: str, late: Callable[[], list[str]]) -> Found:
+        """What `look` finds at last. Fails for all members when it finds nothing by the deadline."""
+        sleep_seconds = _FIRST_SLEEP_SECONDS
+        while True:
+            expired = self._deadline.expired()
+            if (found := look()) is not None:
+                return found
+            if expired:
+                error = DeadlineError(what, self._deadline.seconds, late())
+                self._append(Action.FAIL, str(error))
+                raise error
+            sleep_seconds = self._sleep(sleep_seconds)
 
     def _sleep(self, seconds: float) -> float:
         """Sleep, at most until the deadline; returns how long to sleep the next time."""
