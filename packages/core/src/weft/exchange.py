@@ -206,10 +206,11 @@ class Exchange:
         for peer, said in events:
             if peer in self._peers:
                 self._guarded(peer, self._hear, said)
-        ready = [post for post in self._waiting if post.after is None or post.after.query()]
+        ready = [post for post in self._waiting if _may_leave(post)]
         for post in ready:
             self._waiting.remove(post)
-            self._outgoing.put(post.peer, post)
+            if post.error is None:
+                self._outgoing.put(post.peer, post)
         for turn in self._outgoing.asks():
             self._say(turn.peer, Ask(turn.number, [post.envelope for post in turn.items]))
         for refused in self._incoming.refuse(lambda turn: self._unwanted(turn.items)):
@@ -233,8 +234,8 @@ class Exchange:
             action(peer, *arguments)
         except PeerLostError as error:
             self._lose(peer, error)
-        except (TransportError, msgspec.MsgspecError) as error:
-            self._lose(peer, PeerLostError(peer, str(error)))
+        except (TransportError, msgspec.MsgspecError, RuntimeError) as error:  # the last are torch's
+            self._lose(peer, PeerLostError(peer, str(error).partition("\n")[0]))
 
     def _hear(self, peer: str, said: bytes | PeerLostError) -> None:
         if isinstance(said, PeerLostError):
@@ -332,3 +333,13 @@ class Exchange:
 
     def _say(self, peer: str, what: Said) -> None:
         self._control.send(peer, msgspec.msgpack.encode(what))
+
+
+def _may_leave(post: Post) -> bool:
+    """Whether its event is reached. A post whose event is broken has failed, and need not wait either."""
+    try:
+        return post.after is None or post.after.query()
+    except RuntimeError as error:  # torch's, of CUDA
+        words = str(error).partition("\n")[0]
+        post.fail(TransportError(f"the event that bucket {post.envelope.bucket} waited for is broken: {words}"))
+        return True

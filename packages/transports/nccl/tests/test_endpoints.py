@@ -14,7 +14,7 @@ import torch.distributed as dist
 from weft.batches import Limits
 from weft.contracts import SEGMENT, Bucket, Capabilities, TransferProgram
 from weft.deadline import Deadline
-from weft.errors import ConfigError, DeadlineError, RecordError
+from weft.errors import ConfigError, DeadlineError, RecordError, TransportError
 from weft.granted import Address, GrantedTransport
 from weft.member import Member, Region, RemoteRegion, Tag
 from weft_nccl import factory
@@ -53,8 +53,20 @@ def counted(network: GlooNetwork) -> GrantedTransport:
     return GrantedTransport("nccl", network, capabilities, Limits(4096, 4, 100, 1024), 2, lambda member: "127.0.0.1")
 
 
+class BrokenEvent:
+    """An event after a kernel that failed."""
+
+    def query(self) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …")
+
+    def synchronize(self) -> None:
+        raise AssertionError("a transport must not block on an event")
+
+
 @pytest.mark.trap(29)
-def test_channels_are_made_once_and_serve_every_later_program(opened: Callable[..., Any]) -> None:
+def test_channels_are_made_once_and_serve_later_programs_and_after_failed_posts(
+    opened: Callable[..., Any],
+) -> None:
     networks = [CountedNetwork(1024) for _ in "ab"]
     a, b = (opened(counted(network), name) for network, name in zip(networks, "ab", strict=True))
     deadline = Deadline.after(120)
@@ -76,6 +88,8 @@ def test_channels_are_made_once_and_serve_every_later_program(opened: Callable[.
         deadline.wait(work.poll, "the post", list)
         deadline.wait(lambda: bool(b.poll()), "arrival", list)
         assert torch.equal(*(region.memory for region in regions))
+        with pytest.raises(TransportError, match=r"bucket 0 waited for is broken: CUDA error: .* encountered$"):
+            deadline.wait(a.post(out, 0, Tag(number, "a", 0, 0), b"", BrokenEvent()).poll, "an error", list)
         a.release(out)
         b.release(into)
     assert [network.made for network in networks] == [1, 1]
