@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,6 @@ from weft.testing.tiny import Tiny, mismatches
 TINY = Tiny()
 LARGE = Tiny(layers=24, hidden=512, inner=1024)
 """Enough bytes that something can happen while they move."""
-_SAID = 2
-"""Versions that are reported one by one: nobody empties a pipe that fills meanwhile."""
 _COUNTED = 100
 """Versions between two counts of what the process holds."""
 
@@ -47,29 +47,41 @@ class Role:
     rendezvous: float = 60.0
     large: bool = False
     versions: int = 2
+    said: int = 2
+    """Versions that are reported one by one: nobody empties a pipe that fills meanwhile."""
     relay: bool = False
     """Every target wants the whole model, on another host than the trainers', and they pass it on to each other."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the transport."""
+    host: str | None = None
+    again: bool = False
+    """After an error it closes, and when it is told to, opens the job anew and goes on with the next version."""
     fault: str = ""
     """What is wrong with its layout: `extra`, `missing`, `shape` or `dtype`."""
     freeze: str = ""
-    """Before this ("join", "hold", "begin", "land") it says so and waits, the first time."""
+    """Before this ("join", "hold", "begin", "land") it says so and waits, the first time that it does so in a version
+    from `freeze_version` on.
+    """
+    freeze_version: int = 0
     freeze_seconds: float = 600.0
 
 
 def act(role: Role, pipe: Connection) -> None:
-    """One process: joins, refits, and sends ("report", …) or ("error", type, text) for versions 1 and 2 and whatever is
-    wrong later, and ("resources", version, registrations and allocations, store operations, bytes, descriptors).
+    """One process: joins, refits, and sends ("report", …) or ("error", type, text) for the first versions and whatever
+    is wrong later, and ("resources", version, registrations and allocations, store operations, bytes, descriptors).
     """
     torch.set_num_threads(1)
     tiny = LARGE if role.large else TINY
 
     done: set[str] = set()
+    version = 0
 
     def before(what: str, argument: object) -> None:
-        if what == role.freeze and what not in done:
+        if what == role.freeze and what not in done and version >= role.freeze_version:
             pipe.send(("frozen", what))
             time.sleep(role.freeze_seconds)
-        done.add(what)
+        if version >= role.freeze_version:
+            done.add(what)
 
     rank = int(role.name[-1])
     share = (0, 1) if role.relay else (rank, role.targets)
@@ -80,39 +92,51 @@ def act(role: Role, pipe: Connection) -> None:
         )
     else:
         target = MemoryTarget(role.name, tiny.target(*share), before=before)
+    while True:
+        refit = _refit(role, source, target)
+        failed = False
+        try:
+            before("join", None)
+            refit.open()
+            pipe.send(("joined",))
+            while version < role.versions:
+                version += 1
+                if source is not None:
+                    source.load(tiny.tensors(version))
+                if target is not None:
+                    target.poison()
+                if version <= role.said:
+                    pipe.send(("started", version))
+                report = refit.run(version)
+                wrong = mismatches(target.contents(), tiny.expected(*share, tiny.tensors(version))) if target else []
+                if wrong or version <= role.said:
+                    pipe.send(("report", version, report.digest, wrong, report.bytes, report.relayed_bytes))
+                if not version % _COUNTED:
+                    made = report.registrations + report.allocations
+                    pipe.send(("resources", version, made, report.store_operations, *_resources()))
+        except WeftError as error:
+            failed = True
+            safe = target is None or "begin" not in done or bool(target.refused)
+            pipe.send(("error", type(error).__name__, str(error), safe, -1 if target is None else target.version))
+        refit.close()
+        if not (failed and role.again):
+            break
+        pipe.recv()
+    pipe.send(("closed",))
+
+
+def _refit(role: Role, source: MemorySource | None, target: MemoryTarget | None) -> Refit:
     limits = role.limits
     deadlines = Deadlines(
         rendezvous=role.rendezvous, offer=limits, begin=limits, move=limits, vote=limits, commit=limits
     )
-    refit = Refit(
-        source=source, target=target, transport=role.transport, store=role.store, job=role.job, name=role.name,
-        replica=None if source else "rollout0", replica_size=role.targets, expect=Expect(role.sources, 1),
-        deadlines=deadlines, host=("trainers" if source else "engines") if role.relay else None,
+    host = ("trainers" if source else "engines") if role.relay else None
+    return Refit(
+        source=source, target=target, transport=role.transport, transport_options=role.options, store=role.store,
+        job=role.job, name=role.name, replica=None if source else "rollout0", replica_size=role.targets,
+        expect=Expect(role.sources, 1), deadlines=deadlines, host=role.host or host,
         policy=Policy(bucket_bytes=1 << 18, staging_bytes=1 << 22, relay="host" if role.relay else "never"),
     )  # fmt: skip
-    try:
-        before("join", None)
-        refit.open()
-        pipe.send(("joined",))
-        for version in range(1, role.versions + 1):
-            if source is not None:
-                source.load(tiny.tensors(version))
-            if target is not None:
-                target.poison()
-            if version <= _SAID:
-                pipe.send(("started", version))
-            report = refit.run(version)
-            wrong = mismatches(target.contents(), tiny.expected(*share, tiny.tensors(version))) if target else []
-            if wrong or version <= _SAID:
-                pipe.send(("report", version, report.digest, wrong, report.bytes, report.relayed_bytes))
-            if not version % _COUNTED:
-                made = report.registrations + report.allocations
-                pipe.send(("resources", version, made, report.store_operations, *_resources()))
-    except WeftError as error:
-        safe = target is None or "begin" not in done or bool(target.refused)
-        pipe.send(("error", type(error).__name__, str(error), safe, -1 if target is None else target.version))
-    refit.close()
-    pipe.send(("closed",))
 
 
 def _resources() -> tuple[int, int]:
@@ -144,15 +168,19 @@ def _faulty(tiny: Tiny, role: Role) -> Any:
 class Cast:
     """The processes of one job. A context manager that leaves none behind."""
 
-    def __init__(self, roles: list[Role]) -> None:
+    def __init__(
+        self, roles: list[Role], starting: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+    ) -> None:
+        """`starting(name)` is entered while a process is started."""
         context = multiprocessing.get_context("spawn")
         self._pipes: dict[str, Connection] = {}
         self._processes: dict[str, Any] = {}
         self.said: dict[str, list[tuple[Any, ...]]] = {role.name: [] for role in roles}
         for role in roles:
-            near, far = context.Pipe(duplex=False)
+            near, far = context.Pipe()
             self._processes[role.name] = context.Process(target=act, args=(role, far), daemon=True)
-            self._processes[role.name].start()
+            with starting(role.name):
+                self._processes[role.name].start()
             far.close()
             self._pipes[role.name] = near
 
@@ -165,12 +193,16 @@ class Cast:
             process.join(10)
             self._pipes[name].close()
 
-    def until(self, name: str, what: str, seconds: float = 180.0) -> None:
-        """Wait for a process to say something."""
+    def until(self, name: str, *what: object, seconds: float = 180.0) -> None:
+        """Wait for a process to say something that begins so."""
         limit = time.monotonic() + seconds
-        while not any(said[0] == what for said in self.said[name]):
+        while not any(said[: len(what)] == what for said in self.said[name]):
             assert self._pipes[name].poll(max(0.0, limit - time.monotonic())), f"{name} never said {what}: {self.said}"
             self.said[name].append(self._pipes[name].recv())
+
+    def tell(self, name: str) -> None:
+        """Let it go on: it has said what went wrong and waits to be told to open the job anew."""
+        self._pipes[name].send("again")
 
     def kill(self, name: str) -> None:
         """SIGKILL."""
@@ -185,7 +217,7 @@ class Cast:
         """What these said until they closed; each process must have ended by itself with exit code 0."""
         limit = time.monotonic() + seconds
         for name in names:
-            self.until(name, "closed", max(0.1, limit - time.monotonic()))
+            self.until(name, "closed", seconds=max(0.1, limit - time.monotonic()))
             self._processes[name].join(40)
             assert self._processes[name].exitcode == 0, f"{name} did not end: {self._processes[name].exitcode}"
         return {name: self.said[name] for name in names}
