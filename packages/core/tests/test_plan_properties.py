@@ -37,11 +37,15 @@ from weft.views import torch_dtype
 seeds = st.integers(0, 2**32 - 1)
 
 
+CUTTING = Policy(least_cut_bytes=8)
+"""The cases are small; with this, copies are divided between senders in some of them."""
+
+
 def case_of(seed: int) -> Case:
     return random_case(Random(seed))
 
 
-def plan_of(case: Case, policy: Policy | None = None) -> Plan:
+def plan_of(case: Case, policy: Policy = CUTTING) -> Plan:
     return plan([r.member for r in case.sources], [r.member for r in case.targets], case.layouts, policy)
 
 
@@ -171,6 +175,14 @@ def test_every_element_is_written_once_by_a_member_that_holds_it(seed: int) -> N
 
 
 @given(seeds)
+@settings(max_examples=200, deadline=None)
+def test_copies_to_a_member_are_in_the_order_of_its_groups_and_buffers(seed: int) -> None:
+    copies = plan_of(case_of(seed)).copies
+    places = [copies.target, copies.group, copies.target_buffer]
+    assert np.lexsort(places[::-1]).tolist() == list(range(len(copies)))
+
+
+@given(seeds)
 @settings(max_examples=60, deadline=None)
 def test_each_replica_counts_every_logical_element_once(seed: int) -> None:
     """A version's digest does not depend on layouts: copies stand for distinct elements, and for all of them."""
@@ -236,7 +248,7 @@ def test_the_plan_is_equal_on_every_member(seed: int) -> None:
     for each in (sources, targets, layouts):
         random.shuffle(each)
     decoded = {address: Layout.decode(layout.encoded) for address, layout in layouts}
-    second = plan(sources, targets, decoded, Policy())
+    second = plan(sources, targets, decoded, CUTTING)
     assert second.fingerprint == first.fingerprint
     assert second.members == first.members
     assert second.tensors == first.tensors
