@@ -262,6 +262,23 @@ def test_a_box_that_members_hold_twice_comes_once_but_for_the_giver() -> None:
     assert statistics.cross_host_bytes == 2 * own.nbytes
 
 
+def test_relays_are_chosen_where_they_save_a_quarter_between_hosts() -> None:
+    tiny = Tiny()
+    layouts = {layout.address: layout for layout in (tiny.source(0, 1), tiny.target(0, 1))}
+
+    def routes(sources: list[Member], targets: list[Member], relay: str) -> list[list[int]]:
+        made = plan(sources, targets, layouts, Policy(relay=relay))
+        return [getattr(made.routes, field.name).tolist() for field in fields(Routes)]
+
+    sources, targets = crew(tiny, 3)
+    assert routes(sources, targets, "auto") == routes(sources, targets, "host") != routes(sources, targets, "never")
+    one_host = [msgspec.structs.replace(target, host="train", domain="train") for target in targets]
+    assert routes(sources, one_host, "auto") == routes(sources, one_host, "never")
+    # Five copies cross, four of them to hosts of their own: one in five is saved.
+    far = [msgspec.structs.replace(crew(tiny, 5)[1][n], host=host, domain=host) for n, host in enumerate("aabcd")]
+    assert routes(sources, far, "auto") == routes(sources, far, "never") != routes(sources, far, "host")
+
+
 class Flip(Script):
     """Changes the first bucket that another target passes on here."""
 

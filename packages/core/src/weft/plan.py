@@ -26,6 +26,8 @@ from weft.table import Int64s, distinct, stable_order
 
 PLANNER_VERSION = 3
 """Grows when equal inputs would give another plan; part of the fingerprint."""
+_WORTH_RELAYING = 4
+"""`Policy(relay="auto")` relays where that saves at least one in so many bytes between hosts."""
 
 
 class PlannedTensor(msgspec.Struct, frozen=True, array_like=True):
@@ -186,15 +188,25 @@ def plan(
         raise PlanError(faults)
     tensors = tuple(map(PlannedTensor, catalog.names, catalog.shapes, catalog.source_dtypes, catalog.target_dtypes))
     landing = _landing([layouts[a] for a in target_addresses], joined.targets)
-    parts, routes, bound = assign(
-        joined, found, classes, members, source_addresses, target_addresses, landing,
-        np.array([ITEM_BYTES[tensor.target_dtype] for tensor in tensors], dtype=np.int64), policy,
-    )  # fmt: skip
+    item_bytes = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in tensors], dtype=np.int64)
     aliases = tuple(
         (alias, catalog.names[n]) for alias, n in sorted(catalog.index.items()) if alias != catalog.names[n]
     )
     slots = [layouts[m.target_layout].scratch_slots if m.target_layout is not None else 0 for m in members]
-    return Plan(members, tensors, aliases, policy, joined.splits, parts, routes, np.array(slots, dtype=np.int64), bound)
+
+    def planned(relay: str) -> Plan:
+        parts, routes, bound = assign(
+            joined, found, classes, members, source_addresses, target_addresses, landing, item_bytes,
+            msgspec.structs.replace(policy, relay=relay),
+        )  # fmt: skip
+        scratch_slots = np.array(slots, dtype=np.int64)
+        return Plan(members, tensors, aliases, policy, joined.splits, parts, routes, scratch_slots, bound)
+
+    if policy.relay != "auto":
+        return planned(policy.relay)
+    direct = planned("never")
+    between, once = direct.statistics.cross_host_bytes, direct.statistics.once_per_host_bytes
+    return planned("host") if (between - once) * _WORTH_RELAYING >= between > 0 else direct
 
 
 def _landing(layouts: Sequence[Layout], targets: Rows) -> Landing:

@@ -31,9 +31,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Encodings other than `casts`."""
     drive: Annotated[str, one_of("lock_step", "published")] = "lock_step"
     """`lock_step`: sources push a version and wait until it is installed. `published` is not built yet."""
-    relay: Annotated[str, one_of("never", "host", "domain")] = "never"
+    relay: Annotated[str, one_of("never", "host", "domain", "auto")] = "never"
     """`host`: what several targets of a replica on one host want comes there once and is passed on among them;
-    `domain`: the same within a fabric domain, whatever its hosts; `never`: sources send to every target themselves.
+    `domain`: the same within a fabric domain, whatever its hosts; `never`: sources send to every target themselves;
+    `auto`: `host` where that saves at least a quarter of the bytes between hosts, else `never`.
     """
     digests: bool = True
     """Whether every bucket's digest is compared before the vote."""

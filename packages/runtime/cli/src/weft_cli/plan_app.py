@@ -20,7 +20,10 @@ _SOURCE_DTYPE = typer.Option(help="Dtype of the trainer's weights, if it differs
 _CAST = typer.Option("--cast", help="FROM:TO: a further difference of dtype, to be rounded. Several times.")
 _ONLY = typer.Option(help="Pattern (* matches anything) of the tensors that move; all if not given. Several times.")
 _IGNORE = typer.Option(help="Pattern of tensors that the trainer holds and no engine wants. Several times.")
-_RELAY = typer.Option(help="host or domain: engines' ranks on one pass on what several of them want; or never.")
+_RELAY = typer.Option(
+    help="host or domain: engines' ranks on one pass on what several of them want; auto: host, where it saves a "
+    "quarter of the bytes between hosts; or never."
+)
 _RANKS_PER_HOST = typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")
 _JSON = typer.Option("--json", help="Print JSON instead of a table.")
 
