@@ -94,6 +94,12 @@ class Crew:
             puppet = self._puppets[name] = Puppet(*self._arguments)
         return puppet
 
+    def share_process(self, names: Sequence[str]) -> None:
+        """Have these members be threads of the process that runs the tests."""
+        factory, options, _, answer_seconds = self._arguments
+        for name in names:
+            self._puppets.setdefault(name, Puppet(factory, options, True, answer_seconds))
+
     def end(self) -> None:
         """End them all."""
         for puppet in self._puppets.values():
@@ -155,13 +161,22 @@ def prepare_buckets(
         raise errors[0]
 
 
-def move(crew: Crew, sender: str, receiver: str, buckets: Sequence[int], version: int, key: bytes = KEY) -> None:
+def move(
+    crew: Crew,
+    sender: str,
+    receiver: str,
+    buckets: Sequence[int],
+    version: int,
+    key: bytes = KEY,
+    seconds: float | None = None,
+) -> None:
     """Post buckets at once and wait until all have arrived, each with its version and note."""
+    seconds = crew.seconds if seconds is None else seconds
     for bucket in buckets:
         crew[sender].call("post", key, bucket, version, b"note %d" % bucket, False)
     for bucket in buckets:
-        crew[sender].call("posted", bucket, receiver, crew.seconds)
-    arrived = crew[receiver].call("collect", len(buckets), crew.seconds)
+        crew[sender].call("posted", bucket, receiver, seconds)
+    arrived = crew[receiver].call("collect", len(buckets), seconds)
     assert sorted((m[2], m[3], m[1][0], m[0]) for m in arrived) == sorted(
         (bucket, b"note %d" % bucket, version, sender) for bucket in buckets
     )

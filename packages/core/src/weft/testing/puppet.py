@@ -28,6 +28,7 @@ POISON = 0xA5
 EPOCH = 3
 """Memory epoch in every tag that a puppet sends."""
 _END_SECONDS = 10.0
+_CENSUS_BYTES = 16 << 20
 
 
 class Reply(msgspec.Struct, array_like=True):
@@ -87,6 +88,10 @@ class Actor:
         """Make a transport with additional options and close it again."""
         self.factory({**self.options, **extra}).close()
 
+    def most_segments(self) -> int:
+        """How many segments a bucket may have here."""
+        return self.endpoint.capabilities.max_segments
+
     def open(self, name: str, incarnation: int, sizes: Sequence[int]) -> None:
         """A fresh endpoint with regions of these sizes, poisoned."""
         self.close()
@@ -106,6 +111,11 @@ class Actor:
         """One more region."""
         memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
         region = Region(f"region{len(self.registrations)}", memory)
+        self.registrations.append(self.endpoint.register(region, Deadline.after(_END_SECONDS)))
+
+    def register_zeros(self, nbytes: int) -> None:
+        """One more region, of zeros, which takes up no memory until it is written."""
+        region = Region(f"region{len(self.registrations)}", torch.from_numpy(np.zeros(nbytes, np.uint8)))
         self.registrations.append(self.endpoint.register(region, Deadline.after(_END_SECONDS)))
 
     def register_part(self, region: int, start: int, stop: int, step: int) -> None:
@@ -171,6 +181,25 @@ class Actor:
     def contents(self, region: int) -> bytes:
         """Bytes of a region."""
         return self.registrations[region].region.memory.numpy().tobytes()
+
+    def put(self, region: int, at: int, data: bytes) -> None:
+        """Write these bytes into a region."""
+        self.registrations[region].region.memory.numpy()[at : at + len(data)] = np.frombuffer(data, np.uint8)
+
+    def read(self, region: int, at: int, nbytes: int) -> bytes:
+        """Some bytes of a region."""
+        return self.registrations[region].region.memory[at : at + nbytes].numpy().tobytes()
+
+    def census(self, region: int) -> dict[int, int]:
+        """How many bytes of a region have each value, without those that none has."""
+        counts = np.zeros(256, np.int64)
+        for part in self.registrations[region].region.memory.split(_CENSUS_BYTES):
+            low, high = (int(end) for end in part.aminmax())
+            if low == high:  # nearly always, and much faster
+                counts[low] += part.numel()
+            else:
+                counts += np.bincount(part.numpy(), minlength=256)
+        return {value: int(count) for value, count in enumerate(counts) if count}
 
     def post(self, key: bytes, bucket: int, version: int, note: bytes, gated: bool) -> None:
         """Post a bucket; when gated, only `open_gate` lets it start."""

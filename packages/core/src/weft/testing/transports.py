@@ -30,12 +30,12 @@ from weft.testing.crew import (
     segments,
     shapes,
 )
-from weft.testing.losses import LossSuite
+from weft.testing.extremes import ExtremeSuite
 from weft.testing.puppet import EPOCH, POISON, PuppetError
 
 
-class TransportSuite(LossSuite):
-    """What every transport must do, what `LossSuite` asks included."""
+class TransportSuite(ExtremeSuite):
+    """What every transport must do, what `ExtremeSuite` and `LossSuite` ask included."""
 
     @pytest.mark.trap(28, 33, 41)
     @pytest.mark.parametrize("name", sorted(shapes()))
@@ -46,17 +46,6 @@ class TransportSuite(LossSuite):
         crew["a"].call("fill", 7)
         move(crew, "a", "b", range(len(buckets)), 1)
         check(crew, "a", "b", buckets, len(sizes), len(remote_sizes))
-
-    @pytest.mark.trap(33, 39)
-    def test_twenty_thousand_small_segments_arrive(self, crew: Crew) -> None:
-        rows, size = scattered(20_000, 300, 2)
-        open_members(crew, {"a": [size], "b": [size]})
-        prepare_buckets(crew, {("a", "b"): [rows[:19_000], rows[19_000:]]})
-        crew["a"].call("fill", 8)
-        for version in (1, 2):
-            crew["b"].call("poison")
-            move(crew, "a", "b", [0, 1], version)
-            check(crew, "a", "b", [rows], 1, 1)
 
     @pytest.mark.trap(34, 44)
     def test_a_bucket_is_announced_only_when_all_its_bytes_are_in_place(self, crew: Crew) -> None:
@@ -124,18 +113,6 @@ class TransportSuite(LossSuite):
                 assert crew[name].call("collect", 1, crew.seconds)[0][1][0] == version
         assert crew["a"].call("contents", 0) == crew["b"].call("contents", 1)
         assert crew["b"].call("contents", 0) == crew["a"].call("contents", 1)
-
-    @pytest.mark.trap(28, 35)
-    def test_a_bucket_is_posted_fifty_times_with_other_bytes_and_versions(self, crew: Crew) -> None:
-        second = segments([(0, 30_000, 0, 40_000, 9), (0, 30_100, 0, 50_000, 20_000)])
-        buckets = [segments([(0, 0, 0, 7, 30_000)]), second]
-        open_members(crew, {"a": [70_000], "b": [70_000]})
-        prepare_buckets(crew, {("a", "b"): buckets})
-        for version in range(50):
-            crew["a"].call("fill", version)
-            crew["b"].call("poison")
-            move(crew, "a", "b", [0, 1], version)
-            check(crew, "a", "b", buckets, 1, 1)
 
     @pytest.mark.trap(36, 39)
     def test_many_buckets_may_be_posted_at_once(self, crew: Crew) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from weft.contracts import SEGMENT, Bucket, Event, Message, Prepared, TransferProgram, Work
 from weft.deadline import Deadline
 from weft.endpoint import Envelope, Factory
-from weft.errors import PeerLostError
+from weft.errors import PeerLostError, TransportError
 from weft.local import LocalHub, LocalTransport
 from weft.local import make as make_local
 from weft.member import Member, Tag
@@ -95,6 +95,60 @@ class IgnoresEvents(LocalTransport):
         return super().post(prepared, bucket, tag, note, None)
 
 
+class Counts31(LocalTransport):
+    """Counts the bytes of a segment in 31 bits."""
+
+    def copy(self, program: TransferProgram, bucket: Bucket, envelope: Envelope) -> None:
+        segments = bucket.segments.copy()
+        segments["nbytes"] %= 1 << 31
+        super().copy(program, replace(bucket, segments=segments), envelope)
+
+
+class Counts15(LocalTransport):
+    """Counts the segments of a bucket in 15 bits."""
+
+    def copy(self, program: TransferProgram, bucket: Bucket, envelope: Envelope) -> None:
+        kept = len(bucket.segments) % (1 << 15)
+        super().copy(program, replace(bucket, segments=bucket.segments[:kept]), envelope)
+
+
+class Tires(LocalTransport):
+    """Gives nothing back after a post: at some time it has nothing left."""
+
+    def __init__(self, hub: LocalHub) -> None:
+        super().__init__(hub)
+        self._left = 500
+
+    def post(self, prepared: Prepared, bucket: int, tag: Tag, note: bytes, after: Event | None) -> Work:
+        self._left -= 1
+        if self._left < 0:
+            raise TransportError("no handles are left")
+        return super().post(prepared, bucket, tag, note, after)
+
+
+class Crowded(LocalTransport):
+    """Has room for four peers: the oldest has to go."""
+
+    def connect(self, peer: Member, address: bytes, deadline: Deadline) -> None:
+        super().connect(peer, address, deadline)
+        for name in list(self._peers)[:-4]:
+            self.disconnect(name)
+
+
+class KnowsByName(LocalTransport):
+    """Takes whoever has the name of a peer for that peer."""
+
+    def connect(self, peer: Member, address: bytes, deadline: Deadline) -> None:
+        before = self._peers.get(peer.name)
+        super().connect(peer, address, deadline)
+        if before is not None:
+            self._inbox.admit(peer.name, before)
+
+
+class Owes(Lies):
+    """Has what it owes die with it."""
+
+
 def _factory(kind: type[LocalTransport]) -> Factory:
     def make(options: Mapping[str, Any]) -> LocalTransport:
         make_local(options)
@@ -111,6 +165,12 @@ overruns = _factory(Overruns)
 lies = _factory(Lies)
 forgets_deadlines = _factory(ForgetsDeadlines)
 ignores_events = _factory(IgnoresEvents)
+counts_31 = _factory(Counts31)
+counts_15 = _factory(Counts15)
+tires = _factory(Tires)
+crowded = _factory(Crowded)
+knows_by_name = _factory(KnowsByName)
+owes = _factory(Owes)
 
 _EVERY_BYTE = "test_every_byte_of_every_shape_arrives_and_no_other_byte_changes"
 FAULTS = (
@@ -124,4 +184,10 @@ FAULTS = (
         "forgets_deadlines", "test_a_peer_that_died_before_connecting_is_named", "has not answered within", seconds=1
     ),
     Fault("ignores_events", "test_a_post_waits_for_its_event_without_blocking", "left before its event"),
+    Fault("counts_31", "test_a_segment_of_more_than_two_gibibytes_arrives", "bytes by value"),
+    Fault("counts_15", "test_a_hundred_thousand_small_segments_arrive", "never written"),
+    Fault("tires", "test_a_bucket_is_posted_a_thousand_times", "no handles are left"),
+    Fault("crowded", "test_eight_peers_send_and_receive", "PeerLostError"),
+    Fault("knows_by_name", "test_nothing_of_an_earlier_life_that_goes_on_is_delivered", "earlier life was heard"),
+    Fault("owes", "test_what_a_peer_finished_before_it_died_is_whole_or_lost", "never in place"),
 )
