@@ -6,8 +6,9 @@ class TestMine(TransportSuite):
     options = {"depth": 4}
 ```
 
-Every member is a process of its own (`in_process = True`: a thread). Destination memory is poisoned, every case has two
-or more buckets or segments where that could matter, and no wait is without a deadline. Needs pytest.
+Every member is a process of its own, but for eight peers at once, which are threads unless `shared_process = False`
+(`in_process = True`: all are threads). Destination memory is poisoned, every case has two or more buckets or segments
+where that could matter, and no wait is without a deadline. Needs pytest.
 """
 
 from __future__ import annotations
