@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from support.hosts import Hosts, address, two_hosts
+from support.hosts import RAILS, Hosts, address, two_hosts
 from support.members import Cast, Role
 
 TRAINERS, ENGINES = ("trainer/0", "trainer/1"), ("rollout0/0", "rollout0/1")
@@ -34,6 +34,32 @@ def store(hosts: Hosts) -> Iterator[str]:
             yield server.stdout.readline().strip()
         finally:
             server.kill()
+
+
+@pytest.mark.trap(32)
+def test_the_bytes_take_the_rails_that_were_chosen_and_are_striped_over_them(
+    hosts: Hosts, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    monkeypatch.setenv("UCX_MAX_RMA_RAILS", "1")
+    names = (TRAINERS[0], ENGINES[0])
+    for nics in (["rail1"], ["rail0", "rail1"]):
+        options = {**OPTIONS["nixl"], "nics": nics}
+        roles = [
+            Role(
+                name, store, f"rails{len(nics)}", "nixl", sources=1, targets=1, limits=60.0, large=True, versions=1,
+                options=options, host=name,
+            )
+            for name in names
+        ]  # fmt: skip
+        before = [hosts.sent(0, rail) for rail in RAILS]
+        with Cast(roles, lambda name: hosts.starting_on(names.index(name))) as crew:
+            said = crew.ends(*names)
+        (report,) = [entry for entry in said[names[1]] if entry[0] == "report"]
+        assert report[3] == []
+        carried = [hosts.sent(0, rail) - old for rail, old in zip(RAILS, before, strict=True)]
+        assert sum(carried) >= report[4]
+        assert min(carried) > report[4] // 4 if len(nics) == 2 else carried[0] < report[4] // 100, carried
 
 
 @pytest.mark.trap(10, 34, 40, 41, 47, 48)
