@@ -159,8 +159,8 @@ class SocketTransport:
         """Forget a peer, and hang up on it."""
         known = self._peers.pop(peer, None)
         if known is not None:
-            self._inbox.expel(peer)
             known[1].close()
+            self._inbox.expel(peer)
             with self._lock:
                 self._retired.add(known[0].identity)
                 ended = [connection for connection, who in self._incoming.items() if who == known[0].identity]

@@ -78,6 +78,7 @@ class Channel:
         self.error: PeerLostError | None = None
         """Why nothing is sent any more."""
         self._connection, self._lost = connection, lost
+        self._closed = False
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name=f"send to {peer}", daemon=True)
         self.thread.start()
@@ -91,7 +92,8 @@ class Channel:
         self._frames.put(None)
 
     def close(self) -> None:
-        """End the connection; what has not been sent fails."""
+        """End the connection; what has not been sent fails, and is no loss any more: the peer may have a new one."""
+        self._closed = True
         self._frames.put(None)
         hang_up(self._connection)
 
@@ -105,7 +107,8 @@ class Channel:
                         send_frame(self._connection, frame)
                     except OSError as error:
                         self.error = PeerLostError(self.peer, f"sending failed: {error}")
-                        self._lost(self.error)
+                        if not self._closed:
+                            self._lost(self.error)
                 frame.error, frame.done = self.error, True
 
 
