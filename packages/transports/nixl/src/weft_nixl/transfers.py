@@ -60,6 +60,8 @@ class PreparedBucket:
 
     bucket: Bucket
     chunks: list[Chunk]
+    what: str
+    """For errors; made once, since adding up its bytes takes time."""
     active: bool = False
 
 
@@ -88,7 +90,7 @@ def prepare_sends(
     prepared = NixlPrepared(program, {}, {})
     for peer in sorted({bucket.peer for bucket in program.sends}):
         buckets = [bucket for bucket in program.sends if bucket.peer == peer]
-        sends = {bucket.index: PreparedBucket(bucket, []) for bucket in buckets}
+        sends = {b.index: PreparedBucket(b, [], f"moving bucket {b.index} ({b.nbytes} bytes)") for b in buckets}
         for (local, remote), rows, owners in _by_memory(program, peer, buckets):
             try:
                 lists = _lists(agent, identities[peer], peer, local, remote, rows)
@@ -221,7 +223,7 @@ class Lane:
 
     def _guard(self, work: NixlWork, step: Callable[..., None], *arguments: Any) -> None:
         try:
-            with translated(f"moving bucket {work.send.bucket.index} ({work.send.bucket.nbytes} bytes)", self.peer):
+            with translated(work.send.what, self.peer):
                 step(*arguments)
         except TransportError as error:
             self.give_up(work, error)
