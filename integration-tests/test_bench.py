@@ -35,8 +35,12 @@ TINY = {
 
 
 def refit_rows(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """So little is moved here that a busy machine may slow down the bare transfers alone; such rates are refused."""
     (folder / "config.json").write_text(json.dumps(TINY))
-    result = CliRunner().invoke(application, ["bench", "refit", "--model", str(folder), "--json", *arguments])
+    for _ in range(4):
+        result = CliRunner().invoke(application, ["bench", "refit", "--model", str(folder), "--json", *arguments])
+        if "rates above the limit" not in str(result.exception):
+            break
     assert result.exit_code == 0, result.output
     rows: list[dict[str, Any]] = json.loads(result.stdout)
     return rows

@@ -97,8 +97,9 @@ def fewest_runs(here: Host, there: Host, bucket: LoweredBucket, width: Int64s) -
 
 
 def through_slots(
-    here: Host, there: Host, sent: LoweredBucket, received: LoweredBucket, width: Int64s, slot_bytes: int
-) -> None:
+    here: Host, there: Host, sent: LoweredBucket, received: LoweredBucket, width: Int64s, slot_bytes: int,
+    max_segments: int,
+) -> None:  # fmt: skip
     """Gather what leaves from the slot, move the segments, scatter what arrives in the slot, and nothing else."""
     shift = 64 * 3
     regions = [[host.region, np.full(shift + slot_bytes, poison, np.uint8)] for host, poison in ((here, 1), (there, 2))]
@@ -108,6 +109,7 @@ def through_slots(
         start = shift + int(sent.offsets[n])
         regions[0][1][start : start + len(places)] = here.region[places]
     table = packed_segments(sent, width, here.binding, there.binding, slots, True)
+    assert len(table) <= max_segments
     mirror = packed_segments(received, width, here.binding, there.binding, slots, False)
     for field, twin in (("region", "remote_region"), ("offset", "remote_offset"), ("nbytes", "nbytes")):
         assert table[field].tolist() == mirror[twin].tolist()
@@ -151,7 +153,7 @@ def replay(planned: Plan, programs: dict[str, MemberProgram], hosts: dict[str, H
                     source = here.region[row["offset"] : row["offset"] + row["nbytes"]]
                     there.region[row["remote_offset"] : row["remote_offset"] + row["nbytes"]] = source
                 continue
-            through_slots(here, there, sent, received, width, program.slot_bytes)
+            through_slots(here, there, sent, received, width, program.slot_bytes, planned.policy.max_segments)
     assert moved == sum(len(program.receives) for program in programs.values())
     return moved
 
@@ -181,14 +183,14 @@ def test_moving_the_bytes_of_buckets_gives_what_slices_give(seed: int, direct_ru
     check_case(case, values, policy, {r.member.name: r.assigned(values) for r in case.targets})
 
 
-def shard(axis: int, low: int, high: int, *, transposed: bool) -> Layout:
+def shard(axis: int, low: int, high: int, *, transposed: bool, group: str = "") -> Layout:
     """Part of a float32 tensor of shape (96, 200), and of a uint8 tensor beside it."""
     builder = LayoutBuilder()
     for name, dtype in (("w", "float32"), ("v", "uint8")):
         shape = [96, 200]
         builder.tensor(name, shape, dtype)
         shape[axis] = high - low
-        builder.buffer(name, dtype, shape[0] * shape[1], group=name)
+        builder.buffer(name, dtype, shape[0] * shape[1], group=group or name)
         if not transposed:
             builder.shard(name, name, axis=axis, start=low, stop=high)
             continue
@@ -206,9 +208,17 @@ def test_large_copies_are_cut_into_bounded_buckets(direct_run_bytes: int, transp
 
 
 @pytest.mark.trap(20, 36)
-@pytest.mark.parametrize("max_segments", [1, 7, 100])
+@pytest.mark.parametrize("max_segments", [7, 100])
 def test_no_bucket_has_more_segments_than_the_policy_allows(max_segments: int) -> None:
     check_large(True, Policy(direct_run_bytes=1, max_segments=max_segments, **TIGHT))
+
+
+@pytest.mark.trap(36)
+@pytest.mark.parametrize("max_segments", [1, 5])
+def test_nor_has_a_packed_one(max_segments: int) -> None:
+    """Small parts that are dense at the targets, each a segment of its own."""
+    policy = Policy(direct_run_bytes=500, max_segments=max_segments)
+    assert check_large(False, policy, "g") == (8 if max_segments == 1 else 4)
 
 
 def test_scalars_alone_are_moved() -> None:
@@ -239,17 +249,17 @@ def test_a_copy_passes_through_slots_only_where_it_is_cut() -> None:
             assert (bucket.scattered == transposed).all()
 
 
-def check_large(transposed: bool, policy: Policy) -> int:
+def check_large(transposed: bool, policy: Policy, group: str = "") -> int:
     """Rows on two sources to columns on two targets; returns the number of buckets."""
-    case, values = large(transposed)
+    case, values = large(transposed, group)
     expected = {rank.member.name: expected_memory(values, rank.layout) for rank in case.targets}
     return check_case(case, values, policy, expected)
 
 
-def large(transposed: bool) -> tuple[Case, dict[str, Bits]]:
+def large(transposed: bool, group: str = "") -> tuple[Case, dict[str, Bits]]:
     """Two sources with rows, two targets with columns, and the logical tensors."""
-    sources = [shard(0, low, low + 48, transposed=False) for low in (0, 48)]
-    targets = [shard(1, low, high, transposed=transposed) for low, high in ((0, 120), (120, 200))]
+    sources = [shard(0, low, low + 48, transposed=False, group=group) for low in (0, 48)]
+    targets = [shard(1, low, high, transposed=transposed, group=group) for low, high in ((0, 120), (120, 200))]
     ranks = [
         [
             Rank(

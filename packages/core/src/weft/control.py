@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from weft.errors import PeerLostError, RecordError
+from weft.records import decoder_of
 
 FRAME_LIMIT_BYTES = 1 << 20
 """Longest message."""
@@ -329,8 +330,8 @@ class Control:
 def _hello(body: bytes) -> Hello | None:
     """The message, or None when it is no hello."""
     try:
-        return msgspec.msgpack.decode(body, type=Hello)
-    except msgspec.MsgspecError:
+        return decoder_of(Hello).decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 

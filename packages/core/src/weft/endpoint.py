@@ -20,6 +20,7 @@ from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
 from weft.member import Region, Tag
 from weft.options import parse, tag_of
 from weft.plugins import transports_with
+from weft.records import decoder_of
 
 NOTE_LIMIT_BYTES = 4096
 """Longest note of a bucket."""
@@ -72,8 +73,8 @@ def encode(tag: Tag, bucket: int | None, note: bytes, program: bytes = b"") -> b
 def decode(wire: bytes, peer: str) -> Envelope:
     """Inverse of `encode`. Raises `RecordError` that names the peer."""
     try:
-        return msgspec.msgpack.decode(wire, type=Envelope)
-    except msgspec.MsgspecError as error:
+        return decoder_of(Envelope).decode(wire)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RecordError(f"{peer} sent {len(wire)} bytes that are not a message of weft: {error}") from error
 
 

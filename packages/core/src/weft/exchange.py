@@ -17,6 +17,7 @@ from weft.endpoint import Envelope, Inbox
 from weft.errors import PeerLostError, TransportError
 from weft.networks import Channel, Network
 from weft.passages import Arrived, Ask, Go, Grant, Invitation, Passage, Post, Said, Signal, Withdrawn
+from weft.records import decoder_of
 from weft.turns import Incoming, Outgoing, Turn
 
 _BUCKETS_PER_TURN = 64
@@ -59,9 +60,10 @@ class Exchange:
         self._incoming: Incoming[Envelope] = Incoming(places)
         self._sending: dict[str, Passage] = {}
         self._receiving: dict[str, Passage] = {}
+        self._granted: dict[str, Sequence[Sequence[Batch]] | None] = {}
         self._waiting: list[Post] = []
         self._lock = threading.RLock()
-        self._decoder: msgspec.msgpack.Decoder[Said] = msgspec.msgpack.Decoder(Said)
+        self._decoder: msgspec.msgpack.Decoder[Said] = decoder_of(Said)  # type: ignore[arg-type]
         self._ending = False
         self._thread = threading.Thread(target=self._drive, name=f"weft {control.identity}", daemon=True)
         self._thread.start()
@@ -204,7 +206,7 @@ class Exchange:
         """Everything that can be done now. Whether something was, and whether there is something to ask again."""
         events = self._control.step()
         for peer, said in events:
-            if peer in self._peers:
+            if self.reaches(peer):  # what a peer said before it was lost is of no use
                 self._guarded(peer, self._hear, said)
         ready = [post for post in self._waiting if _may_leave(post)]
         for post in ready:
@@ -234,7 +236,12 @@ class Exchange:
             action(peer, *arguments)
         except PeerLostError as error:
             self._lose(peer, error)
-        except (TransportError, msgspec.MsgspecError, RuntimeError) as error:  # the last are torch's
+        except (
+            TransportError,
+            msgspec.MsgspecError,
+            UnicodeDecodeError,
+            RuntimeError,
+        ) as error:  # the last are torch's
             self._lose(peer, PeerLostError(peer, str(error).partition("\n")[0]))
 
     def _hear(self, peer: str, said: bytes | PeerLostError) -> None:
@@ -264,13 +271,16 @@ class Exchange:
 
     def _is_expected(self, turn: Turn[Envelope]) -> bool:
         try:
-            return self._expected(turn.peer, turn.items) is not None
+            self._granted[turn.peer] = self._expected(turn.peer, turn.items)
         except TransportError:
             return True  # `_begin_receiving` says so
+        return self._granted[turn.peer] is not None
 
     def _begin_receiving(self, peer: str, turn: Turn[Envelope] | None) -> None:
         channel = self._peers[peer].incoming
-        buckets = None if turn is None else self._expected(peer, turn.items)
+        buckets = self._granted.pop(peer, None)  # as they were when it was granted: its program may be released since
+        if turn is not None and buckets is None:
+            buckets = self._expected(peer, turn.items)
         if turn is None or channel is None or buckets is None:
             raise TransportError(f"{peer} sends what this end has not granted")
         self._receiving[peer] = Passage(turn, channel, buckets, sends=False)
@@ -321,6 +331,7 @@ class Exchange:
         self._sending.pop(peer, None)
         self._receiving.pop(peer, None)
         self._incoming.drop(peer)
+        self._granted.pop(peer, None)
         mine = [post for post in self._waiting if post.peer == peer]
         self._waiting = [post for post in self._waiting if post.peer != peer]
         for post in [*self._outgoing.drop(peer), *mine]:

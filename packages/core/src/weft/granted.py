@@ -26,6 +26,7 @@ from weft.hosts import check_reachable
 from weft.member import Member, Region, Tag
 from weft.networks import Network
 from weft.passages import Post
+from weft.records import decoder_of
 
 _RELEASED_KEPT = 4
 
@@ -153,7 +154,7 @@ class GrantedTransport:
         """
         member, own, exchange = self._require_open()
         try:
-            new = msgspec.msgpack.decode(address, type=Address)
+            new = decoder_of(Address).decode(address)
         except msgspec.MsgspecError as error:
             raise RecordError(f"the address of {peer.name} is none of transport '{self._name}': {error}") from error
         if new.network != own.network:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from weft.box import Box, refines
 from weft.errors import RecordError
+from weft.records import decoder_of
 
 Int64s = npt.NDArray[np.int64]
 FORMAT_VERSION = 1
@@ -272,7 +273,7 @@ class Layout:
     def decode(cls, data: bytes) -> Layout:
         """Inverse of `encoded`. Raises `RecordError` when the bytes are not a layout of this format version."""
         try:
-            record = msgspec.msgpack.decode(data, type=_LayoutRecord)
+            record = decoder_of(_LayoutRecord).decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RecordError(f"not a layout record: {error}") from error
         if record.format != FORMAT_VERSION:

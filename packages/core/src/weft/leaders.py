@@ -22,7 +22,7 @@ from weft.wire import Notice, Wire
 
 KEPT_VERSIONS = 8
 """Records of so many versions stay in the store for people to look at."""
-_ANSWER_SECONDS = 2.0
+_ANSWER_SECONDS = 10.0
 """A replica's leader may take so long to say why its replica does not install a version that is withdrawn."""
 
 
@@ -123,6 +123,8 @@ class SourceLeader:
 
     def give_up(self, text: str) -> None:
         """Withdraw from every replica without an outcome, and wait for nobody."""
+        for _, notice in self._wire.take(self._version, "replica-outcome"):
+            self._end(notice)
         text = f"source {self._wire.me.name}: {text}"
         for replica in self._leaders:
             self._withdraw(replica, text)

@@ -128,10 +128,11 @@ def _pair_buckets(own: Slice, rows: Copies, pair: int, peer: str, slot_bytes: in
     order = np.lexsort(columns[::-1])
     both, group, kind, uncounted = both.select(order), columns[0][order], columns[1][order], columns[2][order]
     nbytes = both.numel * width[both.tensor]
-    segments = both.numel // run_elements(both)
     long = nbytes >= policy.direct_run_bytes
     gathered = ~(long & uncast(both) & _dense(both.sizes, both.source_strides))
     scattered = ~(long & _dense(both.sizes, both.target_strides))
+    # In a packed bucket, what does not go from slot to slot is a segment, and parts those around it.
+    segments = np.where(kind == 1, 2 * ~(gathered & scattered), both.numel // run_elements(both))
     buckets: list[LoweredBucket] = []
     staged = 0
     for first, last in _bounds(np.stack([group, kind, uncounted], axis=1), nbytes, segments, policy, slot_bytes):
@@ -166,7 +167,7 @@ def _bounds(keys: Int64s, nbytes: Int64s, segments: Int64s, policy: Policy, slot
         packed = bool(key[1])
         length = -(-length // ALIGNMENT) * ALIGNMENT if packed else length
         limit = slot_bytes if packed else policy.bucket_bytes
-        full = size + length > limit or (not packed and count + runs > policy.max_segments)
+        full = size + length > limit or count + runs + packed > policy.max_segments
         if n > first and (key != key_rows[first] or full):
             bounds.append((first, n))
             first, size, count = n, 0, 0

@@ -23,6 +23,7 @@ from weft.errors import PlanError, RecordError
 from weft.member import Member
 from weft.plan import PLANNER_VERSION, Plan, PlannedTensor
 from weft.policy import Policy
+from weft.records import decoder_of
 from weft.table import Int64s
 
 MAGIC = b"WEFTPLAN"
@@ -99,7 +100,7 @@ def load_plan(path: Path, *, fingerprint: str | None = None) -> Plan:
     if zlib.crc32(raw) != checksum:
         raise RecordError(f"{path}: the checksum of its header differs: truncated or damaged")
     try:
-        header = msgspec.msgpack.decode(raw, type=_Header)
+        header = decoder_of(_Header).decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"{path}: the header is damaged: {error}") from error
     body = data[start : start + header.body_bytes]

@@ -8,6 +8,7 @@ and have defaults.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ LIMIT_BYTES: Mapping[str, int] = {"rendezvous": 1 << 20}
 """Largest record per kind; kinds that are not named may have `DEFAULT_LIMIT_BYTES`."""
 
 T = TypeVar("T")
+_making = threading.Lock()
 
 
 class _Envelope(msgspec.Struct, array_like=True):
@@ -69,9 +71,15 @@ def open_record(kind: str, type: type[T], data: bytes, *, secret: bytes | None =
     return _decode(f"{kind} record", type, envelope.payload)
 
 
+def decoder_of(type: type[T]) -> msgspec.msgpack.Decoder[T]:
+    """A decoder, made in one thread at a time: msgspec 0.22 crashes when two of them use a type for the first time."""
+    with _making:
+        return msgspec.msgpack.Decoder(type)
+
+
 def _decode(what: str, type: type[T], data: bytes) -> T:
     try:
-        return msgspec.msgpack.decode(data, type=type)
+        return decoder_of(type).decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(
             f"{what}: expected the schema {type.__name__}, found {len(data)} bytes that are not it: {error}"

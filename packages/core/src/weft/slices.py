@@ -23,6 +23,7 @@ from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.member import Member
 from weft.plan import Plan, PlannedTensor
 from weft.policy import Policy
+from weft.records import decoder_of
 from weft.rows import Rows, in_splits, pieces_of
 from weft.table import Int64s, intersect, pairs_by_key, unique_rows, volume
 
@@ -123,7 +124,7 @@ class Slice:
         """Inverse of `encoded`. Raises `RecordError` when the bytes are no slice."""
         try:
             raw = zlib.decompressobj()
-            record = msgspec.msgpack.decode(raw.decompress(data, _MOST_BYTES), type=_SliceRecord)
+            record = decoder_of(_SliceRecord).decode(raw.decompress(data, _MOST_BYTES))
             splits = _unpack(record.splits).reshape(len(record.tensors), record.width)
             parts = {f.name: _unpack(record.parts[f.name]) for f in fields(Parts)}
             parts |= {name: parts[name].reshape(len(parts["tensor"]), record.width) for name in _WIDE}

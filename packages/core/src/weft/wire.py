@@ -10,6 +10,7 @@ import msgspec
 from weft.contracts import Message, Transport
 from weft.errors import PeerLostError, RecordError
 from weft.member import Member, Tag
+from weft.records import decoder_of
 
 _TEXT_CHARACTERS = 15_000
 """Longer reasons are cut, so that a notice fits a signal."""
@@ -81,7 +82,7 @@ class Wire:
             self._arrivals[tag.version].append(message)
         else:
             try:
-                notice = msgspec.msgpack.decode(message.note, type=Notice)
+                notice = decoder_of(Notice).decode(message.note)
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise RecordError(f"signal of {message.peer} is not a notice: {error}") from error
             self._notices[tag.version].append((message.peer, notice))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from weft.deadline import Deadline
 from weft.endpoint import Envelope, decode
 from weft.errors import PeerLostError, RecordError, TransportError, WeftError
 from weft_gloo.messages import Message
@@ -28,8 +30,9 @@ _TAG = 0
 _WAKE_TAG = 1
 _UNTIL_CLOSED = timedelta(days=30)
 _END_SECONDS = 5.0
-_LINGER_SECONDS = 1.0
-_LINGER_LOOKS = 1000
+_LOOK_SECONDS = 0.001
+LINGER_SECONDS = 1.0
+"""Longest wait of who closes for the peers' answers."""
 _FAREWELL = b""
 """The envelope of who closes, and the answer to it: gloo loses what has arrived but was not looked at when a connection
 ends.
@@ -113,15 +116,19 @@ class Link:
                 parcel.done = True
                 self._open_parcels.discard(parcel)
 
-    def close(self) -> None:
-        """End both threads. What was submitted arrives before, if it can within a second."""
-        if self.up or self._open_parcels:
-            self._say_farewell()
-            linger = threading.Event()
-            for _ in range(_LINGER_LOOKS):
-                if self._parted or self.error is not None:
-                    break
-                linger.wait(_LINGER_SECONDS / _LINGER_LOOKS)
+    def say_farewell(self) -> None:
+        """Nothing is submitted after this; the peer answers when it has everything that was."""
+        with self._lock:
+            says = not self._farewell_said and bool(self.up or self._open_parcels)
+            self._farewell_said |= says
+        if says:
+            self.submit(Parcel(_FAREWELL, ()))
+
+    def close(self, linger: Deadline) -> None:
+        """End both threads. What was submitted arrives before, if it can by the deadline."""
+        self.say_farewell()
+        while self._farewell_said and not (self._parted or self.error is not None or linger.expired()):
+            time.sleep(_LOOK_SECONDS)
         self._closing = True
         self._fail("closed")
         group = self._group
@@ -162,7 +169,7 @@ class Link:
                 envelope = self._receive_envelope(head)
                 if envelope is None:
                     self._parted = True
-                    self._say_farewell()
+                    self.say_farewell()
                     continue
                 expected = _SIGNAL if envelope.bucket is None else self._expected(envelope, self._closed)
                 if expected is None:
@@ -173,12 +180,6 @@ class Link:
         except (RuntimeError, WeftError) as error:
             self._fail(str(error).partition("\n")[0])
             self._parcels.put(None)
-
-    def _say_farewell(self) -> None:
-        with self._lock:
-            said, self._farewell_said = self._farewell_said, True
-        if not said:
-            self.submit(Parcel(_FAREWELL, ()))
 
     def _receive_envelope(self, head: torch.Tensor) -> Envelope | None:
         """None is a farewell."""

@@ -19,7 +19,8 @@ from weft.endpoint import Envelope, Inbox, RegionBook, check_program, encode
 from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
 from weft.hosts import check_reachable, choose_host
 from weft.member import Member, Region, Tag
-from weft_gloo.link import Expected, Link, Parcel
+from weft.records import decoder_of
+from weft_gloo.link import LINGER_SECONDS, Expected, Link, Parcel
 from weft_gloo.messages import Message, dropped, messages_of
 from weft_gloo.options import GlooOptions
 from weft_gloo.rendezvous import listen, meet, serve
@@ -154,7 +155,7 @@ class GlooTransport:
         """
         member, own = self._require_open()
         try:
-            new = msgspec.msgpack.decode(address, type=Address)
+            new = decoder_of(Address).decode(address)
         except msgspec.MsgspecError as error:
             raise RecordError(f"the address of {peer.name} is none of transport 'gloo': {error}") from error
         check_reachable("gloo", member.host, own.host, peer.host, new.host)
@@ -193,10 +194,13 @@ class GlooTransport:
 
     def disconnect(self, peer: str) -> None:
         """Forget a peer."""
+        self._disconnect(peer, Deadline.after(LINGER_SECONDS))
+
+    def _disconnect(self, peer: str, linger: Deadline) -> None:
         known = self._links.pop(peer, None)
         if known is not None:
             self._inbox.expel(peer)
-            known[1].close()
+            known[1].close(linger)
 
     def prepare(self, program: TransferProgram, deadline: Deadline) -> GlooPrepared:
         """Divide buckets into messages, and wait until every connection is up: one that is not cannot be seen to break.
@@ -269,8 +273,11 @@ class GlooTransport:
     def close(self) -> None:
         """End links, then the store."""
         atexit.unregister(self.close)
+        linger = Deadline.after(LINGER_SECONDS)
+        for _, link in self._links.values():
+            link.say_farewell()
         for peer in list(self._links):
-            self.disconnect(peer)
+            self._disconnect(peer, linger)
         self._waiting.clear()
         self._store = None
         self._device = None

@@ -11,6 +11,7 @@ import msgspec
 from weft.contracts import Store
 from weft.deadline import Deadline
 from weft.errors import ConfigError, DeadlineError, RecordError
+from weft.records import decoder_of
 
 _LOOK_SECONDS = 0.02
 
@@ -74,6 +75,6 @@ def _read(store: Store, key: str, kind: type[Record], deadline: Deadline, whom: 
             raise DeadlineError("making the NVSHMEM world", deadline.seconds, [whom])
         time.sleep(_LOOK_SECONDS)
     try:
-        return msgspec.msgpack.decode(found, type=kind)
+        return decoder_of(kind).decode(found)
     except msgspec.MsgspecError as error:
         raise RecordError(f"{key} in the store is no record of an NVSHMEM world: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from weft.contracts import Bucket, Message, Work
+from weft.contracts import Bucket, Work
 from weft.deadline import Deadline
 from weft.errors import DeadlineError, WeftError
 from weft.member import RemoteRegion, Tag
@@ -134,7 +134,7 @@ class _End:
         self._prepared = self._transport.prepare(
             endpoints.program(sends, receives, self._region, self._peer, theirs), self._deadline
         )
-        self._version = 0
+        self._version = self._arrived = 0
         self._pattern = torch.randint(
             0, 255, (self._region.nbytes,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
         )
@@ -196,18 +196,14 @@ class _End:
         return left
 
     def _receive(self, count: int, pause: float) -> None:
-        for _ in self._messages(pause):
-            count -= 1
-            if not count:
-                return
-
-    def _messages(self, pause: float) -> Iterator[Message]:
-        while True:
-            arrived = self._transport.poll()
-            yield from arrived
+        """Of what has arrived, the rest is kept: the peer may be one step ahead."""
+        while self._arrived < count:
+            arrived = len(self._transport.poll())
+            self._arrived += arrived
             if not arrived:
                 time.sleep(pause)
                 self._in_time()
+        self._arrived -= count
 
     def _signal(self) -> None:
         self._transport.signal(self._peer, self._tag(), b"")
