@@ -160,7 +160,7 @@ def test_options_of_a_transport_that_another_origin_overrides_are_refused(tmp_pa
 
 def test_a_policy_that_contradicts_itself_is_a_fault_beside_others() -> None:
     found = refusal({"policy": {"casts": [["float32", "bf16"]], "relay": "rack"}})
-    assert found[0] == "Python: relay of policy 'rack' is none of never, host, domain"
+    assert found[0] == "Python: relay of policy 'rack' is none of never, host, domain, auto"
     assert found[1].startswith("policy: cast float32 to bf16")
 
 
