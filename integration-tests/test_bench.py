@@ -11,10 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from weft.builder import LayoutBuilder
+from weft.policy import Policy
 from weft.testing.members import MemoryTarget
 from weft_cli.app import application
 from weft_cli.bench import pattern
+from weft_cli.bench.cases import case_of, named_case
 from weft_cli.bench.registration import Sizes, run_registration
+from weft_cli.bench.run import seats
 from weft_cli.bench.transport import Shape, run_transport
 
 TINY = {
@@ -100,3 +103,10 @@ def test_registering_tensor_by_tensor_is_compared_with_one_allocation(transport:
         ("one allocation", 1), ("tensor by tensor", 20), ("prepare segments", 10), ("prepare segments", 100)
     ]  # fmt: skip
     assert all(row["seconds_median"] > 0 for row in rows)
+
+
+def test_collocated_ranks_are_one_process() -> None:
+    apart = case_of("mine", {}, "megatron:tp1", "vllm:tp1", "gloo", Policy(), 3)
+    together = named_case("four-ranks-gloo", False, 3, reuse=True)
+    assert [seat.name for seat in seats(apart)] == ["source/0", "target/0"]
+    assert [(seat.source, seat.target) for seat in seats(together)] == [(n, n) for n in range(4)]

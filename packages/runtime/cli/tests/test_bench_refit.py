@@ -13,7 +13,6 @@ from weft.policy import Policy
 from weft_cli.bench import plot
 from weft_cli.bench.cases import NAMED, case_of, named_case
 from weft_cli.bench.rows import above_limit, check_limit, row
-from weft_cli.bench.run import seats
 from weft_cli.bench.settings import Case, MemberResult
 
 
@@ -77,12 +76,6 @@ def test_every_named_case_has_its_name_and_digests_as_asked(name: str) -> None:
 def test_an_unknown_case_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match=r"no case 'dense'; there are nixl-dense, "):
         named_case("dense", True, 3, reuse=True)
-
-
-def test_collocated_ranks_are_one_process() -> None:
-    apart, together = case(), named_case("four-ranks-gloo", False, 3, reuse=True)
-    assert [seat.name for seat in seats(apart)] == ["source/0", "target/0"]
-    assert [(seat.source, seat.target) for seat in seats(together)] == [(n, n) for n in range(4)]
 
 
 def test_the_bars_of_a_figure_add_up_to_whole_cycles() -> None:

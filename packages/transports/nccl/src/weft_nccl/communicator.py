@@ -221,8 +221,8 @@ class NcclNetwork:
         with lane.within():
             staging = [torch.empty(self._staging_bytes, dtype=torch.uint8, device=self._device) for _ in range(DEPTH)]
         channel = NcclChannel(self._loaded(), invitation, peer, sends, lane, staging, self._blocks)
-        ended = [each for each in self._channels if each.abort is not None and not each.abort.is_alive()]
-        self._channels = [*(each for each in self._channels if each not in ended), channel]
+        gone = [each for each in self._channels if each.abort is not None and not each.abort.is_alive()]
+        self._channels = [*(each for each in self._channels if each not in gone), channel]
         return channel
 
     def close(self) -> None:
