@@ -18,7 +18,8 @@ SERVE = "import sys, weft; s = weft.serve_store(sys.argv[1]); print(s.url, flush
 
 
 pytestmark = pytest.mark.xfail(
-    strict=False, reason="once in some ten runs a member in a namespace did not reach the store within 60 s: cause unknown"
+    strict=False,
+    reason="once in some ten runs a member in a namespace did not reach the store within 60 s: cause unknown",
 )
 
 
