@@ -105,6 +105,8 @@ def _texts(tree: ast.Module, classes: set[str]) -> Iterator[tuple[ast.expr, str,
                 yield from ((argument, "DeadlineError", _FORMS["DeadlineError"]) for argument in given)
             case ast.Call(func=ast.Attribute(attr="withdraw" | "give_up" | "refuse"), args=given):
                 yield from ((argument, "RefitAbortedError", "{}") for argument in given)
+            case ast.Call(func=ast.Name(id="decoded"), args=[_, _, fault]):
+                yield fault, "RecordError", f"{{}}: {VARIES}"
             case ast.Call(func=function, args=given) if _name(function) in classes:
                 name = _name(function)
                 chosen = given[_ARGUMENT[name]] if name in _ARGUMENT else given

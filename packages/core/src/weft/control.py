@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from weft.errors import PeerLostError, RecordError
-from weft.records import decoder_of
+from weft.records import decoded
 
 FRAME_LIMIT_BYTES = 1 << 20
 """Longest message."""
@@ -330,8 +330,8 @@ class Control:
 def _hello(body: bytes) -> Hello | None:
     """The message, or None when it is no hello."""
     try:
-        return decoder_of(Hello).decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return decoded(Hello, body, "")
+    except RecordError:
         return None
 
 

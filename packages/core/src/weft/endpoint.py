@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 
 from weft.contracts import SEGMENT, Bucket, Capabilities, Message, TransferProgram, Transport
-from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
+from weft.errors import ConfigError, PeerLostError, TransportError
 from weft.member import Region, Tag
 from weft.options import parse, tag_of
 from weft.plugins import transports_with
-from weft.records import decoder_of
+from weft.records import decoded
 
 NOTE_LIMIT_BYTES = 4096
 """Longest note of a bucket."""
@@ -72,10 +72,7 @@ def encode(tag: Tag, bucket: int | None, note: bytes, program: bytes = b"") -> b
 
 def decode(wire: bytes, peer: str) -> Envelope:
     """Inverse of `encode`. Raises `RecordError` that names the peer."""
-    try:
-        return decoder_of(Envelope).decode(wire)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RecordError(f"{peer} sent {len(wire)} bytes that are not a message of weft: {error}") from error
+    return decoded(Envelope, wire, f"{peer} sent {len(wire)} bytes that are not a message of weft")
 
 
 def parse_options(kind: type[Options], options: Mapping[str, Any], transport: str) -> Options:

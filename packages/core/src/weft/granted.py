@@ -26,7 +26,7 @@ from weft.hosts import check_reachable
 from weft.member import Member, Region, Tag
 from weft.networks import Network
 from weft.passages import Post
-from weft.records import decoder_of
+from weft.records import decoded
 
 _RELEASED_KEPT = 4
 
@@ -153,10 +153,7 @@ class GrantedTransport:
         and for other sizes of batches.
         """
         member, own, exchange = self._require_open()
-        try:
-            new = decoder_of(Address).decode(address)
-        except msgspec.MsgspecError as error:
-            raise RecordError(f"the address of {peer.name} is none of transport '{self._name}': {error}") from error
+        new = decoded(Address, address, f"the address of {peer.name} is none of transport '{self._name}'")
         if new.network != own.network:
             raise RecordError(
                 f"the address of {peer.name} is none of transport '{self._name}': it is of {new.network}, this one of "

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from weft.box import Box, refines
 from weft.errors import RecordError
-from weft.records import decoder_of
+from weft.records import decoded
 
 Int64s = npt.NDArray[np.int64]
 FORMAT_VERSION = 1
@@ -272,10 +272,7 @@ class Layout:
     @classmethod
     def decode(cls, data: bytes) -> Layout:
         """Inverse of `encoded`. Raises `RecordError` when the bytes are not a layout of this format version."""
-        try:
-            record = decoder_of(_LayoutRecord).decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise RecordError(f"not a layout record: {error}") from error
+        record = decoded(_LayoutRecord, data, "not a layout record")
         if record.format != FORMAT_VERSION:
             raise RecordError(f"layout record has format {record.format}, this weft reads {FORMAT_VERSION}")
         layout = cls(

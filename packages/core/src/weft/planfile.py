@@ -23,7 +23,7 @@ from weft.errors import PlanError, RecordError
 from weft.member import Member
 from weft.plan import PLANNER_VERSION, Plan, PlannedTensor
 from weft.policy import Policy
-from weft.records import decoder_of
+from weft.records import decoded
 from weft.table import Int64s
 
 MAGIC = b"WEFTPLAN"
@@ -99,10 +99,7 @@ def load_plan(path: Path, *, fingerprint: str | None = None) -> Plan:
     raw = data[_PREFIX.size : _PREFIX.size + length].tobytes()
     if zlib.crc32(raw) != checksum:
         raise RecordError(f"{path}: the checksum of its header differs: truncated or damaged")
-    try:
-        header = decoder_of(_Header).decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RecordError(f"{path}: the header is damaged: {error}") from error
+    header = decoded(_Header, raw, f"{path}: the header is damaged")
     body = data[start : start + header.body_bytes]
     if len(data) != start + header.body_bytes:
         raise RecordError(f"{path} has {len(data)} bytes, expected {start + header.body_bytes}: truncated or damaged")

@@ -8,9 +8,10 @@ and have defaults.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -71,19 +72,30 @@ def open_record(kind: str, type: type[T], data: bytes, *, secret: bytes | None =
     return _decode(f"{kind} record", type, envelope.payload)
 
 
-def decoder_of(type: type[T]) -> msgspec.msgpack.Decoder[T]:
-    """A decoder, made in one thread at a time: msgspec 0.22 crashes when two of them use a type for the first time."""
-    with _making:
-        return msgspec.msgpack.Decoder(type)
-
-
-def _decode(what: str, type: type[T], data: bytes) -> T:
+def decoded(type: type[T], data: bytes, fault: str) -> T:
+    """msgpack as an object of this type. Whatever is wrong with the bytes, it is a `RecordError`: `fault`, and why."""
     try:
         return decoder_of(type).decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RecordError(
-            f"{what}: expected the schema {type.__name__}, found {len(data)} bytes that are not it: {error}"
-        ) from error
+        raise RecordError(f"{fault}: {error}") from error
+
+
+def decoder_of(type: type[T]) -> msgspec.msgpack.Decoder[T]:
+    """The decoder of a type, made in one thread at a time: msgspec 0.22 crashes when two of them use a type for the
+    first time.
+    """
+    key: Any = type
+    with _making:
+        return _decoder(key)
+
+
+@functools.cache
+def _decoder(type: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(type)
+
+
+def _decode(what: str, type: type[T], data: bytes) -> T:
+    return decoded(type, data, f"{what}: expected the schema {type.__name__}, found {len(data)} bytes that are not it")
 
 
 def _check_size(kind: str, data: bytes) -> None:

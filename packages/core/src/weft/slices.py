@@ -23,7 +23,7 @@ from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.member import Member
 from weft.plan import Plan, PlannedTensor
 from weft.policy import Policy
-from weft.records import decoder_of
+from weft.records import decoded
 from weft.rows import Rows, in_splits, pieces_of
 from weft.table import Int64s, intersect, pairs_by_key, unique_rows, volume
 
@@ -124,12 +124,12 @@ class Slice:
         """Inverse of `encoded`. Raises `RecordError` when the bytes are no slice."""
         try:
             raw = zlib.decompressobj()
-            record = decoder_of(_SliceRecord).decode(raw.decompress(data, _MOST_BYTES))
+            record = decoded(_SliceRecord, raw.decompress(data, _MOST_BYTES), "not a slice of a plan")
             splits = _unpack(record.splits).reshape(len(record.tensors), record.width)
             parts = {f.name: _unpack(record.parts[f.name]) for f in fields(Parts)}
             parts |= {name: parts[name].reshape(len(parts["tensor"]), record.width) for name in _WIDE}
             routes = {f.name: _unpack(record.routes[f.name]) for f in fields(Routes)}
-        except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, ValueError) as error:
+        except (zlib.error, KeyError, ValueError) as error:
             raise RecordError(f"not a slice of a plan: {error}") from error
         found = cls(
             record.fingerprint, record.name, tuple(record.members), tuple(record.tensors), tuple(record.aliases),

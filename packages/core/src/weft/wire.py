@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 
 from weft.contracts import Message, Transport
-from weft.errors import PeerLostError, RecordError
+from weft.errors import PeerLostError
 from weft.member import Member, Tag
-from weft.records import decoder_of
+from weft.records import decoded
 
 _TEXT_CHARACTERS = 15_000
 """Longer reasons are cut, so that a notice fits a signal."""
@@ -81,10 +81,7 @@ class Wire:
         elif message.bucket is not None:
             self._arrivals[tag.version].append(message)
         else:
-            try:
-                notice = decoder_of(Notice).decode(message.note)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise RecordError(f"signal of {message.peer} is not a notice: {error}") from error
+            notice = decoded(Notice, message.note, f"signal of {message.peer} is not a notice")
             self._notices[tag.version].append((message.peer, notice))
 
     def arrivals(self, version: int) -> list[Message]:

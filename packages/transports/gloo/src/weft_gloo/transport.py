@@ -16,10 +16,10 @@ from weft.contracts import Bucket, Capabilities, Event, Prepared, Stream, Transf
 from weft.contracts import Message as Arrival
 from weft.deadline import Deadline
 from weft.endpoint import Envelope, Inbox, RegionBook, check_program, encode
-from weft.errors import ConfigError, PeerLostError, RecordError, TransportError
+from weft.errors import ConfigError, PeerLostError, TransportError
 from weft.hosts import check_reachable, choose_host
 from weft.member import Member, Region, Tag
-from weft.records import decoder_of
+from weft.records import decoded
 from weft_gloo.link import LINGER_SECONDS, Expected, Link, Parcel
 from weft_gloo.messages import Message, dropped, messages_of
 from weft_gloo.options import GlooOptions
@@ -154,10 +154,7 @@ class GlooTransport:
         and for different packing; a peer that does not come before the deadline is lost.
         """
         member, own = self._require_open()
-        try:
-            new = decoder_of(Address).decode(address)
-        except msgspec.MsgspecError as error:
-            raise RecordError(f"the address of {peer.name} is none of transport 'gloo': {error}") from error
+        new = decoded(Address, address, f"the address of {peer.name} is none of transport 'gloo'")
         check_reachable("gloo", member.host, own.host, peer.host, new.host)
         if new.packing != own.packing:
             raise ConfigError(

@@ -20,7 +20,7 @@ from weft.deadline import Deadline
 from weft.endpoint import Inbox, RegionBook, check_program, decode, encode
 from weft.errors import ConfigError, DeadlineError, PeerLostError, RecordError, TransportError
 from weft.member import Member, Region, Tag
-from weft.records import decoder_of
+from weft.records import decoded
 from weft_nixl.environment import ucx_variables
 from weft_nixl.library import FOREIGN, make_agent, translated
 from weft_nixl.nics import choose_nics
@@ -169,10 +169,7 @@ class NixlTransport:
     def connect(self, peer: Member, address: bytes, deadline: Deadline) -> None:
         """Load a peer's metadata and start connecting. A changed address drops what was prepared for the old one."""
         self._require_open()
-        try:
-            new = decoder_of(Address).decode(address)
-        except msgspec.MsgspecError as error:
-            raise RecordError(f"the address of {peer.name} is none of transport 'nixl': {error}") from error
+        new = decoded(Address, address, f"the address of {peer.name} is none of transport 'nixl'")
         known = self._peers.get(peer.name)
         if known is not None and not known.lost and known.address == new:
             return

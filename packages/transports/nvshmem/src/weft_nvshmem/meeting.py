@@ -10,8 +10,8 @@ import msgspec
 
 from weft.contracts import Store
 from weft.deadline import Deadline
-from weft.errors import ConfigError, DeadlineError, RecordError
-from weft.records import decoder_of
+from weft.errors import ConfigError, DeadlineError
+from weft.records import decoded
 
 _LOOK_SECONDS = 0.02
 
@@ -74,7 +74,4 @@ def _read(store: Store, key: str, kind: type[Record], deadline: Deadline, whom: 
         if deadline.expired():
             raise DeadlineError("making the NVSHMEM world", deadline.seconds, [whom])
         time.sleep(_LOOK_SECONDS)
-    try:
-        return decoder_of(kind).decode(found)
-    except msgspec.MsgspecError as error:
-        raise RecordError(f"{key} in the store is no record of an NVSHMEM world: {error}") from error
+    return decoded(kind, found, f"{key} in the store is no record of an NVSHMEM world")
