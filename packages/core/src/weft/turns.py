@@ -11,7 +11,7 @@ Pure: nothing here sends or waits. `weft.granted` carries what these classes say
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -69,11 +69,7 @@ class Outgoing(Generic[Item]):
 
     def granted(self, peer: str, number: int) -> Turn[Item] | None:
         """The turn that now goes; None when it was withdrawn meanwhile, which the receiver learns anyway."""
-        turn = self.turns.get(peer)
-        if turn is None or turn.number != number or turn.under_way:
-            return None
-        turn.under_way = True
-        return turn
+        return _begun(self.turns, peer, number)
 
     def cancel(self, peer: str, item: Item) -> Turn[Item] | None:
         """Take an item back unless its turn is under way. A turn to be withdrawn; what else it held waits again."""
@@ -142,11 +138,7 @@ class Incoming(Generic[Item]):
 
     def goes(self, peer: str, number: int) -> Turn[Item] | None:
         """The granted turn that the sender now begins; None for one that was never granted."""
-        turn = self.turns.get(peer)
-        if turn is None or turn.number != number or turn.under_way:
-            return None
-        turn.under_way = True
-        return turn
+        return _begun(self.turns, peer, number)
 
     def withdrawn(self, peer: str, number: int) -> None:
         """The sender does not want it any more."""
@@ -162,3 +154,12 @@ class Incoming(Generic[Item]):
         """Forget a peer."""
         self._asked.pop(peer, None)
         self.turns.pop(peer, None)
+
+
+def _begun(turns: Mapping[str, Turn[Item]], peer: str, number: int) -> Turn[Item] | None:
+    """The peer's turn of this number, under way from now on; None when there is none that may begin."""
+    turn = turns.get(peer)
+    if turn is None or turn.number != number or turn.under_way:
+        return None
+    turn.under_way = True
+    return turn

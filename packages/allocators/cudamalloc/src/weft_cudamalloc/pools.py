@@ -38,9 +38,8 @@ class Pool:
         if self.reason:
             _LOG.warning("a cudaMalloc pool does nothing: %s", self.reason)
             return
-        self.device = torch.empty(
-            0, device=asked
-        ).device  # with the index of the current device where none was asked for
+        # With the index of the current device where none was asked for.
+        self.device = torch.empty(0, device=asked).device
         allocator = _allocator()
         with torch.cuda.device(self.device):  # a MemPool belongs to the device that is current when it is made
             self._pool = torch.cuda.MemPool(allocator.allocator())

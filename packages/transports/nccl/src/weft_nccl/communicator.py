@@ -142,6 +142,10 @@ class NcclChannel:
             self.abort = threading.Thread(target=self._abort, name=f"weft nccl {self._peer}", daemon=True)
             self.abort.start()
 
+    def ended(self) -> bool:
+        """Whether it was closed and NCCL has let go of it."""
+        return self.abort is not None and not self.abort.is_alive()
+
     def _settled(self) -> bool:
         if self.abort is not None:
             raise TransportError(f"channel with {self._peer}: closed")
@@ -221,8 +225,7 @@ class NcclNetwork:
         with lane.within():
             staging = [torch.empty(self._staging_bytes, dtype=torch.uint8, device=self._device) for _ in range(DEPTH)]
         channel = NcclChannel(self._loaded(), invitation, peer, sends, lane, staging, self._blocks)
-        gone = [each for each in self._channels if each.abort is not None and not each.abort.is_alive()]
-        self._channels = [*(each for each in self._channels if each not in gone), channel]
+        self._channels = [*(each for each in self._channels if not each.ended()), channel]
         return channel
 
     def close(self) -> None:

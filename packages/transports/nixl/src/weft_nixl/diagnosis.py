@@ -6,7 +6,6 @@ import ctypes
 import os
 import re
 from collections.abc import Iterator, Mapping
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from weft.diagnosis import Finding
 from weft.errors import WeftError
 from weft.member import Member, Region
 from weft_nixl import factory
-from weft_nixl.nics import nearest_nics
+from weft_nixl.nics import nearest_nics, nearness
 from weft_nixl.topology import Topology, read_topology
 
 _SECONDS = 30.0
@@ -53,9 +52,8 @@ def nearest_devices(topology: Topology) -> Iterator[Finding]:
     """Which RDMA port each GPU of a host uses, and how near it is; nothing where there are none, or none is up."""
     ports = {nic.name: nic.place for nic in topology.nics if nic.rdma and nic.up}
     for gpu, names in nearest_nics(topology).items() if ports else ():
-        here, there = topology.gpus[gpu], ports[names[0]]
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(here.path, there.path, strict=False)))
-        if shared or here.numa == there.numa >= 0:
+        shared, one_node = nearness(topology.gpus[gpu], ports[names[0]])
+        if shared or one_node:
             near = "the same PCI bridge" if shared > 1 else "the same root complex" if shared else "its NUMA node"
             yield Finding(f"GPU {gpu}", "ok", f"uses {names[0]} of {near}")
         else:

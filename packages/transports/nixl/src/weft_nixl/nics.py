@@ -85,7 +85,7 @@ def nearest_nics(topology: Topology, rails: int = 1) -> dict[str, tuple[str, ...
         raise ConfigError(f"transport 'nixl': rails={rails}, but the RDMA ports of this host that are up are {names}")
 
     def choices(gpu: str) -> int:
-        near = [_nearness(topology.gpus[gpu], nic.place) for nic in usable]
+        near = [nearness(topology.gpus[gpu], nic.place) for nic in usable]
         return near.count(max(near))
 
     # Who has the fewest equally near ports chooses first. These sets are nested or disjoint, as they come from a tree,
@@ -96,13 +96,14 @@ def nearest_nics(topology: Topology, rails: int = 1) -> dict[str, tuple[str, ...
     for _ in range(rails):
         for gpu in order:
             free = [nic for nic in usable if nic not in chosen[gpu]]
-            best = max(free, key=lambda nic: (*_nearness(topology.gpus[gpu], nic.place), -users[nic.name]))
+            best = max(free, key=lambda nic: (*nearness(topology.gpus[gpu], nic.place), -users[nic.name]))
             chosen[gpu].append(best)
             users[best.name] += 1
     return {gpu: tuple(nic.name for nic in nics) for gpu, nics in chosen.items()}
 
 
-def _nearness(gpu: Place, nic: Place) -> tuple[int, bool]:
+def nearness(gpu: Place, nic: Place) -> tuple[int, bool]:
+    """How many bridges of PCI two devices share, from the root complex, and whether they are on one NUMA node."""
     shared = 0
     for mine, its in zip(gpu.path, nic.path, strict=False):
         if mine != its:

@@ -15,6 +15,10 @@ from weft.errors import DeadlineError
 
 CHUNK_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 """Every transfer is made in chunks of each of these; the fastest is the limit."""
+SHORT_BYTES = 4 << 20
+"""Transfers up to this size are polled for without a pause."""
+PAUSE_SECONDS = 100e-6
+"""Between polls of longer ones: whoever spins takes the processor from those who copy."""
 MODULES: Mapping[str, str] = {"nixl": "weft_cli.bench.bare_nixl", "gloo": "weft_cli.bench.bare_gloo"}
 """Where a transport's bare form is; others have none."""
 

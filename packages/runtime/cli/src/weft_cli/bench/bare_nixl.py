@@ -12,15 +12,12 @@ import torch
 from weft.contracts import Store
 from weft.deadline import Deadline
 from weft.errors import DeadlineError
-from weft_cli.bench.bare import wait_for
+from weft_cli.bench.bare import PAUSE_SECONDS, SHORT_BYTES, wait_for
 
 _BATCH_BYTES = 16 << 20
 """Bytes per NIXL handle: one handle over everything is slower."""
 _DEPTH = 2
-_PAUSE_SECONDS = 100e-6
-"""Between polls of long transfers: whoever spins takes the processor from those who copy."""
 _HELLO = b"hello"
-_SHORT_BYTES = 4 << 20
 
 
 class NixlPair:
@@ -37,7 +34,7 @@ class NixlPair:
         """See `Pair.move`. Handles are made in the first of equal moves."""
         self._turn += 1
         notice = str(self._turn).encode()
-        pause = _PAUSE_SECONDS if nbytes > _SHORT_BYTES else 0
+        pause = PAUSE_SECONDS if nbytes > SHORT_BYTES else 0
         if self._addresses is None:
             self._await(notice, pause, deadline)
             self._agent.send_notif(self._peer, notice)
@@ -113,7 +110,7 @@ def _greet(agent: Any, peer: Any, store: Store, mine: str, other: str, deadline:
         if any(_HELLO in notices for notices in agent.get_new_notifs().values()):
             met = True
             store.set(mine, b"")
-        time.sleep(_PAUSE_SECONDS)
+        time.sleep(PAUSE_SECONDS)
         _in_time("a bare NIXL connection", deadline)
 
 

@@ -15,6 +15,7 @@ from weft_cli.bench import plot
 from weft_cli.bench.rows import above_limit, check_limit
 from weft_cli.bench.run import run_case
 from weft_cli.bench.settings import Case
+from weft_cli.plan_command import console
 
 _PHASES = ("allocate", "register", "join", "gather", "digest", "wire", "land", "commit", "total")
 
@@ -23,18 +24,16 @@ def refit(cases: Sequence[Case], *, as_json: bool, figure: Path | None) -> None:
     """Run every case and print a row for each. Raises `WeftError` when a rate is above the limit of its run."""
     if figure is not None:
         plot.check(figure)
-    console = Console(stderr=True)
+    progress = Console(stderr=True)
     measured: list[Mapping[str, Any]] = []
     for case in cases:
-        with console.status(f"{case.name} over {case.transport}, digests {'on' if case.policy.digests else 'off'}"):
+        with progress.status(f"{case.name} over {case.transport}, digests {'on' if case.policy.digests else 'off'}"):
             measured.append(run_case(case))
     rows = [row for row in measured if not above_limit(row)]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        output = Console()
-        if not output.is_terminal:  # into a file or a pipe: nothing is cut off
-            output = Console(width=140)
+        output = console()
         output.print(_table(rows))
         for row in rows:
             output.print(_cycles(row))

@@ -25,10 +25,8 @@ from weft_cli.bench import bare, endpoints
 from weft_cli.bench.processes import run_processes
 
 _SECONDS = 300.0
-_SHORT_BYTES = 4 << 20
-"""Transfers up to this size are repeated more often, and polled for without a pause."""
 _REPEATS, _SHORT_REPEATS = 5, 41
-_PAUSE_SECONDS = 100e-6
+"""Of long and of short transfers (`bare.SHORT_BYTES`)."""
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -151,7 +149,7 @@ class _End:
             self._region.memory.copy_(self._pattern)
         seconds: list[float] = []
         bare_seconds: dict[int, list[float]] = {}
-        for _ in range(1 + (_SHORT_REPEATS if shape.total <= _SHORT_BYTES else _REPEATS)):
+        for _ in range(1 + (_SHORT_REPEATS if shape.total <= bare.SHORT_BYTES else _REPEATS)):
             seconds.append(self._timed_move(shape))
             for chunk in _chunks(shape.total) if self._pair else ():
                 begin = time.perf_counter()
@@ -167,7 +165,7 @@ class _End:
     def _timed_move(self, shape: Shape) -> float:
         """Until the receiver has said that everything is there; it says before that it is ready."""
         self._version += 1
-        pause = 0.0 if shape.total <= _SHORT_BYTES else _PAUSE_SECONDS
+        pause = 0.0 if shape.total <= bare.SHORT_BYTES else bare.PAUSE_SECONDS
         if not self._sends:
             self._signal()
             self._receive(len(self._moves[shape]), pause)

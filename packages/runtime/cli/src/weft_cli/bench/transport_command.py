@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from weft_cli.bench.registration import Sizes, run_registration
 from weft_cli.bench.rows import above_limit, check_limit
 from weft_cli.bench.transport import run_transport
+from weft_cli.plan_command import console
 
 
 def transport(names: Sequence[str], *, as_json: bool) -> None:
@@ -64,7 +64,4 @@ def _show(
         table.add_column(column, justify="right")
     for line in lines:
         table.add_row(*line)
-    output = Console()
-    if not output.is_terminal:  # into a file or a pipe: nothing is cut off
-        output = Console(width=120)
-    output.print(table)
+    console().print(table)
