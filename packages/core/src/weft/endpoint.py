@@ -10,7 +10,7 @@ import bisect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,8 +29,10 @@ SIGNAL_LIMIT_BYTES = 65536
 EARLY_LIMIT = 4096
 """Most messages kept for a sender that this side has not connected to yet."""
 _FAULTS_SHOWN = 20
+_RELEASED_KEPT = 4
 
 Options = TypeVar("Options", bound=msgspec.Struct)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,43 @@ def _bucket_faults(bucket: Bucket, local: list[int], remote: list[int], capabili
             extent = f"of {size[row]} bytes" if known[row] else f"(there are {len(sizes)})"
             asked = f"bytes {start[row]}:{start[row] + nbytes[row]}"
             yield f"segment {row}: {side} {asked} outside region {index[row]} {extent}"
+
+
+class Programs(Generic[Made]):
+    """What an endpoint has made of the programs that it was given, by their keys, and of the last few released ones:
+    what still comes for those is not waited for.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[bytes, Made] = {}
+        self._released: dict[bytes, Made | None] = {}
+
+    def add(self, key: bytes, made: Made) -> None:
+        """A program is prepared, perhaps again."""
+        self._released.pop(key, None)
+        self._made[key] = made
+
+    def release(self, key: bytes, made: Made, *, keep: bool) -> bool:
+        """It is not used any more. Whether it was. Views of memory that should be let go must not be kept."""
+        if self._made.get(key) is not made:
+            return False
+        del self._made[key]
+        self._released[key] = made if keep else None
+        if len(self._released) > _RELEASED_KEPT:
+            del self._released[next(iter(self._released))]
+        return True
+
+    def made(self, key: bytes) -> Made | None:
+        """Of a program that is prepared."""
+        return self._made.get(key)
+
+    def kept(self, key: bytes) -> Made | None:
+        """Of a program that was released lately, and not prepared again."""
+        return self._released.get(key)
+
+    def released(self, key: bytes) -> bool:
+        """Whether a program was released lately, and not prepared again."""
+        return key in self._released
 
 
 class Inbox:

@@ -19,7 +19,7 @@ from weft.batches import Batch, Limits, batches_of
 from weft.contracts import Bucket, Capabilities, Event, Message, Prepared, Stream, TransferProgram, Work
 from weft.control import Control
 from weft.deadline import Deadline
-from weft.endpoint import Envelope, RegionBook, check_program, encode
+from weft.endpoint import Envelope, Programs, RegionBook, check_program, encode
 from weft.errors import ConfigError, RecordError, TransportError
 from weft.exchange import Exchange
 from weft.hosts import check_reachable
@@ -27,8 +27,6 @@ from weft.member import Member, Region, Tag
 from weft.networks import Network
 from weft.passages import Post
 from weft.records import decoded
-
-_RELEASED_KEPT = 4
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
@@ -101,8 +99,7 @@ class GrantedTransport:
         self._device = torch.device("cpu")
         self._regions = RegionBook(name, capabilities)
         self._addresses: dict[str, Address] = {}
-        self._programs: dict[bytes, GrantedPrepared] = {}
-        self._released: dict[bytes, None] = {}
+        self._programs: Programs[GrantedPrepared] = Programs()
         self._exchange: Exchange | None = None
 
     def open(self, member: Member) -> None:
@@ -199,8 +196,7 @@ class GrantedTransport:
         for peer in to:
             exchange.invite(peer)
         deadline.wait(lambda: not exchange.unmade(to), "making channels", lambda: exchange.unmade(to))
-        self._released.pop(program.key, None)
-        self._programs[program.key] = prepared
+        self._programs.add(program.key, prepared)
         exchange.wake()
         return prepared
 
@@ -239,14 +235,8 @@ class GrantedTransport:
         if isinstance(prepared, GrantedPrepared):
             for work in prepared.active.values():
                 work.cancel()
-            key = prepared.program.key
-            if self._programs.get(key) is prepared:
-                self._released[key] = None
-                del self._programs[key]
-                if len(self._released) > _RELEASED_KEPT:
-                    del self._released[next(iter(self._released))]
-                if self._exchange is not None:
-                    self._exchange.wake()
+            if self._programs.release(prepared.program.key, prepared, keep=False) and self._exchange is not None:
+                self._exchange.wake()
 
     def close(self) -> None:
         """End connections and channels, then the network."""
@@ -263,7 +253,7 @@ class GrantedTransport:
 
     def _expected(self, peer: str, envelopes: Sequence[Envelope]) -> Sequence[Sequence[Batch]] | None:
         """Called by the exchange's thread: where a turn's buckets go; None while their program is not prepared."""
-        prepared = self._programs.get(envelopes[0].program)
+        prepared = self._programs.made(envelopes[0].program)
         if prepared is None:
             return None
         found = []
@@ -276,7 +266,7 @@ class GrantedTransport:
 
     def _unwanted(self, envelopes: Sequence[Envelope]) -> bool:
         """Called by the exchange's thread."""
-        return envelopes[0].program in self._released and envelopes[0].program not in self._programs
+        return self._programs.released(envelopes[0].program)
 
     def _require_open(self) -> tuple[Member, Address, Exchange]:
         if self._closed or self._own is None or self._exchange is None:

@@ -15,7 +15,7 @@ import msgspec
 from weft.contracts import Bucket, Capabilities, Event, Prepared, Stream, TransferProgram, Work
 from weft.contracts import Message as Arrival
 from weft.deadline import Deadline
-from weft.endpoint import Envelope, Inbox, RegionBook, check_program, encode
+from weft.endpoint import Envelope, Inbox, Programs, RegionBook, check_program, encode
 from weft.errors import ConfigError, PeerLostError, TransportError
 from weft.hosts import check_reachable, choose_host
 from weft.member import Member, Region, Tag
@@ -34,7 +34,6 @@ CAPABILITIES = Capabilities(
 )
 
 _LOOK_SECONDS = 0.002
-_RELEASED_KEPT = 4
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
@@ -112,8 +111,7 @@ class GlooTransport:
         self._links: dict[str, tuple[Address, Link]] = {}
         self._waiting: list[GlooWork] = []
         self._inbox = Inbox()
-        self._programs: dict[bytes, GlooPrepared] = {}
-        self._released: dict[bytes, GlooPrepared] = {}
+        self._programs: Programs[GlooPrepared] = Programs()
         self._programs_changed = threading.Condition()
 
     def open(self, member: Member) -> None:
@@ -216,8 +214,7 @@ class GlooTransport:
             lambda: [link.peer for link in (*links, *others) if not link.up],
         )
         with self._programs_changed:
-            self._programs[program.key] = prepared
-            self._released.pop(program.key, None)
+            self._programs.add(program.key, prepared)
             self._programs_changed.notify_all()
         return prepared
 
@@ -260,11 +257,7 @@ class GlooTransport:
             for work in prepared.active.values():
                 work.cancel()
             with self._programs_changed:
-                if self._programs.get(prepared.program.key) is prepared:
-                    del self._programs[prepared.program.key]
-                    self._released[prepared.program.key] = prepared
-                    if len(self._released) > _RELEASED_KEPT:
-                        del self._released[next(iter(self._released))]
+                if self._programs.release(prepared.program.key, prepared, keep=True):
                     self._programs_changed.notify_all()
 
     def close(self) -> None:
@@ -293,13 +286,11 @@ class GlooTransport:
         """
         key = envelope.program
         with self._programs_changed:
-            while key not in self._programs and key not in self._released:
+            while (prepared := self._programs.made(key) or self._programs.kept(key)) is None:
                 if stopped():
                     return None
                 self._programs_changed.wait(_LOOK_SECONDS)
-            prepared, wanted = self._programs.get(key), True
-            if prepared is None:
-                prepared, wanted = self._released[key], False
+            wanted = self._programs.made(key) is not None
         bucket, messages = prepared.receives.get(envelope.bucket or 0, (None, ()))
         if bucket is None or bucket.peer != peer:
             raise TransportError(f"bucket {envelope.bucket} is not expected from {peer}")
