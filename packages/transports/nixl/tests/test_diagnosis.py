@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from weft.errors import TransportError
+from weft.topology import Nic, Place, Topology
 from weft_nixl import NixlTransport
 from weft_nixl.diagnosis import diagnose, nearest_devices, preset_variables, ucx_version
-from weft_nixl.topology import Nic, Place, Topology
 
 
 def test_memory_registers_and_ucx_has_a_version() -> None:
@@ -38,7 +38,7 @@ def test_preset_variables_are_listed() -> None:
 
 def test_the_port_that_a_gpu_uses_and_how_near_it_is_are_told() -> None:
     def port(name: str, place: Place, up: bool = True) -> Nic:
-        return Nic(name, True, "4: ACTIVE" if up else "1: DOWN", up, 400.0, place)
+        return Nic(name, True, "4: ACTIVE" if up else "1: DOWN", up, "400 Gb/sec", "InfiniBand", place)
 
     gpus = {
         "0000:17:00.0": Place(("pci0000:15", "0000:15:01.0", "0000:16:00.0", "0000:17:00.0"), 0),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from weft.errors import ConfigError
 from weft.member import Member
+from weft.topology import Nic, Place, Topology, read_topology
 from weft_nixl import NixlOptions, nics
 from weft_nixl.environment import imposed, report, ucx_variables
 from weft_nixl.nics import check_nics, choose_nics, nearest_nics
-from weft_nixl.topology import Nic, Place, Topology, read_topology
 
 CPU, GPU = (Member("a", None, None, None, 0, "here", "here", device) for device in ("cpu", "cuda:1"))
 
@@ -149,7 +149,10 @@ def test_no_gpu_has_a_farther_port_than_it_must_and_no_port_more_gpus_than_it_mu
 
     host = Topology(
         {f"gpu{i}": place(way, f"gpu{i}") for i, way in enumerate(gpus)},
-        tuple(Nic(f"nic{i}", True, "4: ACTIVE", True, 400.0, place(way, f"nic{i}")) for i, way in enumerate(ports)),
+        tuple(
+            Nic(f"nic{i}", True, "4: ACTIVE", True, "400 Gb/sec", "InfiniBand", place(way, f"nic{i}"))
+            for i, way in enumerate(ports)
+        ),
     )
     chosen = nearest_nics(host)
     near: dict[str, list[str]] = {}

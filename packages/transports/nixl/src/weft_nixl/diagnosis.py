@@ -14,9 +14,9 @@ from weft.deadline import Deadline
 from weft.diagnosis import Finding
 from weft.errors import WeftError
 from weft.member import Member, Region
+from weft.topology import Topology, read_topology
 from weft_nixl import factory
 from weft_nixl.nics import nearest_nics, nearness
-from weft_nixl.topology import Topology, read_topology
 
 _SECONDS = 30.0
 _BYTES = 1 << 20

@@ -12,8 +12,8 @@ import torch
 
 from weft.errors import ConfigError
 from weft.member import Member
+from weft.topology import SYSFS, Nic, Place, Topology, read_topology
 from weft_nixl.options import NixlOptions
-from weft_nixl.topology import SYSFS, Nic, Place, Topology, read_topology
 
 _LOG = logging.getLogger(__name__)
 _SLOWEST = 0.5

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from weft.diagnosis import Finding
+from weft.topology import Nic, Place, read_topology, text_of
 
-_NVIDIA = "0x10de"
-_GPU_CLASSES = ("0x0300", "0x0302")
-"""Beginnings of a PCI class: VGA and 3D controllers (linux/pci_ids.h)."""
 _FEW_FILES, _ENOUGH_FILES = 1024, 65_536
 _DOCKERS_SHARED_BYTES, _ENOUGH_SHARED_BYTES = 64 << 20, 1 << 30
 _UNLIMITED = "unlimited"
@@ -19,36 +17,19 @@ _UNLIMITED = "unlimited"
 
 def diagnose(root: Path) -> list[Finding]:
     """Everything of the machine itself. `root` is the folder in which `sys`, `proc` and `dev` are."""
-    gpus, ports = gpu_addresses(root), _rdma_ports(root)
+    topology = read_topology(root / "sys")
+    gpus, ports = topology.gpus, [nic for nic in topology.nics if nic.rdma]
     return [
         *_gpu_findings(root, gpus),
         *_port_findings(ports),
-        *_interface_findings(root),
+        *_interface_findings([nic for nic in topology.nics if not nic.rdma and nic.name != "lo"]),
         *_peer_memory_findings(root, bool(gpus) and bool(ports)),
         *_limit_findings(root, bool(ports)),
         *_shared_memory_findings(root),
     ]
 
 
-def gpu_addresses(root: Path) -> list[str]:
-    """PCI addresses of NVIDIA's GPUs, sorted; of those that the kernel sees, with or without a driver."""
-    devices = sorted((root / "sys/bus/pci/devices").glob("*"))
-    return [
-        device.name
-        for device in devices
-        if text_of(device / "vendor") == _NVIDIA and text_of(device / "class").startswith(_GPU_CLASSES)
-    ]
-
-
-def text_of(file: Path) -> str:
-    """Contents of a file of the kernel's; empty where it has none, or gives none now."""
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _gpu_findings(root: Path, gpus: Sequence[str]) -> Iterator[Finding]:
+def _gpu_findings(root: Path, gpus: Mapping[str, Place]) -> Iterator[Finding]:
     if not gpus:
         yield Finding("GPU", "note", "this machine has none: weights move through the processor's memory")
         return
@@ -60,55 +41,33 @@ def _gpu_findings(root: Path, gpus: Sequence[str]) -> Iterator[Finding]:
         )
     else:
         yield Finding("GPU driver", "ok", driver[0])
-    for gpu in gpus:
+    for gpu, place in gpus.items():
         information = text_of(root / "proc/driver/nvidia/gpus" / gpu / "information")
         model = re.search(r"Model:\s*(.+)", information)
-        yield Finding(f"GPU {gpu}", "ok", f"{model[1] if model else 'unknown model'}, {_numa(root, gpu)}")
+        yield Finding(f"GPU {gpu}", "ok", f"{model[1] if model else 'unknown model'}, {_numa(place)}")
 
 
-def _numa(root: Path, address: str) -> str:
-    node = text_of(root / "sys/bus/pci/devices" / address / "numa_node") or "-1"
-    return "on no NUMA node of its own" if node.startswith("-") else f"NUMA node {node}"
+def _numa(place: Place) -> str:
+    return "on no NUMA node of its own" if place.numa < 0 else f"NUMA node {place.numa}"
 
 
-class _Port:
-    """One port of an RDMA device."""
-
-    def __init__(self, root: Path, folder: Path) -> None:
-        device = folder.parents[1]
-        self.name = f"{device.name}:{folder.name}"
-        self.state = text_of(folder / "state")  # such as "4: ACTIVE"
-        self.up = self.state.endswith("ACTIVE")
-        link = text_of(folder / "link_layer")
-        where = _numa(root, (device / "device").resolve().name)
-        self.text = f"{self.state or 'in no state'}, {text_of(folder / 'rate') or 'unknown rate'}, {link}, {where}"
-
-
-def _rdma_ports(root: Path) -> list[_Port]:
-    return [_Port(root, folder) for folder in sorted((root / "sys/class/infiniband").glob("*/ports/*"))]
-
-
-def _port_findings(ports: Sequence[_Port]) -> Iterator[Finding]:
+def _port_findings(ports: Sequence[Nic]) -> Iterator[Finding]:
     if not ports:
         yield Finding("RDMA", "note", "no device: between hosts, weights move over TCP")
     fix = "connect it, bring its interface up (ip link set … up) and, on InfiniBand, start a subnet manager"
     for port in ports:
+        text = f"{port.state or 'in no state'}, {port.rate or 'unknown rate'}, {port.link}, {_numa(port.place)}"
         if port.up:
-            yield Finding(f"NIC {port.name}", "ok", port.text)
+            yield Finding(f"NIC {port.name}", "ok", text)
         elif any(other.up for other in ports):
-            yield Finding(f"NIC {port.name}", "note", port.text, fix)
+            yield Finding(f"NIC {port.name}", "note", text, fix)
         else:
-            yield Finding(f"NIC {port.name}", "broken", f"{port.text}; no RDMA port is up", fix)
+            yield Finding(f"NIC {port.name}", "broken", f"{text}; no RDMA port is up", fix)
 
 
-def _interface_findings(root: Path) -> Iterator[Finding]:
-    interfaces = {
-        folder.name: text_of(folder / "operstate")
-        for folder in sorted((root / "sys/class/net").glob("*"))
-        if folder.name != "lo" and text_of(folder / "operstate")
-    }
-    words = ", ".join(f"{name} {state}" for name, state in interfaces.items()) or "none but the loopback"
-    if any(state in ("up", "unknown") for state in interfaces.values()):  # tunnels know no more than `unknown`
+def _interface_findings(interfaces: Sequence[Nic]) -> Iterator[Finding]:
+    words = ", ".join(f"{nic.name} {nic.state}" for nic in interfaces) or "none but the loopback"
+    if any(nic.up for nic in interfaces):
         yield Finding("interfaces", "ok", words)
     else:
         yield Finding("interfaces", "note", f"{words}: nothing leaves this host", "bring one up: ip link set … up")

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from weft.diagnosis import Finding
-from weft_cli.doctor.machine import gpu_addresses
+from weft.topology import read_topology
 
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def diagnose(root: Path) -> list[Finding]:
     """Of the torch in this environment. Starts CUDA where there is some."""
-    return [*_devices(len(gpu_addresses(root))), *expandable_segments(os.environ, _classic_pools())]
+    return [*_devices(len(read_topology(root / "sys").gpus)), *expandable_segments(os.environ, _classic_pools())]
 
 
 def _devices(gpus: int) -> Iterator[Finding]:

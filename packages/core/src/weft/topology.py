@@ -10,7 +10,7 @@ from pathlib import Path
 SYSFS = Path("/sys")
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _GPU_CLASSES = ("0x0300", "0x0302")  # VGA and 3D controllers, linux/pci_ids.h
-_GPU_VENDOR = "0x10de"  # NVIDIA: the GPUs whose memory NIXL registers
+_GPU_VENDOR = "0x10de"  # NVIDIA
 _UP = ("up", "unknown")  # operstate of interfaces that carry traffic; `lo` and tunnels know no more
 
 
@@ -33,9 +33,16 @@ class Nic:
     state: str
     """In the kernel's words: `4: ACTIVE`, `1: DOWN`, `up`, `down`."""
     up: bool
-    gigabits: float
-    """Of an RDMA port, per second; 0 when it does not say."""
+    rate: str
+    """Of an RDMA port, in the kernel's words: `400 Gb/sec (4X NDR)`; empty when it does not say, and for interfaces."""
+    link: str
+    """Of an RDMA port: `InfiniBand` or `Ethernet`."""
     place: Place
+
+    @property
+    def gigabits(self) -> float:
+        """Of an RDMA port, per second; 0 when it does not say."""
+        return float(self.rate.split()[0]) if self.rate else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +61,25 @@ def read_topology(sysfs: Path = SYSFS) -> Topology:
 
 def _gpus(sysfs: Path) -> Iterator[tuple[str, Place]]:
     for device in sorted((sysfs / "bus/pci/devices").glob("*")):
-        if _text(device / "vendor") == _GPU_VENDOR and _text(device / "class").startswith(_GPU_CLASSES):
+        if text_of(device / "vendor") == _GPU_VENDOR and text_of(device / "class").startswith(_GPU_CLASSES):
             yield device.name, _place(device)
 
 
 def _rdma_ports(sysfs: Path) -> Iterator[Nic]:
     for port in sorted((sysfs / "class/infiniband").glob("*/ports/*")):
         device = port.parents[1]
-        state, rate = _text(port / "state"), _text(port / "rate").split()
+        state = text_of(port / "state")
         yield Nic(
             name=f"{device.name}:{port.name}", rdma=True, state=state, up=state.endswith("ACTIVE"),
-            gigabits=float(rate[0]) if rate else 0.0, place=_place(device / "device"),
+            rate=text_of(port / "rate"), link=text_of(port / "link_layer"), place=_place(device / "device"),
         )  # fmt: skip
 
 
 def _interfaces(sysfs: Path) -> Iterator[Nic]:
     for interface in sorted((sysfs / "class/net").glob("*")):
-        state = _text(interface / "operstate")
+        state = text_of(interface / "operstate")
         if state:  # what else lies in this folder, such as `bonding_masters`, is no interface
-            yield Nic(interface.name, False, state, state in _UP, 0.0, _place(interface / "device"))
+            yield Nic(interface.name, False, state, state in _UP, "", "", _place(interface / "device"))
 
 
 def _place(device: Path) -> Place:
@@ -81,11 +88,11 @@ def _place(device: Path) -> Place:
         return Place()
     real = device.resolve()
     path = tuple(part for part in real.parts if part.startswith("pci") or _PCI_ADDRESS.fullmatch(part))
-    numa = _text(real / "numa_node")
+    numa = text_of(real / "numa_node")
     return Place(path, int(numa) if numa else -1)
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
     """Contents of an attribute; empty where the kernel has none or gives none now, as for the speed of what is down."""
     try:
         return file.read_text().strip()
