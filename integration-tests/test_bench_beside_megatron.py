@@ -1,4 +1,4 @@
-"""Beside Megatron-Core's own planner: it is given what makes its plan right, and both move equal bytes."""
+"""Beside Megatron-Core's own planner and refit: what these are given makes them right, and both move equal bytes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from support.megatron_refit_alone import refit_and_spoil
 
+from weft.policy import Policy
+from weft.store_server import serve_store
 from weft_cli.bench import megatron_planner
 from weft_cli.bench.beside import run_beside
+from weft_cli.bench.cases import case_of, named_case
+from weft_cli.bench.isolated import in_own_process
 from weft_cli.bench.megatron_planner import Sizes, run_megatron
+from weft_cli.bench.run import run_case
+from weft_cli.bench.settings import Case
 from weft_cli.models import load_config
 
 SMALL = {
@@ -66,3 +73,24 @@ def test_both_planners_move_equal_bytes() -> None:
     assert msgspec.json.decode(msgspec.json.encode(row))["ratios"]["balance"] == pytest.approx(
         row.megatron.egress_max_over_mean / row.weft.egress_max_over_mean
     )
+
+
+def dense(source: str, target: str) -> Case:
+    config = {**load_config("qwen3-0.6b"), **SMALL}
+    return case_of("mine", config, source, target, "gloo", Policy(), 2, collocated=True, beside_megatron=True)
+
+
+def test_megatrons_own_refit_takes_turns_with_wefts() -> None:
+    row = run_case(dense("megatron:pp2", "megatron:tp2"))
+    assert row["wrong_bytes"] == 0
+    assert row["ratio_to_megatron"] == pytest.approx(row["megatron_seconds_median"] / row["seconds_median"])
+    assert row["ratio_to_beside"] is None
+    assert named_case("four-ranks-nixl", False, 2, reuse=True).beside_megatron
+
+
+def test_bytes_that_megatrons_own_refit_leaves_wrong_are_found() -> None:
+    with serve_store() as server:
+        argument = msgspec.msgpack.encode((dense("megatron:tp1", "megatron:tp1"), server.url))
+        right, wrong = msgspec.msgpack.decode(in_own_process(refit_and_spoil, argument, 120))
+    assert right == "right"
+    assert "bytes wrong" in wrong

@@ -19,6 +19,8 @@ from weft_cli.plan_command import console
 
 _PHASES = ("allocate", "register", "join", "gather", "digest", "wire", "land", "commit", "total")
 
+_WAYS = {"beside": "another policy", "tensor_by_tensor": "tensor by tensor", "megatron": "Megatron-Core's own"}
+
 
 def refit(cases: Sequence[Case], *, as_json: bool, figure: Path | None) -> None:
     """Run every case and print a row for each. Raises `WeftError` when a rate is above the limit of its run."""
@@ -35,6 +37,9 @@ def refit(cases: Sequence[Case], *, as_json: bool, figure: Path | None) -> None:
     else:
         output = console()
         output.print(_table(rows))
+        others = _others(rows)
+        if others.rows:
+            output.print(others)
         for row in rows:
             output.print(_cycles(row))
     if figure is not None:
@@ -70,6 +75,21 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{raw:.2f}" if raw else "–", f"{row['ratio_to_raw']:.2f}" if raw else "–", str(row["registrations_warm"]),
             str(row["allocations_warm"]), f"{row['extra_peak_bytes'] / 1e6:.0f}", str(row["wrong_bytes"]),
         )  # fmt: skip
+    return table
+
+
+def _others(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What else has moved the same bytes in turn with the refits."""
+    table = Table(title="Other ways, in turn with the refits")
+    for column in ("case", "digests", "way", "warm s", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        for field, way in _WAYS.items():
+            if row[f"{field}_seconds_median"] is not None:
+                table.add_row(
+                    row["case"], "on" if row["digests"] else "off", way, f"{row[f'{field}_seconds_median']:.3f}",
+                    f"{row[f'ratio_to_{field}']:.2f}",
+                )  # fmt: skip
     return table
 
 

@@ -21,6 +21,7 @@ from weft.stores import open_store
 from weft.testing.members import MemorySource, MemoryTarget
 from weft_cli.bench import bare, pattern
 from weft_cli.bench.isolated import forget_peak, rss_bytes
+from weft_cli.bench.megatron_refit import MegatronRefit
 from weft_cli.bench.settings import Case, MemberResult, Seat
 from weft_cli.bench.tensor_by_tensor import TensorByTensor
 
@@ -64,6 +65,8 @@ class _Member:
         self._beside: list[float] = []
         self._bare: dict[int, list[float]] = {}
         self._by_tensor: list[float] = []
+        self._theirs: MegatronRefit | None = None
+        self._megatron: list[float] = []
         self._extra = 0
         self._wrong = 0
 
@@ -86,6 +89,8 @@ class _Member:
         if case.tensor_by_tensor:
             self._send_by_tensor(cycle)
             self._check(last)
+        if case.beside_megatron:
+            self._refit_by_megatron(cycle)
 
     def _refit(self, job: str, policy: Policy, cycle: int) -> tuple[Report, dict[str, float]]:
         join: dict[str, float] = {}
@@ -180,6 +185,18 @@ class _Member:
         self._naive.run()
         self._by_tensor.append(time.perf_counter() - begin)
 
+    def _refit_by_megatron(self, cycle: int) -> None:
+        if self._theirs is None:
+            self._theirs = MegatronRefit(self._case, self._seat, self._store, self._members, self._deadline)
+            self._stack.callback(self._theirs.close)
+        self._theirs.poison()
+        self._meet(f"megatron/{cycle}")
+        begin = time.perf_counter()
+        self._theirs.run()
+        self._megatron.append(time.perf_counter() - begin)
+        if cycle == self._case.cycles - 1:
+            self._theirs.check()
+
     def _check(self, last: bool) -> None:
         """Every byte, after the clock has stopped; the last refit's alone, for it takes longer than all refits."""
         if last and self.target is not None:
@@ -199,6 +216,7 @@ class _Member:
             bare_bytes=self._bare_bytes if self._bare else 0,
             bare_seconds=self._bare,
             tensor_by_tensor_seconds=self._by_tensor,
+            megatron_seconds=self._megatron,
             registrations=[report.registrations for report in self._reports],
             allocations=[report.allocations for report in self._reports],
             store_operations=[report.store_operations for report in self._reports],

@@ -21,9 +21,9 @@ def row(case: Case, members: Sequence[MemberResult]) -> Mapping[str, Any]:
     warm = totals[1:]
     seconds, nbytes = median(warm), sum(member.bytes for member in members)
     limit = _limit(members, nbytes)
-    beside, by_tensor = (
+    beside, by_tensor, megatron = (
         _slowest([getattr(member, field) for member in members])[1:]
-        for field in ("beside_seconds", "tensor_by_tensor_seconds")
+        for field in ("beside_seconds", "tensor_by_tensor_seconds", "megatron_seconds")
     )
     return {
         "case": case.name,
@@ -46,6 +46,8 @@ def row(case: Case, members: Sequence[MemberResult]) -> Mapping[str, Any]:
         "ratio_to_beside": median(beside) / seconds if beside else None,
         "tensor_by_tensor_seconds_median": median(by_tensor) if by_tensor else None,
         "ratio_to_tensor_by_tensor": median(by_tensor) / seconds if by_tensor else None,
+        "megatron_seconds_median": median(megatron) if megatron else None,
+        "ratio_to_megatron": median(megatron) / seconds if megatron else None,
         "cycles": {
             member.name: [_phases(member, n) for n in range(min(SHOWN_CYCLES, case.cycles))] for member in members
         },

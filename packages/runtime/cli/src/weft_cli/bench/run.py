@@ -10,6 +10,7 @@ import msgspec
 
 from weft.plugins import load
 from weft.store_server import serve_store
+from weft_cli.bench.megatron_planner import megatron_version
 from weft_cli.bench.members import run_member
 from weft_cli.bench.processes import run_processes
 from weft_cli.bench.rows import row
@@ -17,7 +18,13 @@ from weft_cli.bench.settings import Case, MemberResult, Seat
 
 
 def run_case(case: Case) -> Mapping[str, Any]:
-    """The figures of one case (see `rows.row`). Raises `WeftError` when a member fails or `case.seconds` pass."""
+    """The figures of one case (see `rows.row`).
+
+    Raises `WeftError` when a member fails or `case.seconds` pass, `ConfigError` without Megatron-Core where the case
+    runs beside it.
+    """
+    if case.beside_megatron:
+        megatron_version()
     taken = {seat.name: msgspec.msgpack.encode(seat) for seat in seats(case)}
     with serve_store() as server:
         answers = run_processes(run_member, server.url, taken, msgspec.msgpack.encode(case), case.seconds)

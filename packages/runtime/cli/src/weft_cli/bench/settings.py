@@ -31,6 +31,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     """False joins anew for every version."""
     tensor_by_tensor: bool = False
     """Whether the plan's copies are also sent one by one over gloo, in turn with the refits."""
+    beside_megatron: bool = False
+    """Whether Megatron-Core's own gloo refit runs too, in turn with the others; for a collocated case of Megatron's."""
     cycles: int
     """Refits; the first one is cold."""
     dtype: str
@@ -65,6 +67,8 @@ class MemberResult(msgspec.Struct, frozen=True, kw_only=True):
     bare_seconds: dict[int, list[float]]
     """Per chunk size in bytes, the bare transfers; empty where there are none."""
     tensor_by_tensor_seconds: list[float]
+    megatron_seconds: list[float]
+    """Of Megatron-Core's own refits; empty without them."""
     registrations: list[int]
     allocations: list[int]
     store_operations: list[int]

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 def answer_cuda_calls() -> None:
     """Let this process run Megatron models on CPU: answer what only CUDA answers. Nothing else in weft does this.
 
-    Call once, before a model is built, and only in a process that is a demo or a test; does nothing where CUDA is
-    available.
+    Call once, before a model is built, and only in a process of a demo, a benchmark or a test; does nothing where CUDA
+    is available.
 
     `models/common/embeddings/rotary_pos_embedding.py` and `transformer/moe/router.py` ask for the current device;
     `models/common/language_module/language_module.py` moves tied embeddings; `transformer/dot_product_attention.py`
@@ -126,13 +126,14 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
     parallel_output: bool = False,
+    **options: Any,
 ) -> GPTModel:
     """This rank's part of the model, or one of its virtual pipeline chunks; weights are Megatron's random ones.
 
     With `parallel_output` every tensor-parallel rank gives its own part of the logits, which Megatron's loss needs.
-    Collective: `parallel_state` is set up already.
+    `options` are more fields of `TransformerConfig`. Collective: `parallel_state` is set up already.
     """
-    transformer = transformer_config(config, dtype)
+    transformer = transformer_config(config, dtype, **options)
     pp = parallel_state.get_pipeline_model_parallel_rank()
     last = parallel_state.get_pipeline_model_parallel_world_size() - 1
     chunks = transformer.virtual_pipeline_model_parallel_size or 1
