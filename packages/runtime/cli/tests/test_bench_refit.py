@@ -15,6 +15,8 @@ from weft_cli.bench.cases import NAMED, case_of, named_case
 from weft_cli.bench.rows import above_limit, check_limit, row
 from weft_cli.bench.settings import Case, MemberResult
 
+SLOW_FIRST = {"rank/0": [9.0, 4.0, 4.0], "rank/1": [9.0, 3.0, 6.0]}
+
 
 def case(**more: Any) -> Case:
     return case_of("mine", {}, "megatron:tp1", "vllm:tp1", "gloo", Policy(), 3, **more)
@@ -29,8 +31,8 @@ def member(name: str, totals: list[float], **more: Any) -> MemberResult:
     ]
     result = MemberResult(
         name=name, bytes=0, joins=[{"allocate": 1.0, "register": 2.0, "join": 3.0}, {}, {}], refits=refits,
-        beside_seconds=[], bare_bytes=0, bare_seconds={}, tensor_by_tensor_seconds=[], registrations=nothing,
-        allocations=nothing, store_operations=nothing, extra_peak_bytes=7, wrong_bytes=0,
+        beside_seconds=[], bare_bytes=0, bare_seconds={}, tensor_by_tensor_seconds=[], megatron_seconds=[],
+        registrations=nothing, allocations=nothing, store_operations=nothing, extra_peak_bytes=7, wrong_bytes=0,
     )  # fmt: skip
     return msgspec.structs.replace(result, **more)
 
@@ -54,6 +56,13 @@ def test_without_reuse_joining_is_part_of_every_cycle() -> None:
     found = row(case(reuse=False), [member("both/0", [1.0, 2.0, 4.0], joins=[joined] * 3, bytes=1)])
     assert found["seconds_warm"] == [4.0, 6.0]
     assert found["ratio_to_raw"] is None
+
+
+def test_what_runs_in_turn_is_compared_in_its_warm_cycles() -> None:
+    members = [member(name, [1.0, 2.0, 2.0], bytes=1, megatron_seconds=took) for name, took in SLOW_FIRST.items()]
+    found = row(case(), members)
+    assert (found["megatron_seconds_median"], found["ratio_to_megatron"]) == (5.0, 2.5)
+    assert found["tensor_by_tensor_seconds_median"] is None
 
 
 def test_a_rate_above_the_limit_is_refused_by_name() -> None:

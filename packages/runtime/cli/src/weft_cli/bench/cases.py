@@ -80,7 +80,7 @@ def _four(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
     transport, policy = name.rpartition("-")[2], Policy(digests=digests)
     return case_of(
         name, load_config("qwen3-0.6b"), "megatron:tp2,pp2", "megatron:tp4", transport, policy, cycles, reuse=reuse,
-        collocated=True, beside_megatron=True,
+        collocated=True, beside_megatron=True, environment={"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 
