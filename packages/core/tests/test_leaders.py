@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from weft.deadline import Deadline, Deadlines
+from weft.job_store import JobStore
 from weft.leaders import SourceLeader
 from weft.local import LocalHub, factory
 from weft.member import Member
@@ -16,14 +18,20 @@ from weft.wire import Notice, Wire
 NAME = "trainer/0"
 
 
+@pytest.fixture
+def records(store_url: str) -> Iterator[JobStore]:
+    store = open_store(store_url, Deadline.after(60.0))
+    yield JobStore(store, "job")
+    store.close()
+
+
 class Case:
     """A leader of sources that leads the replica `rollout`, too, so that every notice comes back here."""
 
-    def __init__(self, store_url: str, begin_seconds: float = 60.0) -> None:
+    def __init__(self, records: JobStore, begin_seconds: float = 60.0) -> None:
         self.wire = Wire(factory({"hub": LocalHub()}), Member(NAME, None, None, None, 0, "h", "h", "cpu"), [])
-        store = open_store(store_url, Deadline.after(60.0))
         deadlines = Deadlines(begin=begin_seconds)
-        self.leader = SourceLeader(self.wire, store, "p", [NAME], {"rollout": NAME}, deadlines, 1)
+        self.leader = SourceLeader(self.wire, records, "p", [NAME], {"rollout": NAME}, deadlines, 1)
 
     def says(self, kind: str, text: str) -> None:
         self.wire.tell(NAME, 1, Notice(kind, "rollout", text, (0,)))
@@ -35,8 +43,8 @@ class Case:
 
 
 @pytest.mark.trap(48)
-def test_the_outcome_of_a_replica_goes_before_what_its_end_did_to_a_source(store_url: str) -> None:
-    case = Case(store_url)
+def test_the_outcome_of_a_replica_goes_before_what_its_end_did_to_a_source(records: JobStore) -> None:
+    case = Case(records)
     case.says("source-failed", "lost rollout/2")
     case.says("replica-outcome", "rollout/1: bytes arrived changed")
     assert case.step() == ([], ["rollout/1: bytes arrived changed"])
@@ -44,8 +52,8 @@ def test_the_outcome_of_a_replica_goes_before_what_its_end_did_to_a_source(store
 
 
 @pytest.mark.trap(48)
-def test_a_replica_is_asked_for_the_reason(store_url: str) -> None:
-    case = Case(store_url)
+def test_a_replica_is_asked_for_the_reason(records: JobStore) -> None:
+    case = Case(records)
     case.says("source-failed", "lost rollout/2")
     assert case.step() == (["source trainer/0: lost rollout/2"], [])
     case.says("replica-begun", "")
@@ -55,8 +63,8 @@ def test_a_replica_is_asked_for_the_reason(store_url: str) -> None:
 
 
 @pytest.mark.trap(40)
-def test_a_replica_that_does_not_answer_ends_with_what_is_known(store_url: str) -> None:
-    case = Case(store_url, begin_seconds=0.05)
+def test_a_replica_that_does_not_answer_ends_with_what_is_known(records: JobStore) -> None:
+    case = Case(records, begin_seconds=0.05)
     case.says("source-failed", "lost rollout/2")
     limit = time.monotonic() + 60
     told: list[str] = []

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.errors import NotSupportedError, RecordError
+from weft.authentication import Secret
+from weft.errors import RecordError
 from weft.records import DEFAULT_LIMIT_BYTES, LIMIT_BYTES, MAGIC, open_record, seal
 
 
@@ -25,6 +26,8 @@ class New(msgspec.Struct, array_like=True, frozen=True):
 
 
 SAMPLE = New("trainer/0", {"a": 1, "b": 2}, ("x", "y"))
+SECRET = Secret(b"a secret of sixteen bytes and more")
+KEY = SECRET.key("job")
 
 
 def test_a_record_opens_as_what_was_sealed() -> None:
@@ -61,16 +64,49 @@ def test_a_later_format_says_expected_and_found() -> None:
         open_record("sample", New, _envelope(format=2))
 
 
-def test_a_record_with_an_authentication_code_is_refused_not_trusted() -> None:
+def test_a_record_opens_with_the_key_and_at_the_place_it_was_sealed_for() -> None:
+    assert open_record("sample", New, seal("sample", SAMPLE, place="p", key=KEY), place="p", key=KEY) == SAMPLE
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        seal("sample", SAMPLE, place="elsewhere", key=KEY),
+        seal("sample", SAMPLE, place="p", key=Secret(b"another secret of some job").key("job")),
+        seal("sample", SAMPLE, place="p", key=SECRET.key("another job")),
+        seal("sample", SAMPLE, place="p", key=KEY)[:-1] + b"!",
+        seal("another", SAMPLE, place="p", key=KEY).replace(b"another", b"sample!"),
+    ],
+    ids=["place", "secret", "job", "payload", "kind"],
+)
+def test_a_code_for_anything_else_is_wrong(found: bytes) -> None:
+    with pytest.raises(RecordError, match="authentication code is wrong: the members' secrets differ"):
+        open_record("sample", New, found, place="p", key=KEY)
+
+
+def test_a_wrong_code_is_found_before_the_payload_is_looked_at() -> None:
+    with pytest.raises(RecordError, match="code is wrong"):
+        open_record("sample", New, seal("sample", 7, place="elsewhere", key=KEY), place="p", key=KEY)
+
+
+@pytest.mark.parametrize("code", [b"", b"c", b"c" * 31, b"c" * 32, b"c" * 33])
+def test_a_code_of_any_length_that_is_not_the_right_one_is_refused(code: bytes) -> None:
     with pytest.raises(RecordError, match="authentication code"):
-        open_record("sample", New, _envelope(code=b"c" * 32))
+        open_record("sample", New, _envelope(code=code), key=KEY)
 
 
-def test_a_job_secret_is_refused_by_name() -> None:
-    with pytest.raises(NotSupportedError, match="record authentication"):
-        seal("sample", SAMPLE, secret=b"s")
-    with pytest.raises(NotSupportedError, match="record authentication"):
-        open_record("sample", New, seal("sample", SAMPLE), secret=b"s")
+def test_the_beginning_of_the_right_code_is_not_enough() -> None:
+    fields = msgspec.msgpack.decode(seal("sample", SAMPLE, key=KEY)[len(MAGIC) :])
+    fields[2] = fields[2][:16]
+    with pytest.raises(RecordError, match="code is wrong"):
+        open_record("sample", New, MAGIC + msgspec.msgpack.encode(fields), key=KEY)
+
+
+def test_members_with_and_without_a_secret_do_not_believe_each_other_and_say_what_to_do() -> None:
+    with pytest.raises(RecordError, match=r"carries an authentication code: the job has a secret; .*WEFT_SECRET"):
+        open_record("sample", New, seal("sample", SAMPLE, key=KEY))
+    with pytest.raises(RecordError, match=r"no authentication code: its writer has no secret; .*WEFT_SECRET"):
+        open_record("sample", New, seal("sample", SAMPLE), key=KEY)
 
 
 def test_every_truncation_is_refused() -> None:

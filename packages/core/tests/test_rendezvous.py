@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from weft.authentication import Secret
 from weft.builder import LayoutBuilder
 from weft.contracts import Store
 from weft.deadline import Deadline
@@ -64,9 +65,10 @@ class Person:
     expect: Expect = field(default_factory=lambda: Expect(2, 1))
     policy: bytes = b"\x80"
     rows: int = 4
+    secret: Secret | None = None
 
     def __post_init__(self) -> None:
-        self.rendezvous = Rendezvous(self.store, self.job, self.expect, Deadline.after(self.seconds))
+        self.rendezvous = Rendezvous(self.store, self.job, self.expect, Deadline.after(self.seconds), self.secret)
         self.incarnation = self.rendezvous.incarnation(self.name)
 
     def announce(self) -> Person:
@@ -348,7 +350,7 @@ def test_garbage_in_the_store_is_a_record_error_that_names_the_key(open_one: Cal
     store = open_one()
     person = Person(store, "trainer/0").announce()
     store.set(f"weft/job/log/{store.add('weft/job/entries', 1)}", b"garbage")
-    with pytest.raises(RecordError, match=r"weft/job/log/2: .*garbage"):
+    with pytest.raises(RecordError, match=r"weft/job/log/2 of job 'job': .*garbage"):
         person.names()
     people = [Person(open_one(), name, job="other").announce() for name in TEAM]
     people[0].names()

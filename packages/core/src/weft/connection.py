@@ -169,7 +169,7 @@ def _join(
     prepared = transport.prepare(transfers, deadline)
     held = source or target
     local = local_moves(made, program, source, target) if source and target else {}
-    wire = Wire(transport, announced, members)
+    wire = Wire(transport, announced, members, rendezvous.guard(endpoints))
 
     def check() -> None:
         wire.pump()

@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from weft.contracts import Store
 from weft.deadline import Deadline, Deadlines
 from weft.digest import Digest
-from weft.records import seal
+from weft.job_store import JobStore
 from weft.wire import Notice, Wire
 
 KEPT_VERSIONS = 8
@@ -47,10 +46,10 @@ class SourceLeader:
     """
 
     def __init__(
-        self, wire: Wire, store: Store, prefix: str, sources: Sequence[str], leaders: Mapping[str, str],
+        self, wire: Wire, records: JobStore, prefix: str, sources: Sequence[str], leaders: Mapping[str, str],
         deadlines: Deadlines, version: int,
     ) -> None:  # fmt: skip
-        self._wire, self._store, self._prefix, self._version = wire, store, prefix, version
+        self._wire, self._records, self._prefix, self._version = wire, records, prefix, version
         self._sources, self._leaders, self._deadlines = sources, leaders, deadlines
         self._offered: set[str] = set()
         self._limit = {replica: Deadline.after(deadlines.begin) for replica in leaders}
@@ -114,8 +113,8 @@ class SourceLeader:
 
     def _offer(self) -> None:
         """Tell every replica that has not been given up meanwhile."""
-        self._store.set(f"{self._prefix}/offer/{self._version}", seal("offer", OfferRecord(self._version)))
-        self._store.delete(f"{self._prefix}/offer/{self._version - KEPT_VERSIONS}")
+        self._records.put("offer", f"{self._prefix}/offer/{self._version}", OfferRecord(self._version))
+        self._records.store.delete(f"{self._prefix}/offer/{self._version - KEPT_VERSIONS}")
         for replica, leader in self._leaders.items():
             if replica not in self._ended | self._withdrawn.keys():
                 self._limit[replica] = Deadline.after(self._deadlines.begin)
@@ -151,14 +150,14 @@ class ReplicaLeader:
     def __init__(
         self,
         wire: Wire,
-        store: Store,
+        records: JobStore,
         prefix: str,
         replica: str,
         members: Sequence[str],
         source_leader: str,
         version: int,
     ) -> None:
-        self._wire, self._store, self._prefix, self._version = wire, store, prefix, version
+        self._wire, self._records, self._prefix, self._version = wire, records, prefix, version
         self._replica, self._members, self._source_leader = replica, members, source_leader
         self._reached: dict[str, set[str]] = {stage: set() for stage in ("begun", "verified", "prepared", "committed")}
         self._digest = Digest()
@@ -228,8 +227,8 @@ class ReplicaLeader:
             self._tell_members(Notice("abort", self._replica, "\n".join(self.reasons)))
         # The store last: it is for people to look at, and nobody waits for it.
         record = OutcomeRecord(self._version, self._replica, committed, text)
-        self._store.set(f"{self._prefix}/outcome/{self._version}/{self._replica}", seal("outcome", record))
-        self._store.delete(f"{self._prefix}/outcome/{self._version - KEPT_VERSIONS}/{self._replica}")
+        self._records.put("outcome", f"{self._prefix}/outcome/{self._version}/{self._replica}", record)
+        self._records.store.delete(f"{self._prefix}/outcome/{self._version - KEPT_VERSIONS}/{self._replica}")
 
     def _tell_members(self, notice: Notice) -> None:
         for member in self._members:

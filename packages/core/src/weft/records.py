@@ -15,15 +15,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from weft.errors import NotSupportedError, RecordError
+from weft.authentication import Key
+from weft.errors import RecordError
 
 MAGIC = b"weft"
 RECORD_FORMAT = 1
 """Grows only when older readers must not try; new fields at the end do not change it."""
 
 DEFAULT_LIMIT_BYTES = 64 << 20
-LIMIT_BYTES: Mapping[str, int] = {"rendezvous": 1 << 20}
+LIMIT_BYTES: Mapping[str, int] = {"rendezvous": 1 << 20, "slice": 256 << 20, "offer": 1 << 16, "outcome": 1 << 20}
 """Largest record per kind; kinds that are not named may have `DEFAULT_LIMIT_BYTES`."""
+
+CODE_BYTES = 32
+_REMEDY = "give every member of the job the same one: secret=…, WEFT_SECRET or WEFT_SECRET_FILE"
 
 T = TypeVar("T")
 _making = threading.Lock()
@@ -35,25 +39,29 @@ class _Envelope(msgspec.Struct, array_like=True):
     format: int
     kind: str
     code: bytes
-    """Authentication code over the rest; empty when there is no job secret."""
+    """Authentication code over the rest and the record's place; empty when there is no job secret."""
     payload: bytes
 
 
-def seal(kind: str, obj: object, *, secret: bytes | None = None) -> bytes:
-    """Wrap `obj` (anything msgspec encodes) as a record of this kind.
+def seal(kind: str, obj: object, *, place: str = "", key: Key | None = None) -> bytes:
+    """Wrap `obj` (anything msgspec encodes) as a record of this kind, for one place in the store.
 
-    Raises `RecordError` when it is larger than its kind allows, `NotSupportedError` when a job secret is given.
+    With a key of the job it carries a code that fits nowhere else. Raises `RecordError` when it is larger than its kind
+    allows.
     """
-    _refuse_secret(secret)
-    envelope = _Envelope(RECORD_FORMAT, kind, b"", msgspec.msgpack.encode(obj))
-    data = MAGIC + msgspec.msgpack.encode(envelope)
+    payload = msgspec.msgpack.encode(obj)
+    code = key.code(*_coded(kind, place, payload)) if key else b""
+    data = MAGIC + msgspec.msgpack.encode(_Envelope(RECORD_FORMAT, kind, code, payload))
     _check_size(kind, data)
     return data
 
 
-def open_record(kind: str, type: type[T], data: bytes, *, secret: bytes | None = None) -> T:
-    """The object in a record of this kind and schema. Whatever is wrong with the bytes, it is a `RecordError`."""
-    _refuse_secret(secret)
+def open_record(kind: str, type: type[T], data: bytes, *, place: str = "", key: Key | None = None) -> T:
+    """The object in a record of this kind and schema, found at this place in the store.
+
+    With a key the code must fit, before anything of the payload is looked at; without one there must be none. Whatever
+    is wrong with the bytes, it is a `RecordError`.
+    """
     _check_size(kind, data)
     if data[: len(MAGIC)] != MAGIC:
         raise RecordError(f"{kind} record: expected bytes that start with {MAGIC!r}, found {bytes(data[:8])!r}")
@@ -62,13 +70,9 @@ def open_record(kind: str, type: type[T], data: bytes, *, secret: bytes | None =
         raise RecordError(
             f"{kind} record: expected format {RECORD_FORMAT}, found {envelope.format}; use one version of weft in a job"
         )
+    _check_code(kind, envelope, place, key)
     if envelope.kind != kind:
         raise RecordError(f"expected a {kind!r} record, found {envelope.kind!r}")
-    if envelope.code:
-        raise RecordError(
-            f"{kind} record: expected no authentication code, found one of {len(envelope.code)} bytes, "
-            "which this version of weft cannot check; leave the job secret unset"
-        )
     return _decode(f"{kind} record", type, envelope.payload)
 
 
@@ -104,8 +108,20 @@ def _check_size(kind: str, data: bytes) -> None:
         raise RecordError(f"{kind} record: expected at most {limit_bytes} bytes, found {len(data)}")
 
 
-def _refuse_secret(secret: bytes | None) -> None:
-    if secret is not None:
-        raise NotSupportedError(
-            "record authentication is not supported yet: leave the job secret unset, keep the store's network private"
+def _check_code(kind: str, envelope: _Envelope, place: str, key: Key | None) -> None:
+    if key is None:
+        if envelope.code:
+            raise RecordError(f"{kind} record: it carries an authentication code: the job has a secret; {_REMEDY}")
+    elif not envelope.code:
+        raise RecordError(f"{kind} record: it carries no authentication code: its writer has no secret; {_REMEDY}")
+    elif len(envelope.code) != CODE_BYTES or not key.fits(
+        envelope.code, *_coded(envelope.kind, place, envelope.payload)
+    ):
+        raise RecordError(
+            f"{kind} record: its authentication code is wrong: the members' secrets differ, or somebody else writes "
+            f"here; {_REMEDY}"
         )
+
+
+def _coded(kind: str, place: str, payload: bytes) -> tuple[bytes, ...]:
+    return str(RECORD_FORMAT).encode(), kind.encode(), place.encode(), payload

@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 
+from weft.authentication import Secret
 from weft.connection import Connection, Identity, host_identity, join
 from weft.contracts import ReplicaControl, Source, Target, Transport
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, NotSupportedError, RefitAbortedError
+from weft.errors import ConfigError, RefitAbortedError
 from weft.installation import Installation
+from weft.job_store import JobStore
 from weft.leaders import ReplicaLeader, SourceLeader
 from weft.loop import Account, Loop
 from weft.offer import Offer
@@ -37,7 +39,8 @@ class Refit:
 
     `transport` is the name of an installed plug-in; `store` a URL such as `tcp://10.0.0.1:29511`; `name` is unique
     in the job and stable over restarts; targets also name their replica and say how many members it has. `host` and
-    `domain` override what is found out about this machine. `control` is used by `receive` and `run`.
+    `domain` override what is found out about this machine. `control` is used by `receive` and `run`. Members of a
+    job with a `secret`, at least 16 bytes and the same on all of them, believe nobody else.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Refit:
         policy: Policy | None = None,
         host: str | None = None,
         domain: str | None = None,
-        secret: bytes | None = None,
+        secret: Secret | bytes | str | None = None,
     ) -> None:
         faults = []
         if source is None and target is None:
@@ -69,8 +72,7 @@ class Refit:
             faults.append("a control belongs to a replica: give a target as well")
         if faults:
             raise ConfigError("Refit: " + "; ".join(faults))
-        if secret is not None:
-            raise NotSupportedError("authentication of records by a job secret is not built yet: leave secret unset")
+        self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)
         self._source, self._target, self._control = source, target, control
         self._transport_name, self._transport_options = transport, dict(transport_options or {})
         self._store_url, self._job, self._expect = store, job, expect
@@ -137,7 +139,7 @@ class Refit:
         try:
             self._transport = transport
             self._store = CountedStore(open_store(self._store_url, deadline))
-            self._rendezvous = Rendezvous(self._store, self._job, self._expect, deadline)
+            self._rendezvous = Rendezvous(self._store, self._job, self._expect, deadline, self._secret)
             connection = join(
                 self._rendezvous,
                 transport,
@@ -195,7 +197,7 @@ class Refit:
         leader = None
         if roles.source_leader == self.name:
             leader = SourceLeader(
-                wire, self._counted, self._prefix, roles.sources, roles.replica_leaders, self._deadlines, version
+                wire, self._records, self._prefix, roles.sources, roles.replica_leaders, self._deadlines, version
             )
         senders = {replica: self._sender(names, version, clock) for replica, names in roles.replicas.items()}
         own_replica = self._identity.replica if connection.local else None
@@ -241,7 +243,7 @@ class Refit:
             for member in members:
                 if member != self.name:
                     wire.tell(member, found, Notice("begin", replica))
-            leader = ReplicaLeader(wire, self._counted, self._prefix, replica, members, roles.source_leader, found)
+            leader = ReplicaLeader(wire, self._records, self._prefix, replica, members, roles.source_leader, found)
         clock = Clock()
         receiver = Receiver(
             wire,
@@ -343,8 +345,12 @@ class Refit:
         return self._store
 
     @property
+    def _records(self) -> JobStore:
+        return JobStore(self._counted, self._job, self._secret)
+
+    @property
     def _prefix(self) -> str:
-        return f"weft/{self._job}/refit"
+        return f"{self._records.root}/refit"
 
     def _account(self) -> Account:
         store = self._counted

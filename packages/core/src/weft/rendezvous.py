@@ -8,6 +8,7 @@ says why. Keys, below `weft/<job>/`:
 
 - `incarnation/<name>`: counter, grows with every process that uses the name;
 - `entries`: counter, entries of the log; `log/<n>`: entry n, from 1;
+- `slice/<plan>/<name>`: slices of plans;
 - `layout/<address>/…`: layouts, content-addressed; `endpoint/<name>/<incarnation>`: endpoint records;
 - `ready/<members>`: counter of those who can begin, `ready/<members>/<name>`: each of them.
 
@@ -27,14 +28,15 @@ from urllib.parse import quote
 
 import msgspec
 
+from weft.authentication import Guard, Secret
 from weft.content import get_content, put_content
 from weft.contracts import Store
 from weft.deadline import Deadline
 from weft.errors import ConfigError, DeadlineError, RecordError, RendezvousError
+from weft.job_store import JobStore
 from weft.layout import Layout
 from weft.member import Member, RemoteRegion
 from weft.plan import PLANNER_VERSION
-from weft.records import open_record, seal
 from weft.roster import Action, Attempt, Event, Expect, MemberRecord, Roster
 
 Found = TypeVar("Found")
@@ -68,6 +70,8 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     """Per member that sends it packed buckets: region and byte offset of that sender's first staging slot."""
     outgoing_slots: dict[str, tuple[int, int]] = {}
     """Per member that it sends packed buckets to: the same at this end."""
+    nonce: bytes = b""
+    """Random, of this life of the member (`weft.authentication.Guard`); empty without a job secret."""
 
 
 class Rendezvous:
@@ -77,11 +81,15 @@ class Rendezvous:
     of going on; `leave` last.
     """
 
-    def __init__(self, store: Store, job: str, expect: Expect, deadline: Deadline) -> None:
+    def __init__(
+        self, store: Store, job: str, expect: Expect, deadline: Deadline, secret: Secret | None = None
+    ) -> None:
         if not job:
             raise ConfigError("expected the name of a job, found an empty one")
         self._store, self._job, self._expect, self._deadline = store, job, expect, deadline
-        self._root = f"weft/{quote(job, safe='')}"
+        self._records = JobStore(store, job, secret)
+        self._root = self._records.root
+        self._guard: Guard | None = None
         self._roster = Roster()
         self._entries_read = 0
         self._name = ""
@@ -94,6 +102,7 @@ class Rendezvous:
             raise ConfigError("expected the name of a member, found an empty one")
         self._name = name
         self._incarnation = self._store.add(f"{self._root}/incarnation/{name}", 1)
+        self._guard = Guard(self._records.key, name) if self._records.key else None
         return self._incarnation
 
     def announce(
@@ -132,7 +141,7 @@ class Rendezvous:
     def publish_slices(self, fingerprint: str, slices: Iterable[tuple[str, bytes]]) -> None:
         """Give every member (by name) its slice of a plan, encoded."""
         for name, data in slices:
-            self._store.set(f"{self._root}/slice/{fingerprint}/{quote(name, safe='')}", data)
+            self._records.put("slice", f"{self._root}/slice/{fingerprint}/{quote(name, safe='')}", data)
 
     def slice(self, fingerprint: str, planner: str) -> bytes:
         """This member's slice of a plan, which `planner` publishes. Waits for it.
@@ -143,7 +152,7 @@ class Rendezvous:
         key = f"{self._root}/slice/{fingerprint}/{quote(self._name, safe='')}"
 
         def look() -> bytes | None:
-            data = self._store.get(key)
+            data = self._records.find("slice", key, bytes)
             if data is None:
                 attempt = self._own_attempt()
                 if attempt is not None and planner in attempt.left:
@@ -159,7 +168,9 @@ class Rendezvous:
                 f"endpoint of {record.name}#{record.incarnation}, but this member is {self._name}#{self._incarnation}"
             )
         self._fingerprint = record.fingerprint
-        self._store.set(self._endpoint_key(record.name, record.incarnation), seal("endpoint", record))
+        if self._guard is not None:
+            record = msgspec.structs.replace(record, nonce=self._guard.nonce)
+        self._records.put("endpoint", self._endpoint_key(record.name, record.incarnation), record)
 
     def endpoints(self, names: Iterable[str]) -> dict[str, EndpointRecord]:
         """The endpoints of these members, in the order of their names. Waits for them.
@@ -192,6 +203,13 @@ class Rendezvous:
             return None
 
         return self._until(look, f"endpoints of job {self._job!r}", missing)
+
+    def guard(self, endpoints: Mapping[str, EndpointRecord]) -> Guard | None:
+        """What recognizes these peers over the data channel; None without a job secret."""
+        if self._guard is not None:
+            for name, record in endpoints.items():
+                self._guard.admit(name, record.nonce)
+        return self._guard
 
     def ready(self, check: Callable[[], None]) -> None:
         """Say that this member can begin, and wait until everybody can; `check` raises when a peer is lost meanwhile.
@@ -288,30 +306,24 @@ class Rendezvous:
     def _read(self) -> None:
         entries = self._store.add(f"{self._root}/entries", 0)
         while self._entries_read < entries:
-            key = f"{self._root}/log/{self._entries_read + 1}"
-            data = self._store.get(key)
-            if data is None:
+            event = self._records.find("rendezvous", self._log_key(self._entries_read + 1), Event)
+            if event is None:
                 return  # its writer is about to set it
-            try:
-                event = open_record("rendezvous", Event, data)
-            except RecordError as error:
-                raise RecordError(f"{key}: {error}") from error
             self._roster.apply(event)
             self._entries_read += 1
 
     def _append(self, action: Action, reason: str = "", record: MemberRecord | None = None) -> None:
         event = Event(action, self._name, self._incarnation, reason[:_REASON_CHARACTERS], record)
-        data = seal("rendezvous", event)
-        entry = self._store.add(f"{self._root}/entries", 1)
-        self._store.set(f"{self._root}/log/{entry}", data)
+        self._records.check("rendezvous", event)  # before it has a number, which an entry must have
+        self._records.put("rendezvous", self._log_key(self._store.add(f"{self._root}/entries", 1)), event)
+
+    def _log_key(self, entry: int) -> str:
+        return f"{self._root}/log/{entry}"
 
     def _endpoint(self, name: str, incarnation: int) -> EndpointRecord | None:
         key = self._endpoint_key(name, incarnation)
-        data = self._store.get(key)
-        if data is None:
-            return None
-        record = open_record("endpoint", EndpointRecord, data)
-        if (record.name, record.incarnation) != (name, incarnation):
+        record = self._records.find("endpoint", key, EndpointRecord)
+        if record is not None and (record.name, record.incarnation) != (name, incarnation):
             raise RecordError(f"{key}: expected {name}#{incarnation}, found {record.name}#{record.incarnation}")
         return record
 

@@ -123,6 +123,7 @@ class Sender:
         if step.runs:
             with self._clock.phase("digest"):
                 note = digest_of(step.runs).hex().encode()
+        note = self._wire.note(bucket.peer, self._version, bucket.index, note)
         self.nbytes += bucket.nbytes
         tag = self._wire.tag(self._version)
         after = written(slot for slot, _ in step.moves)

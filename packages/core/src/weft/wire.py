@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
+from weft.authentication import Guard
 from weft.contracts import Message, Transport
 from weft.errors import PeerLostError
 from weft.member import Member, Tag
 from weft.records import decoded
 
+_LOG = logging.getLogger(__name__)
 _TEXT_CHARACTERS = 15_000
 """Longer reasons are cut, so that a notice fits a signal."""
 
@@ -29,9 +33,11 @@ class Notice(msgspec.Struct, frozen=True, array_like=True):
 class Wire:
     """One member's connection to all others: signals and arrivals of the version at hand."""
 
-    def __init__(self, transport: Transport, me: Member, members: Iterable[Member]) -> None:
+    def __init__(self, transport: Transport, me: Member, members: Iterable[Member], guard: Guard | None = None) -> None:
+        """With a guard, that of a job with a secret, only what it recognizes is delivered."""
         self.transport = transport
         self.me = me
+        self._guard = guard
         self._members: Mapping[str, Member] = {member.name: member for member in members}
         self._arrivals: dict[int, deque[Message]] = defaultdict(deque)
         self._notices: dict[int, list[tuple[str, Notice]]] = defaultdict(list)
@@ -39,7 +45,7 @@ class Wire:
         self._lost: dict[str, PeerLostError] = {}
         self.dropped = 0
         """Messages of finished versions, former incarnations or strangers that were not delivered (traps 35, 46,
-        64).
+        64), and those that the guard did not recognize.
         """
 
     def tag(self, version: int) -> Tag:
@@ -56,10 +62,15 @@ class Wire:
         if peer == self.me.name:
             self._notices[version].append((peer, notice))
             return
+        tag, said = self.tag(version), msgspec.msgpack.encode(notice)
         try:
-            self.transport.signal(peer, self.tag(version), msgspec.msgpack.encode(notice))
+            self.transport.signal(peer, tag, self._guard.signal(peer, tag, said) if self._guard else said)
         except PeerLostError as error:
             self._lost[error.peer] = error
+
+    def note(self, peer: str, version: int, bucket: int, note: bytes) -> bytes:
+        """What to post with a bucket so that the peer gets this note."""
+        return self._guard.note(peer, self.tag(version), bucket, note) if self._guard else note
 
     def pump(self) -> bool:
         """Take in what has arrived; says whether there was anything."""
@@ -78,11 +89,31 @@ class Wire:
         life = sender and Tag(tag.version, message.peer, sender.incarnation, sender.memory_epoch)
         if tag != life or tag.version < self._oldest:
             self.dropped += 1
-        elif message.bucket is not None:
+            return
+        if self._guard is not None:
+            recognized = self._recognized(self._guard, message)
+            if recognized is None:
+                self.dropped += 1
+                return
+            message = recognized
+        if message.bucket is not None:
             self._arrivals[tag.version].append(message)
         else:
             notice = decoded(Notice, message.note, f"signal of {message.peer} is not a notice")
             self._notices[tag.version].append((message.peer, notice))
+
+    def _recognized(self, guard: Guard, message: Message) -> Message | None:
+        """The message without its code; None when the code is wrong, or when it was heard before."""
+        peer, tag, bucket = message.peer, message.tag, message.bucket
+        if bucket is None:
+            note = guard.heard_signal(peer, tag, message.note)
+        else:
+            note = guard.heard_note(peer, tag, bucket, message.note)
+        if note is None:
+            what = "a signal" if bucket is None else f"bucket {bucket}"
+            _LOG.warning("%s of version %d in the name of %s is not from it, or old: dropped", what, tag.version, peer)
+            return None
+        return dataclasses.replace(message, note=note)
 
     def arrivals(self, version: int) -> list[Message]:
         """Buckets of a version that have arrived since the last call."""
@@ -115,6 +146,8 @@ class Wire:
     def finish(self, version: int) -> None:
         """Forget a version; what still comes for it is dropped."""
         self._oldest = max(self._oldest, version + 1)
+        if self._guard is not None:
+            self._guard.forget(self._oldest)
         for version in [v for v in self._arrivals if v < self._oldest]:
             del self._arrivals[version]
         for version in [v for v in self._notices if v < self._oldest]:

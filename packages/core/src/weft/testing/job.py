@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from weft.authentication import Secret
 from weft.contracts import Source, Target
 from weft.deadline import Deadlines
 from weft.local import LocalHub
@@ -47,6 +48,7 @@ class Job:
     deadlines: Deadlines = BRISK
     name: str = "job"
     hub: LocalHub = field(default_factory=LocalHub)
+    secret: Secret | None = None
 
     def run(self, parts: Sequence[Part], seconds: float = 60.0) -> dict[str, Any]:
         """Start every member in a thread; by name, what its `act` returned or the exception that ended it.
@@ -75,7 +77,7 @@ class Job:
             source=part.source, target=part.target, transport="local" if part.script is None else "faulty",
             transport_options=options, store=self.store, job=self.name, name=part.name, replica=part.replica,
             replica_size=part.replica_size, expect=self.expect, deadlines=self.deadlines, policy=self.policy,
-            host=part.host,
+            host=part.host, secret=self.secret,
         )  # fmt: skip
 
     def _play(self, part: Part, results: dict[str, Any]) -> None:
