@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 import weft
+from weft.authentication import Secret
 from weft.builder import LayoutBuilder
 from weft.config import SECTIONS, Settings
 from weft.endpoint import Factory
@@ -271,3 +272,56 @@ def test_a_refit_runs_from_a_configuration(tmp_path: Path) -> None:
     thread.join(60)
     assert not thread.is_alive()
     assert all((tensor == 7).all() for tensor in target.memory().values())
+
+
+WORDS = "correct horse battery staple"
+
+
+def test_a_secret_comes_from_python_a_variable_or_a_file_of_its_own_and_is_shown_nowhere(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(WORDS + "\n")
+    more = {"transport": "bird", "store": "s", "job": "j", "name": "n", "expect": weft.Expect(1, 1)}
+    for values, environment, origin in (
+        ({"secret": WORDS}, {}, "Python"),
+        ({"secret": Secret(WORDS)}, {}, "Python"),
+        ({"secret": WORDS.encode()}, {}, "Python"),
+        ({}, {"WEFT_SECRET": WORDS}, "WEFT_SECRET"),
+        ({}, {"WEFT_SECRET_FILE": str(file)}, "default"),
+        ({"secret_file": str(file)}, {}, "default"),
+    ):
+        config = weft.load_config({**more, **values}, environment=environment)
+        assert config.settings.secret == Secret(WORDS)
+        assert config.arguments()["secret"] == Secret(WORDS)
+        assert "secret_file" not in config.arguments()
+        assert {value.key: value.origin for value in config.values}["secret"] == origin
+        assert "horse" not in repr(config) + repr(config.arguments()) + "".join(str(one.value) for one in config.values)
+    assert weft.load_config(more, environment={}).arguments()["secret"] is None
+
+
+def test_a_secret_in_the_configuration_file_is_refused_without_being_shown(tmp_path: Path) -> None:
+    file = tmp_path / "weft.toml"
+    file.write_text(f'secret = "{WORDS}"\n')
+    (fault,) = refusal(file=file)
+    assert fault == (
+        f"{file}: a secret does not belong here: give secret_file, the path of a file that holds it, or the variable "
+        "WEFT_SECRET"
+    )
+
+
+@pytest.mark.parametrize("value", ["battery horse", b"battery horse", 12345, ["battery horse staple"], 3.5])
+def test_a_secret_that_is_none_is_not_shown_either(value: Any) -> None:
+    (fault,) = refusal({"secret": value})
+    assert fault.startswith("Python: secret of the configuration is …: the job secret ")
+    assert "horse" not in fault
+    assert "12345" not in fault
+
+
+def test_faults_of_secrets_are_told_with_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("short")
+    faults = refusal({"secret": WORDS, "secret_file": str(file), "transport": "absent"})
+    assert "secret and secret_file are both given: leave one out" in faults
+    assert any(fault.startswith("the job secret has 5 bytes") for fault in refusal({"secret_file": str(file)}))
+    assert any("nowhere cannot be read" in fault for fault in refusal({"secret_file": str(tmp_path / "nowhere")}))
+    (fault,) = refusal(environment={"WEFT_SECRTE": WORDS})
+    assert fault == "WEFT_SECRTE: there is no such variable; did you mean WEFT_SECRET?"

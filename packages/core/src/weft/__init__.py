@@ -4,6 +4,7 @@ Start with `Refit`: one handle per member of a job. Layouts are made with `Layou
 (`weft_megatron`, `weft_vllm`); `plan` is what every member computes from them.
 """
 
+from weft.authentication import Secret
 from weft.box import Affine, Box
 from weft.builder import LayoutBuilder
 from weft.config import Config, load_config
@@ -67,6 +68,7 @@ __all__ = [
     "RendezvousError",
     "ReplicaControl",
     "Report",
+    "Secret",
     "Source",
     "StoreError",
     "StoreServer",

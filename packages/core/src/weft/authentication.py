@@ -31,8 +31,10 @@ class Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: bytes | str) -> None:
-        """Text stands for its UTF-8. Raises `ConfigError` for less than 16 bytes."""
-        self._value = value.encode() if isinstance(value, str) else bytes(value)
+        """Text stands for its UTF-8. Raises `ConfigError` for less than 16 bytes, and for what is no text."""
+        if not isinstance(value, str | bytes):
+            raise ConfigError(f"the job secret is of type {type(value).__name__}, expected text or bytes")
+        self._value = value.encode() if isinstance(value, str) else value
         if len(self._value) < FEWEST_BYTES:
             raise ConfigError(
                 f"the job secret has {len(self._value)} bytes, expected at least {FEWEST_BYTES}: "

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
+from weft.authentication import Secret
 from weft.deadline import Deadlines
 from weft.errors import ConfigError, PluginError, WeftError
 from weft.options import REQUIRED, Given, fields, nearest, read
@@ -25,6 +26,7 @@ from weft.roster import Expect
 from weft.variables import FILE_VARIABLE, TRANSPORT, Layer, Variables, variable
 
 _PYTHON = "Python"
+_SECRET_WAYS = "give secret_file, the path of a file that holds it, or the variable WEFT_SECRET"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +48,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Identity of this machine; members of equal host share memory. Found out if not given."""
     domain: str | None = None
     """Fabric domain, such as an NVLink domain; the host if not given."""
+    secret: Secret | None = None
+    """What the job's members know and nobody else, at least 16 bytes. Not in the file. Shown nowhere."""
+    secret_file: str | None = None
+    """Or a file that holds nothing else, white space around it apart."""
 
     removed: ClassVar[Mapping[str, str]] = {
         "transport_options": 'options stand beside the name of their transport: {"name": …, option: value}'
@@ -91,8 +97,10 @@ class Config:
         if missing:
             ways = ", ".join(f"{name} ({variable('', name)}{'_…' * (name == 'expect')})" for name in missing)
             raise ConfigError(f"the configuration lacks {ways}: give it in Python, by the variable or in the file")
+        settings = msgspec.structs.asdict(self.settings)
+        del settings["secret_file"]  # it has been read
         return {
-            **msgspec.structs.asdict(self.settings),
+            **settings,
             "transport_options": self.transport_options,
             "expect": self.expect,
             "policy": self.policy,
@@ -118,6 +126,9 @@ def load_config(
     from_file = _flattened(_toml(Path(named)), str(named), faults) if named else {}
     from_python = _flattened(values or {}, _PYTHON, faults)
     variables = Variables(environment, SECTIONS, installed("weft.transports"))
+    if ("", "secret") in from_file:
+        del from_file["", "secret"]
+        faults.append(f"{named}: a secret does not belong here: {_SECRET_WAYS}")
     transport, given = _merged(from_file, variables, from_python, faults)
     kinds = {**SECTIONS, TRANSPORT: _options_of(transport, faults)}
     read_values = {section: _section(section, kind, given, transport, faults) for section, kind in kinds.items()}
@@ -125,6 +136,7 @@ def load_config(
     if expect:
         absent = [field.name for field in fields(Expect) if ("expect", field.name) not in given]
         faults += [f"expect needs the option {name}" for name in absent]
+    secret = _secret(read_values[""], faults)
     policy = Policy(**read_values["policy"])
     try:
         policy.check()
@@ -133,7 +145,7 @@ def load_config(
     if faults:
         raise ConfigError("the configuration is wrong:" + "".join(f"\n  {fault}" for fault in dict.fromkeys(faults)))
     return Config(
-        settings=Settings(**read_values[""]),
+        settings=Settings(**{**read_values[""], "secret": secret}),
         transport_options=read_values[TRANSPORT],
         expect=Expect(**expect) if expect else None,
         policy=policy,
@@ -141,6 +153,22 @@ def load_config(
         values=tuple(_listed(kinds, read_values, given)),
         unread=tuple(variables.unread),
     )
+
+
+def _secret(settings: Mapping[str, Any], faults: list[str]) -> Secret | None:
+    """The secret that was given, or is in the file that was."""
+    secret: Secret | None = settings.get("secret")
+    file = settings.get("secret_file")
+    if file is None:
+        return secret
+    if secret is not None:
+        faults.append("secret and secret_file are both given: leave one out")
+        return None
+    try:
+        return Secret.read(file)
+    except ConfigError as error:
+        faults.append(str(error))
+        return None
 
 
 def _toml(file: Path) -> dict[str, Any]:

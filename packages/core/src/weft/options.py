@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.inspect import (
     BoolType,
+    CustomType,
     DictType,
     FloatType,
     IntType,
@@ -35,6 +36,7 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
+from weft.authentication import Secret
 from weft.errors import ConfigError
 
 REQUIRED = msgspec.NODEFAULT
@@ -112,9 +114,10 @@ def read(
             continue
         value = _parsed(one.value, known[name].annotation) if one.text else one.value
         try:
-            values[name] = msgspec.convert(value, known[name].annotation, strict=not one.text)
+            values[name] = msgspec.convert(value, known[name].annotation, strict=not one.text, dec_hook=_secret)
         except msgspec.ValidationError as error:
-            faults.append(f"{one.origin}: {name} of {what} is {one.value!r}: {error}")
+            shown = "…" if _is_secret(known[name]) else repr(one.value)
+            faults.append(f"{one.origin}: {name} of {what} is {shown}: {error}")
             continue
         if fault := choice_fault(known[name], values[name]):
             del values[name]
@@ -191,6 +194,21 @@ def _parsed(text: str, annotation: Any) -> Any:
     return text
 
 
+def _secret(kind: type, value: Any) -> Secret:
+    """A `Secret`, the one type of field that msgspec does not know. msgspec tells what a `ValueError` says."""
+    if kind is not Secret:
+        raise ValueError(f"expected {kind.__name__}")
+    try:
+        return value if isinstance(value, Secret) else Secret(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _is_secret(field: Field) -> bool:
+    kind = _plain(msgspec.inspect.type_info(field.annotation))
+    return isinstance(kind, CustomType) and kind.cls is Secret
+
+
 def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(kind):
         for one in dataclasses.fields(kind):
@@ -256,6 +274,8 @@ def _type_words(info: msgspec.inspect.Type) -> str:
         case FloatType():
             return "number"
         case StrType() | LiteralType():
+            return "text"
+        case CustomType(cls=cls) if cls is Secret:
             return "text"
         case VarTupleType(item_type=item):
             return f"list of {_type_words(item)}"
