@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -35,19 +33,17 @@ class TestTcpStore(StoreSuite):
         with serve_store() as server:
             yield server.url
 
-    def test_parts_of_replaced_and_deleted_values_do_not_stay(self, store: TcpStore) -> None:
-        store.set("value", b"x" * 9_000_000)
-        store.set("value", b"y" * 9_000_000)
-        store.set("value", b"small")
-        store.set("other", b"z" * 9_000_000)
-        store.delete("other")
-        assert store._client.list_keys() == ["vvalue"]
-
     def test_values_above_the_limit_are_refused(self, store: TcpStore, monkeypatch: pytest.MonkeyPatch) -> None:
         assert LIMIT_BYTES > 64 << 20
         monkeypatch.setattr("weft.store_tcp.LIMIT_BYTES", 10)
         with pytest.raises(StoreError, match="at most 10 bytes, found 11"):
             store.set("value", b"x" * 11)
+
+    def test_sums_of_more_than_64_bits_are_refused_and_change_nothing(self, store: TcpStore) -> None:
+        store.add("counter", (1 << 63) - 1)
+        with pytest.raises(StoreError, match=f"add to 'counter': expected sums of 64 bits, found {1 << 63}"):
+            store.add("counter", 1)
+        assert store.add("counter", 0) == (1 << 63) - 1
 
 
 class TestFileStore(StoreSuite):
@@ -58,7 +54,8 @@ class TestFileStore(StoreSuite):
     def test_writes_leave_no_temporary_files(self, store: FileStore, tmp_path: Path) -> None:
         store.set("a/b", b"1")
         store.add("c", 1)
-        assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a%2Fb.value", "c.counter"]
+        kept = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert kept == {"a%2Fb.value", "c.counter", "identity.store"}
 
 
 @pytest.mark.trap(49)
@@ -106,8 +103,9 @@ def test_clients_of_a_closed_server_fail_naming_its_address(deadline: Deadline) 
     store = open_store(server.url, deadline)
     store.set("a", b"1")
     server.close()
-    with pytest.raises(StoreError, match=server.url):
-        store.set("a", b"2")
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"{server.url}: set 'a': its server is closed"):
+            store.set("a", b"2")
     store.close()
 
 
@@ -115,9 +113,11 @@ def test_clients_of_a_closed_server_fail_naming_its_address(deadline: Deadline) 
 def test_an_unreachable_server_is_an_error_that_names_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with pytest.raises(StoreError, match=f"tcp://127.0.0.1:{port}: not reached within 0.3 s"):
+    with pytest.raises(
+        StoreError, match=f"tcp://127.0.0.1:{port}: open: no answer within 0.3 s: .*refused; is its server"
+    ):
         open_store(f"tcp://127.0.0.1:{port}", Deadline.after(0.3))
-    with pytest.raises(StoreError, match=r"tcp://no-such-host\.invalid:1: not reached"):
+    with pytest.raises(StoreError, match=r"tcp://no-such-host\.invalid:1: open: no answer"):
         open_store("tcp://no-such-host.invalid:1", Deadline.after(0.3))
 
 
@@ -127,42 +127,6 @@ def test_a_listener_that_never_answers_is_an_error_that_names_it() -> None:
         port = silent.getsockname()[1]
         with pytest.raises(StoreError, match=rf"tcp://127.0.0.1:{port}: .*no answer"):
             open_store(f"tcp://127.0.0.1:{port}", Deadline.after(0.5))
-
-
-def stop(pid: int, deadline: Deadline) -> None:
-    """SIGSTOP, and wait until every thread has stopped: the signal alone returns before."""
-    os.kill(pid, signal.SIGSTOP)
-
-    def stopped() -> bool:
-        states = [
-            (task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()
-        ]
-        return set(states) <= {"T"}
-
-    deadline.wait(stopped, f"process {pid} to stop", lambda: [str(pid)])
-
-
-@pytest.mark.trap(40)
-def test_a_frozen_server_ends_in_an_error_and_not_in_a_wait(deadline: Deadline) -> None:
-    script = (
-        "import sys; from weft.store_server import serve_store\n"
-        "with serve_store() as server: print(server.url, flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            store = TcpStore("127.0.0.1", int(url.rpartition(":")[2]), deadline, operation_seconds=0.5)
-            store.set("a", b"1")
-            stop(process.pid, deadline)
-            with pytest.raises(StoreError, match=f"{url}: get 'a': no answer within 0.5 s"):
-                store.get("a")
-            with pytest.raises(StoreError, match="open the store again"):
-                store.get("a")
-        finally:
-            process.kill()
 
 
 @pytest.mark.trap(40)

@@ -23,6 +23,9 @@ TRANSPORT_API = 1
 """Grows when `Transport` changes so that plug-ins must change too; `weft.plugins.load` compares it with the factory's.
 """
 
+LEASE_BYTES = 1 << 20
+"""Largest value of a lease."""
+
 SEGMENT = np.dtype(
     [
         ("region", "<i8"),
@@ -331,11 +334,34 @@ class TransportFactory(Protocol):
         ...
 
 
+class StoreLease(Protocol):
+    """A key of a store that vanishes unless it is renewed: the sign of life of whoever holds it."""
+
+    key: str
+    seconds: float
+    """How long the key stays after `Store.lease` or the last `renew`, by the store's own clock."""
+
+    def renew(self) -> None:
+        """Keep the key for its seconds from now on. Raises `StoreError` when it is lost: not renewed in time, or
+        written, deleted or leased by somebody else since. A lost lease stays lost: take another.
+        """
+        ...
+
+    def release(self) -> None:
+        """Remove the key, if it is still this lease's. Idempotent."""
+        ...
+
+
 class Store(Protocol):
-    """A small key-value service where members meet. Safe to use from several threads."""
+    """A small key-value service where members meet. Safe to use from several threads.
+
+    A store that goes away is waited for: an operation whose connection breaks is asked again until its time is over,
+    then a `StoreError` names the address and how long it was tried. So `set`, `delete` and `lease` may take effect
+    twice, one time after the other; `add` counts once. A store that comes back without what it held is an error.
+    """
 
     def set(self, key: str, value: bytes) -> None:
-        """Write; replaces."""
+        """Write; replaces, and ends a lease. Readers see the old value or the new one, never a part of either."""
         ...
 
     def get(self, key: str) -> bytes | None:
@@ -356,8 +382,20 @@ class Store(Protocol):
         """Every key that starts with `prefix`, sorted."""
         ...
 
+    def lease(self, key: str, value: bytes, seconds: float) -> StoreLease:
+        """Write a value of at most `LEASE_BYTES` that vanishes when it has not been renewed for `seconds`; replaces."""
+        ...
+
+    def watch(self, key: str, known: bytes | None, deadline: Deadline) -> bytes | None:
+        """What `key` holds, or None, as soon as it differs from `known`; at the deadline what it holds then.
+
+        Waits without busy polling. What was replaced and put back meanwhile may go unseen. A connection that breaks is
+        made anew and the question asked again, so that nothing is missed; a store that stays away is a `StoreError`.
+        """
+        ...
+
     def close(self) -> None:
-        """Let go of the connection. Idempotent."""
+        """Let go of the connection; a `watch` in another thread ends with `StoreError` soon. Idempotent."""
         ...
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from weft.contracts import Store
+from weft.contracts import LEASE_BYTES, Store
 from weft.deadline import Deadline
 from weft.errors import StoreError
 from weft.stores import open_store
@@ -185,6 +186,143 @@ class StoreSuite(Suite):
         assert sorted(sums) == list(range(1, 2001))
         assert store.add("counter", 0) == 2000
 
+    def test_a_lease_holds_a_value_like_any_other(self, store: Store, other: Store) -> None:
+        lease = store.lease("member", b"alive", self.seconds)
+        assert (lease.key, lease.seconds) == ("member", self.seconds)
+        assert other.get("member") == b"alive"
+        assert other.keys("") == ["member"]
+        lease.renew()
+        lease.release()
+        lease.release()
+        assert other.get("member") is None
+        assert other.keys("") == []
+        with pytest.raises(StoreError, match=r"member.*released"):
+            lease.renew()
+
+    def test_a_lease_that_is_not_renewed_vanishes(self, store: Store, other: Store) -> None:
+        lease = store.lease("member", b"alive", 0.3)
+        deadline = Deadline.after(self.seconds)
+        while other.get("member") is not None:
+            assert not deadline.expired(), "a lease of 0.3 s is still there"
+            time.sleep(0.01)
+        assert other.keys("") == []
+        with pytest.raises(StoreError, match=r"member.*lost"):
+            lease.renew()
+        assert other.get("member") is None, "a lost lease came back"
+
+    def test_a_lease_that_is_renewed_stays(self, store: Store, other: Store) -> None:
+        for _ in range(5):
+            if self._stays(store, other, seconds=1.0):
+                return
+        pytest.fail("this machine cannot renew a lease of 1 s in time")
+
+    def _stays(self, store: Store, other: Store, seconds: float) -> bool:
+        """Renew one of two leases until the other has been gone for a while; False when this came too late once."""
+        kept, left = store.lease("kept", b"1", seconds), store.lease("left", b"2", seconds)
+        renewed = started = time.monotonic()
+        while other.get(left.key) is not None or time.monotonic() < started + 1.5 * seconds:
+            before = time.monotonic()
+            try:
+                kept.renew()
+                there = other.get(kept.key) == b"1"
+            except StoreError:
+                there = False
+            if time.monotonic() > renewed + 0.8 * seconds:
+                return False
+            assert there, "a lease vanished although it was renewed"
+            renewed = before
+            time.sleep(0.05)
+        kept.release()
+        return True
+
+    def test_a_lease_that_was_replaced_takes_nothing_with_it(self, store: Store, other: Store) -> None:
+        first = store.lease("member", b"first", self.seconds)
+        second = other.lease("member", b"second", self.seconds)
+        first.release()
+        assert store.get("member") == b"second", "another's key was removed"
+        second.renew()
+        third = store.lease("member", b"third", 0.2)
+        other.set("member", b"no lease")
+        with pytest.raises(StoreError, match=r"member.*lost"):
+            third.renew()
+        with pytest.raises(StoreError, match=r"member.*lost"):
+            second.renew()
+        time.sleep(0.4)
+        assert store.get("member") == b"no lease", "the lease's end outlived the lease"
+
+    @pytest.mark.parametrize(("size_bytes", "seconds"), [(0, 0.0), (0, -1.0), (LEASE_BYTES + 1, 1.0)])
+    def test_leases_of_no_time_or_too_large_are_refused(self, store: Store, size_bytes: int, seconds: float) -> None:
+        with pytest.raises(StoreError, match=f"at most {LEASE_BYTES} bytes for more than 0 s"):
+            store.lease("member", b"x" * size_bytes, seconds)
+
+    def test_a_watch_ends_at_once_when_the_value_is_not_the_known_one(self, store: Store) -> None:
+        deadline = Deadline.after(10 * self.seconds)
+        store.set("version", b"1")
+        for known in (None, b"", b"0"):
+            assert within(self.seconds, "watch", partial(store.watch, "version", known, deadline)) == b"1"
+        assert within(self.seconds, "watch", partial(store.watch, "missing", b"1", deadline)) is None
+
+    @pytest.mark.trap(40)
+    def test_a_watch_of_what_does_not_change_ends_at_its_deadline(self, store: Store) -> None:
+        store.set("version", b"1")
+        store.set("other", b"1")
+        for key, known in (("version", b"1"), ("missing", None)):
+            deadline = Deadline.after(0.3)
+            assert within(self.seconds, "watch", partial(store.watch, key, known, deadline)) == known
+            assert deadline.expired(), "a watch ended although nothing had changed"
+
+    def test_a_watch_ends_when_the_value_changes(self, store: Store, other: Store) -> None:
+        """The client goes on with other things meanwhile."""
+        large = b"2" * 5_000_000
+        for known, value in ((None, b"1"), (b"1", large), (large, b"3")):
+            with ThreadPoolExecutor(1) as pool:
+                watch = pool.submit(store.watch, "version", known, Deadline.after(3 * self.seconds))
+                store.set("elsewhere", b"")
+                assert store.get("version") == known
+                other.set("version", value)
+                try:
+                    found = watch.result(self.seconds)
+                except TimeoutError:
+                    raise AssertionError(f"a watch has not ended within {self.seconds} s of a change") from None
+                assert (found == value) is True
+
+    def test_a_watch_sees_a_key_vanish(self, store: Store, other: Store) -> None:
+        def delete(key: str) -> None:
+            other.set(key, b"1")
+            with ThreadPoolExecutor(1) as pool:
+                watch = pool.submit(store.watch, key, b"1", Deadline.after(self.seconds))
+                other.delete(key)
+                assert watch.result() is None, "a deleted key was not seen to vanish"
+
+        def expire(key: str) -> None:
+            other.lease(key, b"1", 0.3)
+            assert store.watch(key, b"1", Deadline.after(self.seconds)) is None, "a lease was not seen to vanish"
+
+        def release(key: str) -> None:
+            lease = other.lease(key, b"1", 10 * self.seconds)
+            with ThreadPoolExecutor(1) as pool:
+                watch = pool.submit(store.watch, key, b"1", Deadline.after(self.seconds))
+                lease.release()
+                assert watch.result() is None, "a released key was not seen to vanish"
+
+        for end in (delete, expire, release):
+            end(end.__name__)
+
+    def test_many_watch_at_once_and_all_see_it(self, store: Store, other: Store) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            watches = [pool.submit(store.watch, "version", None, Deadline.after(self.seconds)) for _ in range(8)]
+            other.set("version", b"1")
+            assert [watch.result() for watch in watches] == [b"1"] * 8
+
+    def test_closing_ends_a_watch(self, url: str) -> None:
+        store = open_store(url, Deadline.after(self.seconds))
+        with ThreadPoolExecutor(1) as pool:
+            watch = pool.submit(store.watch, "version", None, Deadline.after(3 * self.seconds))
+            assert store.get("version") is None
+            store.close()
+            with pytest.raises(StoreError, match="closed"):
+                watch.result(self.seconds)
+
     def test_a_closed_client_refuses_and_closes_twice(self, url: str) -> None:
         store = open_store(url, Deadline.after(self.seconds))
         store.close()
@@ -195,6 +333,8 @@ class StoreSuite(Suite):
             lambda: store.add("c", 1),
             lambda: store.delete("a"),
             lambda: store.keys(""),
+            lambda: store.lease("a", b"", 1.0),
+            lambda: store.watch("a", None, Deadline.after(self.seconds)),
         ]
         for call in calls:
             with pytest.raises(StoreError, match="closed"):

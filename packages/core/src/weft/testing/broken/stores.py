@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
-from weft.contracts import Store
+from weft.contracts import Store, StoreLease
 from weft.deadline import Deadline
 from weft.store_file import FileStore
+from weft.store_lease import KeyLease
 from weft.testing.broken import Fault
 
 
@@ -93,6 +94,51 @@ class StaysOpen(FileStore):
         pass
 
 
+class KeepsLeases(FileStore):
+    """Leases never end."""
+
+    def lease(self, key: str, value: bytes, seconds: float) -> StoreLease:
+        return super().lease(key, value, 1e6)
+
+
+class ForgetsRenewals(FileStore):
+    """Leases end, renewed or not."""
+
+    def lease(self, key: str, value: bytes, seconds: float) -> StoreLease:
+        lease = super().lease(key, value, seconds)
+        return KeyLease(self.url, key, seconds, lambda: True, lease.release)
+
+
+class ReleasesOthers(FileStore):
+    """Takes the lease of whoever holds the key."""
+
+    def lease(self, key: str, value: bytes, seconds: float) -> StoreLease:
+        lease = super().lease(key, value, seconds)
+
+        def renew() -> bool:
+            lease.renew()
+            return True
+
+        return KeyLease(self.url, key, seconds, renew, lambda: self.delete(key))
+
+
+class WatchesToTheEnd(FileStore):
+    """Looks when the deadline is over."""
+
+    def watch(self, key: str, known: bytes | None, deadline: Deadline) -> bytes | None:
+        time.sleep(deadline.remaining())
+        return self.get(key)
+
+
+class WatchesValuesOnly(FileStore):
+    """Waits until there is a value."""
+
+    def watch(self, key: str, known: bytes | None, deadline: Deadline) -> bytes | None:
+        while (value := super().watch(key, known, deadline)) is None and not deadline.expired():
+            time.sleep(0.01)
+        return known if value is None else value
+
+
 KINDS: Mapping[str, Callable[[str, Deadline], Store]] = {
     "loses-writes": LosesWrites,
     "adds-in-steps": AddsInSteps,
@@ -102,6 +148,11 @@ KINDS: Mapping[str, Callable[[str, Deadline], Store]] = {
     "writes-in-place": WritesInPlace,
     "cuts-values": CutsValues,
     "stays-open": StaysOpen,
+    "keeps-leases": KeepsLeases,
+    "forgets-renewals": ForgetsRenewals,
+    "releases-others": ReleasesOthers,
+    "watches-to-the-end": WatchesToTheEnd,
+    "watches-values-only": WatchesValuesOnly,
 }
 """By URL scheme."""
 
@@ -121,4 +172,9 @@ FAULTS = (
     Fault("writes-in-place", "test_readers_see_whole_values_while_they_are_replaced", "half replaced"),
     Fault("cuts-values", "test_values_of_any_size_come_back_unchanged", "bytes came back changed"),
     Fault("stays-open", "test_a_closed_client_refuses_and_closes_twice", "DID NOT RAISE"),
+    Fault("keeps-leases", "test_a_lease_that_is_not_renewed_vanishes", "is still there", seconds=2),
+    Fault("forgets-renewals", "test_a_lease_that_is_renewed_stays", "vanished although it was renewed"),
+    Fault("releases-others", "test_a_lease_that_was_replaced_takes_nothing_with_it", "another's key was removed"),
+    Fault("watches-to-the-end", "test_a_watch_ends_when_the_value_changes", "has not ended within", seconds=2),
+    Fault("watches-values-only", "test_a_watch_sees_a_key_vanish", "was not seen to vanish", seconds=2),
 )
