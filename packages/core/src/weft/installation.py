@@ -5,6 +5,7 @@ from __future__ import annotations
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
 from weft.loop import Account, Loop
+from weft.protocol.target import Stage
 from weft.report import Report
 from weft.session import TargetSession
 
@@ -24,9 +25,9 @@ class Installation:
         return self._session.version
 
     @property
-    def state(self) -> str:
-        """`begun`, `verified`, `prepared`, `decided`, `committed` or `aborted`."""
-        return self._session.state
+    def state(self) -> Stage:
+        """How far this target is with it."""
+        return self._session.stage
 
     def update(self) -> None:
         """Take every byte, verify, vote, and prepare the commit: returns once every member of the replica has prepared.
@@ -34,46 +35,31 @@ class Installation:
         Raises `RefitAbortedError` on every member of the replica when any of them cannot; the target has then been
         aborted and may hold a mixture: the replica must refuse to serve.
         """
-        if self.state != "begun":
-            raise ConfigError(f"update of version {self.version}: it is {self.state}, expected begun")
+        self._expect(Stage.BEGUN, "update")
         session, deadlines = self._session, self._deadlines
-        move = Deadline.after(deadlines.begin + deadlines.move)
         try:
-            self._loop.until(
-                lambda: session.state != "begun",
-                session.step,
-                move,
-                f"move of version {self.version}",
-                session.waiting_for,
-            )
+            self._until(Stage.VERIFIED, Deadline.after(deadlines.begin + deadlines.move), "move")
             vote = Deadline.after(deadlines.move + deadlines.vote)
-            self._loop.until(
-                lambda: session.state == "decided",
-                session.step,
-                vote,
-                f"vote on version {self.version}",
-                session.waiting_for,
-            )
+            self._until(Stage.CLEARED, vote, "vote")
+            session.prepare()
+            self._until(Stage.DECIDED, vote, "vote")
         except BaseException as error:
             raise self.failed(error) from error
 
     def commit(self) -> Report:
-        """Install the version: local, after `update`. The replica's leader waits for all members and records the
-        outcome.
+        """Install the version, after `update`; returns once all members of the replica have, and it may serve.
+
+        Raises `RefitAbortedError` when one of them is lost before it has: the replica must refuse to serve.
         """
-        if self.state != "decided":
-            raise ConfigError(
-                f"commit of version {self.version}: it is {self.state}, expected decided (call update first)"
-            )
-        session, leader = self._session, self._session.leader
+        self._expect(Stage.DECIDED, "commit")
+        session = self._session
         session.commit()
-        if leader is not None:
-            limit = Deadline.after(self._deadlines.commit)
-            self._loop.until(
-                lambda: leader.ended, leader.step, limit, f"commit of version {self.version}", session.waiting_for
-            )
-            if not leader.committed:
-                raise RefitAbortedError(self.version, leader.reasons)
+        try:
+            # The leader waits for members, and members for the leader: it is the one to say who is late.
+            patience = self._deadlines.commit if session.leader is not None else 2 * self._deadlines.commit
+            self._until(Stage.INSTALLED, Deadline.after(patience), "commit")
+        except BaseException as error:
+            raise self.failed(error) from error
         return Report(
             version=self.version, digest=session.digest, bytes=session.receiver.nbytes,
             seconds=self._account.seconds(session.clock.seconds), buckets=self._buckets, segments=self._segments,
@@ -84,6 +70,23 @@ class Installation:
     def abort(self, error: BaseException) -> None:
         """Give the version up on every member of the replica. Idempotent; a committed version stays."""
         self._session.abort(error)
+
+    def _expect(self, stage: Stage, what: str) -> None:
+        if self.state is not stage:
+            raise ConfigError(
+                f"{what} of version {self.version}: it is {self.state}, expected {stage} "
+                "(begin, update and commit are called once each, in this order)"
+            )
+
+    def _until(self, stage: Stage, limit: Deadline, what: str) -> None:
+        session, order = self._session, list(Stage)
+        self._loop.until(
+            lambda: order.index(session.stage) >= order.index(stage),
+            session.step,
+            limit,
+            f"{what} of version {self.version}",
+            session.waiting_for,
+        )
 
     def failed(self, error: BaseException) -> BaseException:
         """Abort; returns what to raise: a `RefitAbortedError`, unless it is no error but an interruption."""

@@ -42,30 +42,31 @@ class Offer:
 
         Raises `RefitAbortedError` with every replica's reason when that cannot happen any more, and `DeadlineError`.
         """
-        outcomes = self._session.outcomes
-        expected = self._session.replicas
+        session, expected = self._session, self._session.replicas
         wanted = {"all": expected, "any": 1}.get(replicas) if isinstance(replicas, str) else replicas
         if wanted is None or not 1 <= wanted <= expected:
             raise ConfigError(f'replicas is {replicas!r}, expected "all", "any" or a number from 1 to {expected}')
 
         def decided() -> bool:
-            return self._session.done or (wanted < expected and sum(r is None for r in outcomes.values()) >= wanted)
+            committed = sum(reason is None for reason in session.outcomes.values())
+            return session.done or (wanted < expected and committed >= wanted)
 
         d = self._deadlines
         limit = deadline or Deadline.after(d.begin + d.move + d.vote + d.commit)
         self._until(decided, limit, f"commit of version {self.version}")
+        outcomes = session.outcomes
         failed = {replica: reason for replica, reason in outcomes.items() if reason is not None}
         if expected - len(failed) < wanted:
             raise RefitAbortedError(
                 self.version, [f"replica {name}: {reason}" for name, reason in sorted(failed.items())]
             )
-        if self._session.done and self._loop.offered is self._session:
+        if session.done and self._loop.offered is session:
             self._loop.offered = None
         return Report(
-            version=self.version, digest=self._session.digest, bytes=self._session.nbytes,
-            seconds=self._account.seconds(self._session.clock.seconds), buckets=self._buckets, segments=self._segments,
+            version=self.version, digest=session.digest, bytes=session.nbytes,
+            seconds=self._account.seconds(session.clock.seconds), buckets=self._buckets, segments=self._segments,
             registrations=0, allocations=0, store_operations=self._account.store_operations(),
-            outcomes=dict(outcomes), events=tuple(self._session.events),
+            outcomes=outcomes, events=tuple(session.events),
         )  # fmt: skip
 
     def withdraw(self, reason: str) -> None:

@@ -262,7 +262,7 @@ class Refit:
             wire, connection.prepared, passed_on, connection.scratch_slots, found, clock,
             lambda bucket: receiver.has(connection.gates[bucket]),
         )  # fmt: skip
-        session = TargetSession(wire, found, self._target, receiver, relay, leader_name, leader, clock)
+        session = TargetSession(wire, found, self._target, receiver, relay, replica, leader_name, leader, clock)
         installation = Installation(
             loop,
             session,

@@ -1,7 +1,6 @@
-"""Sessions: one member's part in one refit, as machines that are stepped and never wait.
+"""Sessions: one member's part in one refit. They are stepped and never wait.
 
-A target goes begun → verified → prepared → committed, or aborts; a source goes offered → sent, and learns every
-replica's outcome.
+The machines are `weft.protocol.source` and `weft.protocol.target`; here they get notices, losses and what buckets do.
 """
 
 from __future__ import annotations
@@ -13,8 +12,11 @@ from weft.contracts import Lease, Target
 from weft.digest import Digest
 from weft.errors import RefitAbortedError, WeftError
 from weft.leaders import ReplicaLeader, SourceLeader
+from weft.protocol import source, target
+from weft.protocol.events import Event, heard, tell
+from weft.protocol.target import Stage
 from weft.replay import Clock, Receiver, Sender
-from weft.wire import Notice, Wire
+from weft.wire import Wire
 
 
 class SourceSession:
@@ -26,28 +28,34 @@ class SourceSession:
     ) -> None:  # fmt: skip
         """`own_replica` is the replica of this very member, where it copies from these weights by itself."""
         self.version, self.clock, self.leader = version, clock, leader
-        self.outcomes: dict[str, str | None] = {}
-        """Per replica: None when it committed, else why it did not."""
-        self.digest = ""
         self.events: list[tuple[float, str]] = []
         """(seconds of `time.monotonic`, what happened), in order."""
         self._wire, self._leader_name = wire, leader_name
+        self._state = source.Source(leader_name, tuple(map(source.Serving, senders)), own_replica)
         self._lease: Lease | None = None
-        self._make, self._own_replica = dict(senders), own_replica
+        self._make = dict(senders)
         self._sending: dict[str, Sender] = {}
-        self._sent: set[str] = set()
         self._credit: dict[str, tuple[int, ...]] = {}
 
     def offer(self, lease: Lease) -> None:
         """Say that this source holds its weights; the lease is released when nothing reads them any more."""
         self._lease = lease
-        self._tell("source-offered")
+        self._feed(Event("held"))
+
+    @property
+    def outcomes(self) -> dict[str, str | None]:
+        """Per replica that has ended: None when it committed, else why it did not."""
+        return {known.replica: known.reason for known in self._state.replicas if known.ended}
+
+    @property
+    def digest(self) -> str:
+        """Of the version: 32 hexadecimal digits, once a replica has installed it; zeros without digests."""
+        return Digest(self._state.digest).hex() if None in self.outcomes.values() else ""
 
     @property
     def released(self) -> bool:
         """Whether no replica needs this source's bytes any more."""
-        sent = self._sent - {self._own_replica}
-        return all(replica in sent or replica in self.outcomes for replica in self._make)
+        return self._state.released
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +65,7 @@ class SourceSession:
     @property
     def done(self) -> bool:
         """Whether every replica's outcome is known here, and by everybody this member leads."""
-        return len(self.outcomes) == len(self._make) and (self.leader is None or self.leader.done)
+        return self._state.done and (self.leader is None or self.leader.done)
 
     @property
     def replicas(self) -> int:
@@ -77,21 +85,13 @@ class SourceSession:
             self._credit[peer] = notice.numbers  # may come before "go", from one that lands what nothing comes for
             for sending in self._sending.values():
                 sending.take_credit(peer, *notice.numbers)
-        for _, notice in self._wire.take(self.version, "go"):
-            self._event(f"go {notice.replica}")
-            self._sending[notice.replica] = self._make[notice.replica]()
-            for peer, numbers in self._credit.items():
-                self._sending[notice.replica].take_credit(peer, *numbers)
-        for _, notice in self._wire.take(self.version, "outcome"):
-            self.outcomes[notice.replica] = None if notice.numbers[0] else notice.text
-            if notice.numbers[0]:
-                self.digest = Digest((notice.numbers[1], notice.numbers[2])).hex()
-            self._event(f"outcome {notice.replica}")
-            if sender := self._sending.get(notice.replica):
-                sender.cancel()
-        for replica, sender in self._sending.items():
-            if replica not in self._sent and replica not in self.outcomes:
-                self._advance(replica, sender)
+        for kind in ("go", "outcome"):
+            for peer, notice in self._wire.take(self.version, kind):
+                self._event(f"{kind} {notice.replica}")
+                self._feed(heard(peer, notice))
+        for known in self._state.replicas:
+            if known.stage is source.Stage.SENDING and not known.ended:
+                self._advance(known.replica, self._sending[known.replica])
         if self.released and self._lease is not None:
             self._lease.release()
         if not self.done:
@@ -102,29 +102,29 @@ class SourceSession:
             sender.step()
             self._wire.check(sender.waiting_for)
         except WeftError as error:
-            sender.cancel()
-            self._sent.add(replica)
-            self._tell("source-failed", replica, str(error))
+            self._feed(Event("error", replica=replica, text=str(error)))
             return
         if sender.done:
-            self._sent.add(replica)
             self._event(f"sent {replica}")
+            self._feed(Event("sent", replica=replica))
 
     def give_up(self, reason: str) -> None:
         """Withdraw from every replica without an outcome, and release the lease."""
-        for replica in self._make:
-            if replica in self._sending:
-                self._sending[replica].cancel()
-            if replica not in self.outcomes:
-                self._tell("source-failed", replica, reason)
-                self.outcomes[replica] = reason
+        self._feed(Event("give-up", text=reason))
         if self._lease is not None:
             self._lease.release()
         if self.leader is not None:
             self.leader.give_up(reason)
 
-    def _tell(self, kind: str, replica: str = "", text: str = "") -> None:
-        self._wire.tell(self._leader_name, self.version, Notice(kind, replica, text))
+    def _feed(self, event: Event) -> None:
+        self._state, actions = source.step(self._state, event)
+        for action in tell(self._wire, self.version, actions):
+            if action.what == "send":
+                self._sending[action.about] = self._make[action.about]()
+                for peer, numbers in self._credit.items():
+                    self._sending[action.about].take_credit(peer, *numbers)
+            elif action.about in self._sending:
+                self._sending[action.about].cancel()
 
     def _event(self, what: str) -> None:
         self.events.append((time.monotonic(), what))
@@ -134,27 +134,36 @@ class TargetSession:
     """A target's part in one version."""
 
     def __init__(
-        self, wire: Wire, version: int, target: Target, receiver: Receiver, relay: Sender, leader_name: str,
-        leader: ReplicaLeader | None, clock: Clock,
+        self, wire: Wire, version: int, side: Target, receiver: Receiver, relay: Sender, replica: str,
+        leader_name: str, leader: ReplicaLeader | None, clock: Clock,
     ) -> None:  # fmt: skip
         """`relay` passes on what the receiver has taken; most have nothing to pass on."""
         self.version, self.receiver, self.relay, self.leader, self.clock = version, receiver, relay, leader, clock
-        self.state = "offered"
-        self.digest = ""
         self.events: list[tuple[float, str]] = []
         """(seconds of `time.monotonic`, what happened), in order."""
-        self._wire, self._target, self._leader_name = wire, target, leader_name
+        self._wire, self._target, self._leader_name = wire, side, leader_name
+        self._state = target.Target(leader_name, replica)
+
+    @property
+    def stage(self) -> Stage:
+        """How far this member is."""
+        return self._state.stage
+
+    @property
+    def digest(self) -> str:
+        """Of the version: 32 hexadecimal digits, once it is decided; zeros without digests."""
+        return Digest(self._state.digest).hex()
 
     def begin(self) -> None:
         """Get the target ready and say so: bytes may come from now on."""
         self._target.begin(self.version)
-        self._reach("begun")
+        self._feed(Event("ready"))
 
-    def waiting_for(self) -> list[str]:
+    def waiting_for(self) -> Sequence[str]:
         """Whom this member is waiting for."""
-        if self.leader is not None and (missing := self.leader.missing(self.state)):
+        if self.leader is not None and (missing := self.leader.missing(self.stage)):
             return missing
-        if self.state != "begun":
+        if self.stage is not Stage.BEGUN:
             return [self._leader_name]
         return self.receiver.waiting_for() or self.relay.waiting_for()
 
@@ -164,47 +173,51 @@ class TargetSession:
             self.leader.step()
         for _, notice in self._wire.take(self.version, "abort"):
             raise RefitAbortedError(self.version, notice.text.splitlines())
-        self._wire.check(lambda: [self._leader_name])
-        if self.state == "begun":
-            self.receiver.take()
-            if not self.relay.done:  # else credits are for this member's source
-                for peer, notice in self._wire.take(self.version, "credit"):
-                    self.relay.take_credit(peer, *notice.numbers)
-                self.relay.step()
-            self.receiver.land(self.relay.reads)
-            if self.receiver.done and self.relay.done:
-                self._reach("verified", self.receiver.digest.lanes)
-        elif self.state == "verified" and self._wire.take(self.version, "prepare"):
-            with self.clock.phase("commit"):
-                self._target.prepare_commit(self.version)
-            self._reach("prepared")
-        elif self.state == "prepared":
-            for _, notice in self._wire.take(self.version, "commit"):
-                self.state = "decided"
-                self.digest = Digest((notice.numbers[0], notice.numbers[1])).hex()
+        for kind in ("prepare", "commit", "installed"):
+            for peer, notice in self._wire.take(self.version, kind):
+                self._feed(heard(peer, notice))
+        if self.stage is not Stage.INSTALLED:
+            self._wire.check(lambda: [self._leader_name])
+        if self.stage is Stage.BEGUN:
+            self._move()
+
+    def _move(self) -> None:
+        self.receiver.take()
+        if not self.relay.done:  # else credits are for this member's source
+            for peer, notice in self._wire.take(self.version, "credit"):
+                self.relay.take_credit(peer, *notice.numbers)
+            self.relay.step()
+        self.receiver.land(self.relay.reads)
+        if self.receiver.done and self.relay.done:
+            self._feed(Event("arrived", numbers=self.receiver.digest.lanes))
+
+    def prepare(self) -> None:
+        """Do what may still fail, once all members have voted for it."""
+        with self.clock.phase("commit"):
+            self._target.prepare_commit(self.version)
+        self._feed(Event("prepared"))
 
     def commit(self) -> None:
         """Install the version here."""
         with self.clock.phase("commit"):
             self._target.commit(self.version)
-        self._reach("committed")
+        self._feed(Event("committed"))
 
     def abort(self, error: BaseException) -> None:
         """Give the version up here, and tell the leader unless it was the leader who said so."""
-        if self.state in ("aborted", "committed"):
+        if self.stage in (Stage.ABORTED, Stage.INSTALLED):
             return
-        self.state = "aborted"
         self.relay.cancel()
-        if not isinstance(error, RefitAbortedError):
-            self._tell("failed", text=f"{type(error).__name__}: {error}")
-            if self.leader is not None:
-                self.leader.step()
-        self._target.abort(self.version, error)
+        by_leader = isinstance(error, RefitAbortedError)
+        self._feed(Event("abort" if by_leader else "error", text=f"{type(error).__name__}: {error}"), error)
+        if self.leader is not None and not by_leader:
+            self.leader.step()
 
-    def _reach(self, state: str, numbers: Sequence[int] = ()) -> None:
-        self.state = state
-        self.events.append((time.monotonic(), state))
-        self._tell(state, numbers=numbers)
-
-    def _tell(self, kind: str, text: str = "", numbers: Sequence[int] = ()) -> None:
-        self._wire.tell(self._leader_name, self.version, Notice(kind, "", text, tuple(numbers)))
+    def _feed(self, event: Event, error: BaseException | None = None) -> None:
+        before = self.stage
+        self._state, actions = target.step(self._state, event)
+        if self.stage is not before:
+            self.events.append((time.monotonic(), self.stage.value))
+        for _ in tell(self._wire, self.version, actions):
+            assert error is not None, "only errors and the leader's word abort"
+            self._target.abort(self.version, error)
