@@ -1,0 +1,134 @@
+"""One payload of every kind that weft writes for others to read, and how each is read.
+
+python -m tests.payloads, in packages/core: writes those of now to `golden/<date>.json`; a later weft must read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from weft.authentication import Secret
+from weft.control import Hello
+from weft.endpoint import Envelope
+from weft.layout import Layout
+from weft.leaders import OfferRecord, OutcomeRecord
+from weft.member import Member, RemoteRegion, Tag
+from weft.passages import Arrived, Ask, Go, Grant, Invitation, Said, Signal, Withdrawn
+from weft.plan import plan
+from weft.policy import Policy
+from weft.records import decoded, open_record, seal
+from weft.rendezvous import EndpointRecord
+from weft.roster import Action, Event, MemberRecord
+from weft.slices import Slice, slice_of
+from weft.testing.tiny import Tiny
+from weft.wire import Notice
+
+FOLDER = Path(__file__).parent / "golden"
+KEY = Secret("the secret of all golden payloads").key("golden")
+PLACE = "weft/golden/somewhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Bytes, and what reads them."""
+
+    data: bytes
+    read: Callable[[bytes], object]
+
+
+def payloads() -> dict[str, Payload]:
+    """By name."""
+    member, layout, part = _made()
+    join = Event(Action.JOIN, "trainer/0", 2, record=MemberRecord(member, b"\x80", "0.1.0", 3, 1, 1))
+    tag = Tag(7, "trainer/0", 2, 1)
+    envelope = Envelope(tag, 3, b"note", b"k" * 32)
+    found = {
+        "layout": Payload(layout.encoded, Layout.decode),
+        "slice": Payload(part.encoded, Slice.decode),
+        "notice": _plain(Notice("replica-outcome", "rollout", "words", (1, 2, 3)), Notice),
+        "envelope of a bucket": _plain(envelope, Envelope),
+        "envelope of a signal": _plain(Envelope(tag, None, b"note"), Envelope),
+        "hello": _plain(Hello("trainer/0#1/abc", "rollout/0#1/def"), Hello),
+    }
+    for said in (
+        Signal(envelope), Invitation(b"body"), Ask(1, [envelope]), Grant(1), Go(1), Withdrawn(1), Arrived(1, 2),
+    ):  # fmt: skip
+        found[f"passage {type(said).__name__.lower()}"] = _plain(said, Said)
+    for kind, name, made in (
+        ("rendezvous", "join", join),
+        ("rendezvous", "fail", Event(Action.FAIL, "trainer/0", 2, "why")),
+        ("rendezvous", "late", Event(Action.LATE, "trainer/0", 2, "why")),
+        ("rendezvous", "leave", Event(Action.LEAVE, "trainer/0", 2)),
+        ("endpoint", "of a source", _endpoint()),
+        ("slice", "of a plan", part.encoded),
+        ("offer", "of the sources", OfferRecord(7)),
+        ("outcome", "aborted", OutcomeRecord(7, "rollout", False, "why")),
+    ):
+        found[f"{kind} record {name}"] = _record(kind, made, None)
+        found[f"{kind} record {name}, with a secret"] = _record(kind, made, PLACE)
+    return found
+
+
+def values_of(found: object) -> Any:
+    """A decoded value in words of JSON, structs by the names of their fields."""
+    match found:
+        case msgspec.Struct():
+            return {name: values_of(getattr(found, name)) for name in found.__struct_fields__}
+        case bytes():
+            return found.hex()
+        case enum.Enum():
+            return found.value
+        case np.ndarray():
+            return found.tolist()
+        case Mapping():
+            return {str(key): values_of(value) for key, value in found.items()}
+        case list() | tuple():
+            return [values_of(value) for value in found]
+    if dataclasses.is_dataclass(found):
+        return {field.name: values_of(getattr(found, field.name)) for field in dataclasses.fields(found)}
+    return found
+
+
+def _plain(made: object, kind: Any) -> Payload:
+    return Payload(msgspec.msgpack.encode(made), lambda data: decoded(kind, data, "not what it should be"))
+
+
+def _record(kind: str, made: object, place: str | None) -> Payload:
+    options: dict[str, Any] = {} if place is None else {"place": place, "key": KEY}
+    return Payload(seal(kind, made, **options), lambda data: open_record(kind, type(made), data, **options))
+
+
+def _made() -> tuple[Member, Layout, Slice]:
+    """A source, the layout of a target, the slice of another target."""
+    tiny = Tiny(layers=1, hidden=4, inner=6)
+    held, wanted = tiny.source(0, 1), tiny.target(0, 1, scratch_slots=2)
+    source = Member("trainer/0", held.address, None, None, 0, "h", "d", "cpu", ("eth0",), 2, 1)
+    target = Member("rollout/0", None, wanted.address, "rollout", 1, "h", "d", "cpu")
+    whole = plan([source], [target], {each.address: each for each in (held, wanted)}, Policy(relay="never"))
+    return source, wanted, slice_of(whole, "rollout/0")
+
+
+def _endpoint() -> EndpointRecord:
+    return EndpointRecord(
+        "trainer/0", 2, 1, b"address", (RemoteRegion(1 << 40, 64, "cuda:3"),), bytes(8), bytes(8), b"", b"",
+        "fingerprint", {"rollout/0": (0, 32)}, {"rollout/0": (0, 48)}, b"n" * 16,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    written = {
+        name: {"bytes": each.data.hex(), "value": values_of(each.read(each.data))} for name, each in payloads().items()
+    }
+    file = FOLDER / f"{datetime.datetime.now(datetime.UTC).date()}.json"
+    file.write_text(json.dumps(written, indent=1) + "\n")
+    print(file)
