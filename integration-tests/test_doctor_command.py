@@ -32,6 +32,7 @@ def test_the_commands_of_the_guide_run_and_every_plugin_answers() -> None:
         ("weft-nixl", "NIXL on cpu"),
         ("weft-nixl", "UCX"),
         ("weft-gloo", "gloo"),
+        ("weft-mapped", "process_vm_writev"),
         ("weft-megatron", "Megatron-Core"),
         ("weft-vllm", "vLLM"),
     ):

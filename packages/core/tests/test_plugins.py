@@ -91,7 +91,7 @@ def test_a_transport_for_another_api_is_refused_with_both_numbers(install: Insta
     assert re.search(reason, info.reason)
 
 
-@pytest.mark.parametrize("name", ["local", "gloo", "nccl", "nixl", "nvshmem"])
+@pytest.mark.parametrize("name", ["local", "gloo", "mapped", "nccl", "nixl", "nvshmem"])
 def test_every_shipped_transport_was_written_for_this_api(name: str) -> None:
     if name in {info.name for info in discover("weft.transports")}:
         factory: TransportFactory = load("weft.transports", name)
