@@ -11,11 +11,14 @@ import torch
 from typer.testing import CliRunner
 
 from weft.builder import LayoutBuilder
+from weft.plugins import load
 from weft.policy import Policy
 from weft.testing.members import MemoryTarget
 from weft_cli.app import application
 from weft_cli.bench import pattern
 from weft_cli.bench.cases import case_of, named_case
+from weft_cli.bench.gathering import run_gathering
+from weft_cli.bench.packing import run_packing
 from weft_cli.bench.registration import Sizes, run_registration
 from weft_cli.bench.run import seats
 from weft_cli.bench.transport import Shape, run_transport
@@ -110,3 +113,20 @@ def test_collocated_ranks_are_one_process() -> None:
     together = named_case("four-ranks-gloo", False, 3, reuse=True)
     assert [seat.name for seat in seats(apart)] == ["source/0", "target/0"]
     assert [(seat.source, seat.target) for seat in seats(together)] == [(n, n) for n in range(4)]
+
+
+@pytest.mark.parametrize("transport", ["nixl", "gloo"])
+def test_runs_are_moved_straight_and_packed(transport: str) -> None:
+    found = run_packing(transport, (256, 64 << 10), 1 << 20)
+    assert [(row.run_bytes, row.bytes, row.wrong_bytes) for row in found.rows] == [
+        (256, 1 << 20, 0), (64 << 10, 1 << 20, 0)
+    ]  # fmt: skip
+    assert found.best_direct_run_bytes in (256, 64 << 10, 128 << 10)
+    assert found.direct_run_bytes == load("weft.transports", transport)({}).capabilities.direct_run_bytes
+
+
+@pytest.mark.parametrize("transport", ["nixl", "gloo"])
+def test_many_sources_send_each_by_itself_and_gathered(transport: str) -> None:
+    rows = run_gathering(transport, 3, (3 << 10, 3 << 18))
+    assert [(row.bytes, row.wrong_bytes) for row in rows] == [(3 << 10, 0), (3 << 18, 0)]
+    assert all(row.each_seconds_median > 0 and row.gathered_seconds_median > 0 for row in rows)

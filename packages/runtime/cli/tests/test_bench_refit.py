@@ -89,7 +89,7 @@ def test_an_unknown_case_is_refused_with_those_that_there_are() -> None:
 
 def test_the_bars_of_a_figure_add_up_to_whole_cycles() -> None:
     found = measured([9.0, 4.0, 6.0], {1: [3.0, 3.0, 3.0]})
-    bars = plot.figure([found])["data"]
+    bars = plot.cycles([found])["data"]
     heights = [sum(bar["y"][place] for bar in bars) for place in range(6)]
     assert heights == pytest.approx([15_000, 4_000, 6_000, 10_500, 2_000, 3_000])
     assert bars[0]["x"][1][:2] == ["source/0, cycle 1", "source/0, cycle 2"]

@@ -9,7 +9,7 @@ import typer
 
 from weft.errors import ConfigError
 from weft.policy import Policy
-from weft_cli.bench import command, planner_command, transport_command
+from weft_cli.bench import command, packing_command, planner_command, transport_command
 from weft_cli.bench.cases import NAMED, case_of, named_case
 from weft_cli.models import load_config
 
@@ -114,6 +114,43 @@ def bench_registration(
         weft bench registration --transport nixl
     """
     transport_command.registration(transports or _MEASURED, as_json=as_json)
+
+
+@bench_commands.command("packing")
+def bench_packing(
+    transports: Annotated[list[str] | None, _TRANSPORTS] = None,
+    sources: Annotated[
+        int | None,
+        typer.Option(min=2, max=64, help="Instead: so many sources of one target, each by itself and gathered first."),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--plot", help="Draw rates by length: .html needs plotly, .png kaleido too.")
+    ] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Find the length from which on runs had best move straight instead of packed: `Policy.direct_run_bytes`.
+
+    Whole refits between two processes, of runs of 256 B to 4 MiB that lie apart at both ends, 64 MiB or 32,768 runs of
+    them: straight, and through staging (gathered, sent as one, scattered), in turn. The best length is the one with
+    which all of these together lose least against the faster way of each. Every byte is checked after the last refit.
+
+    With `--sources` 4 KiB to 4 MiB, packed already, move from so many processes to one: each sends its share, or the
+    first gathers all shares and sends once. Wrong bytes end in exit code 1. Needs Linux; takes minutes.
+
+    **Examples**
+
+        weft bench packing
+
+        weft bench packing --transport nixl --plot packing.html
+
+        weft bench packing --sources 4 --json
+    """
+    if sources and figure:
+        raise ConfigError("--plot goes without --sources, whose figures are a table")
+    if sources:
+        packing_command.gathering(transports or _MEASURED, sources, as_json=as_json)
+    else:
+        packing_command.packing(transports or _MEASURED, as_json=as_json, figure=figure)
 
 
 @bench_commands.command("planner")

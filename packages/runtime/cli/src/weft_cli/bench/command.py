@@ -43,7 +43,7 @@ def refit(cases: Sequence[Case], *, as_json: bool, figure: Path | None) -> None:
         for row in rows:
             output.print(_cycles(row))
     if figure is not None:
-        plot.write(rows, figure)
+        plot.write(plot.cycles(rows), figure)
     check_limit(measured)
     if any(row["wrong_bytes"] for row in rows):
         raise typer.Exit(1)
