@@ -47,9 +47,10 @@ def has_library(name: str) -> bool:
 
 
 # Debian package -> (the sessions that need it, is it there?). libnuma1: vLLM's CPU kernels; iproute2: tests across
-# two network namespaces.
+# two network namespaces; redis-server: the tests of weft-redis.
 DEBIAN: dict[str, tuple[set[str], Callable[[], bool]]] = {
     "libnuma1": ({"tests", "integration", "demo", "wheels"}, lambda: has_library("libnuma.so.1")),
+    "redis-server": ({"tests"}, lambda: shutil.which("redis-server") is not None),
     "iproute2": ({"integration"}, lambda: all(shutil.which(name, path=SBIN) for name in ("ip", "tc"))),
 }
 

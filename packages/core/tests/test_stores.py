@@ -173,8 +173,8 @@ def test_what_is_not_a_store_url_is_refused_with_an_example(url: str, deadline: 
 
 
 def test_a_scheme_that_nobody_serves_says_what_to_install(deadline: Deadline) -> None:
-    with pytest.raises(PluginError, match="weft-redis"):
-        open_store("redis://127.0.0.1:6379", deadline)
+    with pytest.raises(PluginError, match="weft-zookeeper"):
+        open_store("zookeeper://127.0.0.1:2181", deadline)
 
 
 def test_content_is_published_once_and_verified_when_read(tmp_path: Path, deadline: Deadline) -> None:

@@ -23,7 +23,7 @@ TRANSPORT_API = 1
 """Grows when `Transport` changes so that plug-ins must change too; `weft.plugins.load` compares it with the factory's.
 """
 
-LEASE_BYTES = 1 << 20
+LEASE_BYTES = 1 << 16
 """Largest value of a lease."""
 
 SEGMENT = np.dtype(

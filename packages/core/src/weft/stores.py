@@ -33,8 +33,8 @@ def open_store(url: str, deadline: Deadline) -> Store:
 
 def shown(url: str) -> str:
     """The URL without what stands before its `@`: passwords are shown to nobody."""
-    scheme, mark, rest = url.rpartition("@")
-    return f"{scheme.partition('://')[0]}://…@{rest}" if mark else url
+    secret, mark, rest = url.rpartition("@")
+    return f"{secret.partition(':')[0]}://…@{rest}" if mark else url
 
 
 def open_tcp(url: str, deadline: Deadline) -> Store:
