@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 
 import weft
-from weft.builder import LayoutBuilder
-from weft.testing.members import MemorySource
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"landing": "shadow"}, 'landing "shadow" is not built yet: use landing "in_place"'),
         ({"drive": "published"}, 'drive "published" is not built yet: use drive "lock_step"'),
         ({"encodings": ("fp8_block",)}, "encodings fp8_block are not built yet"),
     ],
@@ -22,19 +19,6 @@ from weft.testing.members import MemorySource
 def test_what_is_not_built_refuses_by_name(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(weft.NotSupportedError, match=words):
         weft.Policy(**fields).check()
-
-
-def test_a_job_secret_is_refused_by_name() -> None:
-    builder = LayoutBuilder()
-    builder.tensor("w", (4,), "bfloat16")
-    builder.buffer("w", "bfloat16", 4, group="g")
-    builder.shard("w", "w")
-    source = MemorySource("trainer/0", builder.build())
-    with pytest.raises(weft.NotSupportedError, match="job secret"):
-        weft.Refit(
-            source=source, transport="local", store="tcp://127.0.0.1:1", job="j", name="trainer/0",
-            expect=weft.Expect(1, 1), secret=b"s",
-        )  # fmt: skip
 
 
 def test_every_contradiction_is_named_at_once() -> None:

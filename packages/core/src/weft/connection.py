@@ -21,6 +21,7 @@ from weft.policy import Policy
 from weft.prepare import Endpoint, Step, endpoint_record, local_moves, make_endpoint, make_steps, transfer_program
 from weft.rendezvous import Rendezvous
 from weft.replay import Clock, LocalMove
+from weft.shadow import Shadow
 from weft.slices import Slice, prove, slice_of
 from weft.views import Memory
 from weft.wire import Wire
@@ -68,6 +69,9 @@ class Connection:
     local: Mapping[int, list[LocalMove]]
     source: tuple[Layout, Memory] | None
     target: tuple[Layout, Memory] | None
+    """What is served."""
+    shadow: Shadow | None
+    """Where versions land, if not there."""
     scratch_slots: Mapping[str, int]
     """Per target: scratch groups in flight."""
     segments: int
@@ -152,7 +156,9 @@ def _join(
     prove(made, source[0] if source else None, target[0] if target else None)
     program, clock = lower(made), Clock()
     with clock.phase("allocate"):
-        endpoint = make_endpoint(program, source, target)
+        shadow = Shadow(*target, policy) if target and policy.shadow else None
+        landing = (target[0], shadow.memory) if target and shadow else target
+        endpoint = make_endpoint(program, source, landing)
 
     transport.open(announced)
     with clock.phase("register"):
@@ -167,8 +173,8 @@ def _join(
         transport.connect(by_name[peer], endpoints[peer].address, deadline)
     transfers = transfer_program(made, program, endpoint, endpoints, members)
     prepared = transport.prepare(transfers, deadline)
-    held = source or target
-    local = local_moves(made, program, source, target) if source and target else {}
+    held = source or landing
+    local = local_moves(made, program, source, landing) if source and landing else {}
     wire = Wire(transport, announced, members, rendezvous.guard(endpoints))
 
     def check() -> None:
@@ -181,8 +187,8 @@ def _join(
         wire=wire, prepared=prepared,
         sends=tuple(make_steps(made, program, endpoint, held, True)) if held else (),
         gates={} if source else gates(program, frozenset(roles.sources)),
-        receives=tuple(make_steps(made, program, endpoint, target, False)) if target else (),
-        local=local, source=source, target=target,
+        receives=tuple(make_steps(made, program, endpoint, landing, False)) if landing else (),
+        local=local, source=source, target=target, shadow=shadow,
         scratch_slots={m.name: n for m, n in zip(made.members, made.scratch_slots, strict=True)},
         segments=sum(len(bucket.segments) for bucket in (*transfers.sends, *transfers.receives)),
         registrations=len(endpoint.regions), seconds=clock.seconds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
 from weft.loop import Account, Loop
@@ -18,6 +20,7 @@ class Installation:
     ) -> None:
         self._loop, self._session, self._deadlines, self._account = loop, session, deadlines, account
         self._buckets, self._segments = buckets, segments
+        self._paused_seconds = time.perf_counter()  # by now where bytes land in weights that are served
 
     @property
     def version(self) -> int:
@@ -29,20 +32,55 @@ class Installation:
         """How far this target is with it."""
         return self._session.stage
 
+    @property
+    def touched(self) -> bool:
+        """Whether weights that are served may have changed, here or at another member: after a failure the replica
+        must then refuse to serve; otherwise it may go on with its old version.
+        """
+        return self._session.touched
+
+    def fetch(self) -> None:
+        """Take every byte beside the weights that are served, verify, and vote: returns once all members have, and the
+        replica may be paused for `update`. Only where the policy lands in shadow memory.
+
+        Raises `RefitAbortedError` on every member of the replica when any of them cannot.
+        """
+        self._expect(Stage.BEGUN, "fetch")
+        if not self._session.shadow:
+            raise ConfigError(
+                f"fetch of version {self.version}: its bytes land in weights that are served; pause the replica, then "
+                "begin and update, or use landing shadow"
+            )
+        try:
+            self._fetch(Stage.VOTED)
+        except BaseException as error:
+            raise self.failed(error) from error
+
+    def _fetch(self, voted: Stage) -> None:
+        deadlines = self._deadlines
+        self._until(Stage.VERIFIED, Deadline.after(deadlines.begin + deadlines.move), "move")
+        self._until(voted, Deadline.after(deadlines.move + deadlines.vote), "vote")
+
     def update(self) -> None:
         """Take every byte, verify, vote, and prepare the commit: returns once every member of the replica has prepared.
+        After `fetch` only what is left of it: take the shadow over, and prepare.
 
         Raises `RefitAbortedError` on every member of the replica when any of them cannot; the target has then been
         aborted and may hold a mixture: the replica must refuse to serve.
         """
-        self._expect(Stage.BEGUN, "update")
         session, deadlines = self._session, self._deadlines
+        if session.shadow and session.stage is Stage.BEGUN:
+            self.fetch()
+        self._expect(Stage.VOTED if session.shadow else Stage.BEGUN, "update")
         try:
-            self._until(Stage.VERIFIED, Deadline.after(deadlines.begin + deadlines.move), "move")
-            vote = Deadline.after(deadlines.move + deadlines.vote)
-            self._until(Stage.CLEARED, vote, "vote")
+            if session.shadow:
+                self._paused_seconds = time.perf_counter()
+                session.pause()
+                self._until(Stage.CLEARED, Deadline.after(deadlines.begin + deadlines.vote), "pause")
+            else:
+                self._fetch(Stage.CLEARED)
             session.prepare()
-            self._until(Stage.DECIDED, vote, "vote")
+            self._until(Stage.DECIDED, Deadline.after(deadlines.move + deadlines.vote), "vote")
         except BaseException as error:
             raise self.failed(error) from error
 
@@ -60,11 +98,13 @@ class Installation:
             self._until(Stage.INSTALLED, Deadline.after(patience), "commit")
         except BaseException as error:
             raise self.failed(error) from error
+        seconds = self._account.seconds(session.clock.seconds)
+        seconds["pause"] = time.perf_counter() - self._paused_seconds
         return Report(
-            version=self.version, digest=session.digest, bytes=session.receiver.nbytes,
-            seconds=self._account.seconds(session.clock.seconds), buckets=self._buckets, segments=self._segments,
-            registrations=0, allocations=0, store_operations=self._account.store_operations(),
-            relayed_bytes=session.relay.nbytes, events=tuple(session.events),
+            version=self.version, digest=session.digest, bytes=session.receiver.nbytes, seconds=seconds,
+            buckets=self._buckets, segments=self._segments, registrations=0, allocations=0,
+            store_operations=self._account.store_operations(), relayed_bytes=session.relay.nbytes,
+            events=tuple(session.events),
         )  # fmt: skip
 
     def abort(self, error: BaseException) -> None:

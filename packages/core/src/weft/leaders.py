@@ -99,10 +99,11 @@ class ReplicaLeader:
     """
 
     def __init__(
-        self, wire: Wire, records: JobStore, prefix: str, name: str, members: Sequence[str], source_leader: str, version: int
+        self, wire: Wire, records: JobStore, prefix: str, name: str, members: Sequence[str], source_leader: str,
+        version: int, *, shadow: bool,
     ) -> None:  # fmt: skip
         self._wire, self._records, self._prefix, self._version = wire, records, prefix, version
-        self._state = replica.Replica(name, tuple(members), source_leader)
+        self._state = replica.Replica(name, tuple(members), source_leader, shadow)
 
     def step(self) -> None:
         """Handle what has been reported."""

@@ -66,5 +66,5 @@ class Account:
     def seconds(self, phases: dict[str, float]) -> dict[str, float]:
         """All phases: `wire` is what the others leave of `total`."""
         total = time.perf_counter() - self._begin_seconds
-        known = {name: phases.get(name, 0.0) for name in ("gather", "digest", "land", "commit")}
+        known = {name: phases.get(name, 0.0) for name in ("gather", "digest", "land", "install", "commit")}
         return {**known, "wire": max(0.0, total - sum(known.values())), "total": total}

@@ -25,8 +25,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """
     ignore: tuple[str, ...] = ()
     """Patterns (`*` matches anything) of logical tensors that sources hold and no target wants."""
-    landing: Annotated[str, one_of("in_place", "shadow")] = "in_place"
-    """`in_place`: into live weights while the replica is paused. `shadow` is not built yet."""
+    landing: Annotated[str, one_of("in_place", "shadow", "shadow_on_host")] = "in_place"
+    """`in_place`: into live weights while the replica is paused. `shadow`: beside them on the same device while it
+    serves, and paused only to copy them over; `shadow_on_host`: the same in pinned memory of the host.
+    """
     encodings: tuple[str, ...] = ()
     """Encodings other than `casts`."""
     drive: Annotated[str, one_of("lock_step", "published")] = "lock_step"
@@ -62,12 +64,15 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         faults += bound_faults(self)
         if faults:
             raise ConfigError("policy: " + "; ".join(faults))
-        if self.landing == "shadow":
-            raise NotSupportedError('landing "shadow" is not built yet: use landing "in_place" and pause the replica')
         if self.drive == "published":
             raise NotSupportedError('drive "published" is not built yet: use drive "lock_step"')
         if self.encodings:
             raise NotSupportedError(f"encodings {', '.join(self.encodings)} are not built yet: only declared casts are")
+
+    @property
+    def shadow(self) -> bool:
+        """Whether versions land beside the weights that are served."""
+        return self.landing != "in_place"
 
     def moves(self, name: str) -> bool:
         """Whether a tensor takes part at all."""

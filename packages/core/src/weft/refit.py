@@ -25,6 +25,7 @@ from weft.rendezvous import Rendezvous
 from weft.replay import Clock, Receiver, Sender
 from weft.report import Report
 from weft.roster import Expect
+from weft.serving import NoControl, receive
 from weft.session import SourceSession, TargetSession
 from weft.slices import Slice
 from weft.stores import CountedStore, open_store
@@ -85,7 +86,7 @@ class Refit:
         self._joined: tuple[Connection, Loop] | None = None
         self._offer: Offer | None = None
         self._installation: Installation | None = None
-        self._last_version = -1
+        self._last_version = self._served = -1
 
     def __enter__(self) -> Refit:
         self.open()
@@ -243,7 +244,10 @@ class Refit:
             for member in members:
                 if member != self.name:
                     wire.tell(member, found, Notice("begin", replica))
-            leader = ReplicaLeader(wire, self._records, self._prefix, replica, members, roles.source_leader, found)
+            leader = ReplicaLeader(
+                wire, self._records, self._prefix, replica, members, roles.source_leader, found,
+                shadow=self._policy.shadow,
+            )  # fmt: skip
         clock = Clock()
         receiver = Receiver(
             wire,
@@ -256,6 +260,7 @@ class Refit:
             clock,
             roles.sources,
             partial=bool(self._policy.only),
+            shadow=connection.shadow,
         )
         passed_on = connection.sends if self._source is None else ()
         relay = Sender(
@@ -306,22 +311,14 @@ class Refit:
     def receive(self, version: int | None = None) -> Report:
         """The whole of a target's part: pause (with a control), begin, update, commit, resume.
 
-        Raises `RefitAbortedError` and the like after a failure; the control has then been told to refuse.
+        With a shadow the replica is paused only once all of it has every byte. Raises `RefitAbortedError` and the like
+        after a failure; the control has then been told to refuse, unless the old version is untouched: then it serves
+        on.
         """
-        control = self._control
-        if control is not None:
-            control.pause("wait", Deadline.after(self._deadlines.begin))
-        try:
-            installation = self.begin(version)
-            installation.update()
-            report = installation.commit()
-        except Exception as error:
-            if control is not None:
-                control.refuse(f"{type(error).__name__}: {error}")
-            raise
-        if control is not None:
-            control.invalidate_caches(report.version)
-            control.resume(report.version)
+        control, served = self._control or NoControl(), self._served
+        shadow = self._policy.shadow
+        report = receive(lambda: self.begin(version), control, self._deadlines.begin, served, shadow=shadow)
+        self._served = report.version
         return report
 
     def run(self, version: int) -> Report:

@@ -15,6 +15,7 @@ from weft.errors import TransportError
 from weft.layout import Kind, Layout
 from weft.lower import SLOTS
 from weft.prepare import Move, Step
+from weft.shadow import Shadow
 from weft.streams import settle, written
 from weft.views import Memory, apply_fills
 from weft.wire import Notice, Wire
@@ -146,12 +147,13 @@ class Receiver:
     def __init__(
         self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, Sequence[LocalMove]],
         target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, sources: Collection[str], *,
-        partial: bool,
+        partial: bool, shadow: Shadow | None = None,
     ) -> None:  # fmt: skip
-        """`sources` are the members that send by themselves, others pass on; `partial` says that groups for which
-        nothing comes keep what they hold (`Policy.only`).
+        """`memory` is what is served; with a `shadow`, bytes land there until `flip`. `sources` are the members that
+        send by themselves, others pass on; `partial` says that groups for which nothing comes keep what they hold
+        (`Policy.only`).
         """
-        self._sources = sources
+        self._sources, self._shadow = sources, shadow
         self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
         self._steps = {step.bucket.index: step for step in steps}
         self._local, self._target, self._layout, self._memory = local, target, layout, memory
@@ -175,6 +177,11 @@ class Receiver:
         self.digest = Digest()
         """Of the counted elements verified so far."""
         self.nbytes = 0
+
+    @property
+    def shadow(self) -> bool:
+        """Whether bytes land beside the weights that are served."""
+        return self._shadow is not None
 
     @property
     def done(self) -> bool:
@@ -258,8 +265,21 @@ class Receiver:
                 self.nbytes += destination.numel() * destination.element_size()
                 if runs is not None:
                     self.digest += digest_of([runs])
-            apply_fills(self._layout, self._memory, group)
-            self._target.land(self._groups[group], None).synchronize()
+            if self._shadow is None:
+                self._finish(group)
+
+    def flip(self) -> None:
+        """Take over what has landed in the shadow, group by group. Only once it all has."""
+        assert self._shadow is not None, "only what lands beside is taken over"
+        with self._clock.phase("install"):
+            for group in sorted(set(range(len(self._groups))) - self._kept):
+                self._shadow.flip(group)
+                self._finish(group)
+            settle({memory.device for memory in self._memory.values()})
+
+    def _finish(self, group: int) -> None:
+        apply_fills(self._layout, self._memory, group)
+        self._target.land(self._groups[group], None).synchronize()
 
     def _give_credit(self, peer: str) -> None:
         numbers = (self._returned[peer], self._landed_scratch)

@@ -14,8 +14,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     """Bytes this member sent (a source) or wrote (a target)."""
     seconds: dict[str, float]
-    """`gather`, `digest`, `land`, `commit`: time spent in them; `wire`: the rest of the move; `total`: from begin to
-    commit.
+    """`gather`, `digest`, `land`, `install` (taking a shadow over), `commit`: time spent in them; `wire`: what is left
+    of `total`, from begin to commit, waiting included. At targets also `pause`: how much of it the weights could not
+    be served.
     """
     buckets: int
     segments: int

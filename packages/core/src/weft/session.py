@@ -142,7 +142,7 @@ class TargetSession:
         self.events: list[tuple[float, str]] = []
         """(seconds of `time.monotonic`, what happened), in order."""
         self._wire, self._target, self._leader_name = wire, side, leader_name
-        self._state = target.Target(leader_name, replica)
+        self._state = target.Target(leader_name, replica, receiver.shadow)
 
     @property
     def stage(self) -> Stage:
@@ -154,10 +154,25 @@ class TargetSession:
         """Of the version: 32 hexadecimal digits, once it is decided; zeros without digests."""
         return Digest(self._state.digest).hex()
 
+    @property
+    def touched(self) -> bool:
+        """Whether the replica must refuse to serve if it gives the version up now."""
+        return self._state.touched
+
+    @property
+    def shadow(self) -> bool:
+        """Whether bytes land beside the weights that are served."""
+        return self._state.shadow
+
     def begin(self) -> None:
-        """Get the target ready and say so: bytes may come from now on."""
-        self._target.begin(self.version)
+        """Say that bytes may come from now on; where they land in weights that are served, get the target ready."""
+        if not self.shadow:
+            self._target.begin(self.version)
         self._feed(Event("ready"))
+
+    def pause(self) -> None:
+        """Say that these weights are served no more. Only with a shadow, after the vote."""
+        self._feed(Event("paused"))
 
     def waiting_for(self) -> Sequence[str]:
         """Whom this member is waiting for."""
@@ -173,7 +188,7 @@ class TargetSession:
             self.leader.step()
         for _, notice in self._wire.take(self.version, "abort"):
             raise RefitAbortedError(self.version, notice.text.splitlines())
-        for kind in ("prepare", "commit", "installed"):
+        for kind in ("pause", "prepare", "commit", "installed"):
             for peer, notice in self._wire.take(self.version, kind):
                 self._feed(heard(peer, notice))
         if self.stage is not Stage.INSTALLED:
@@ -193,6 +208,9 @@ class TargetSession:
 
     def prepare(self) -> None:
         """Do what may still fail, once all members have voted for it."""
+        if self.shadow:
+            self._target.begin(self.version)
+            self.receiver.flip()
         with self.clock.phase("commit"):
             self._target.prepare_commit(self.version)
         self._feed(Event("prepared"))

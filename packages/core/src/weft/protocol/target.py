@@ -68,6 +68,9 @@ _THERE = {
 }
 """What its leader says: the stage before and the one after."""
 
+_BESIDE = (Stage.OFFERED, Stage.BEGUN, Stage.VERIFIED, Stage.VOTED, Stage.PAUSED)
+"""With a shadow, nothing that is served has changed here so far."""
+
 
 def step(state: Target, event: Event) -> tuple[Target, Actions]:
     """Local events: those of `_HERE`, and `error` with its text. From the leader: `pause`, `prepare`, `commit`,
@@ -102,5 +105,6 @@ def _reach(state: Target, stage: Stage) -> Target:
 
 
 def _abandoned(state: Target) -> Actions:
-    """What is installed here is whole and stays, though the replica must not serve it."""
-    return () if state.stage is Stage.COMMITTED else (Do("abort"),)
+    """What is installed here is whole and stays, though the replica must not serve it; what landed beside, too."""
+    beside = state.shadow and state.stage in _BESIDE
+    return () if beside or state.stage is Stage.COMMITTED else (Do("abort"),)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weft.authentication import Secret
-from weft.contracts import Source, Target
+from weft.contracts import ReplicaControl, Source, Target
 from weft.deadline import Deadlines
 from weft.local import LocalHub
 from weft.policy import Policy
@@ -28,6 +28,7 @@ class Part:
     name: str
     act: Callable[[Refit], Any]
     source: Source | None = None
+    control: ReplicaControl | None = None
     target: Target | None = None
     replica: str | None = None
     replica_size: int = 1
@@ -74,10 +75,10 @@ class Job:
         if part.script is not None:
             options = {"transport": "local", "transport_options": options, "script": part.script}
         return Refit(
-            source=part.source, target=part.target, transport="local" if part.script is None else "faulty",
-            transport_options=options, store=self.store, job=self.name, name=part.name, replica=part.replica,
-            replica_size=part.replica_size, expect=self.expect, deadlines=self.deadlines, policy=self.policy,
-            host=part.host, secret=self.secret,
+            source=part.source, target=part.target, control=part.control,
+            transport="local" if part.script is None else "faulty", transport_options=options, store=self.store,
+            job=self.name, name=part.name, replica=part.replica, replica_size=part.replica_size, expect=self.expect,
+            deadlines=self.deadlines, policy=self.policy, host=part.host, secret=self.secret,
         )  # fmt: skip
 
     def _play(self, part: Part, results: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from weft.contracts import Group, Stream
+from weft.deadline import Deadline
 from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.streams import Finished
 from weft.views import Memory, box_view, piece_view, torch_dtype
@@ -186,3 +187,39 @@ class MemoryTarget(_Member):
         """The memory may hold a mixture: refuse."""
         self.refused = f"{type(error).__name__}: {error}"
         self._enter("abort", version)
+
+
+class MemoryControl:
+    """`weft.contracts.ReplicaControl` of a replica that serves nobody: it knows what it would serve."""
+
+    def __init__(self, name: str, *, log: Log | None = None, before: Hook | None = None) -> None:
+        self.name = name
+        self._log, self._before = log or Log(), before
+        self.served: int | None = -1
+        """The version that is served; None while paused, and -1 before the first."""
+        self.refused = ""
+        """Why none is served."""
+
+    def pause(self, mode: str, deadline: Deadline) -> None:
+        """Serve nothing."""
+        self._enter("pause", mode)
+        self.served = None
+
+    def invalidate_caches(self, version: int) -> None:
+        """There are none."""
+        self._enter("invalidate_caches", version)
+
+    def resume(self, version: int) -> None:
+        """Serve a version."""
+        self._enter("resume", version)
+        self.served, self.refused = version, ""
+
+    def refuse(self, reason: str) -> None:
+        """Serve nothing, and say why."""
+        self._enter("refuse", reason)
+        self.served, self.refused = None, reason
+
+    def _enter(self, what: str, argument: object) -> None:
+        if self._before is not None:
+            self._before(what, argument)
+        self._log.add(self.name, what, argument)
