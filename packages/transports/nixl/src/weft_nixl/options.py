@@ -20,6 +20,10 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0)]
 class NixlOptions(msgspec.Struct, frozen=True, kw_only=True, tag_field="name", tag="nixl"):
     """What `transport_options` may hold."""
 
+    direction: Literal["push", "pull"] = "push"
+    """Who moves the bytes. `push`: the sender writes them into the receiver's memory. `pull`: the sender says that they
+    are ready, and the receiver reads them. The same for all members.
+    """
     backends: tuple[str, ...] = ("UCX",)
     """NIXL's back ends, as NIXL names them."""
     backend_parameters: dict[str, dict[str, str]] = {}
@@ -61,7 +65,11 @@ class NixlOptions(msgspec.Struct, frozen=True, kw_only=True, tag_field="name", t
 
 
 def backend_parameters(options: NixlOptions) -> dict[str, dict[str, str]]:
-    """Parameters of every back end as NIXL reads them. Raises `ConfigError` for those of one that is not used."""
+    """Parameters of every back end as NIXL reads them.
+
+    Raises `ConfigError` for those of one that is not used, and for more UCX workers than `pull` can use: what a peer
+    says through several of them comes in any order.
+    """
     unused = sorted(set(options.backend_parameters) - set(options.backends))
     if unused:
         raise ConfigError(
@@ -75,4 +83,8 @@ def backend_parameters(options: NixlOptions) -> dict[str, dict[str, str]]:
         "split_batch_size": options.split_batch_size,
     }
     own = {"UCX": {key: str(value) for key, value in ucx.items() if value is not None}}
-    return {name: {**own.get(name, {}), **options.backend_parameters.get(name, {})} for name in options.backends}
+    every = {name: {**own.get(name, {}), **options.backend_parameters.get(name, {})} for name in options.backends}
+    workers = every.get("UCX", {}).get("num_workers", "1")
+    if options.direction == "pull" and workers != "1":
+        raise ConfigError(f"transport 'nixl': direction is 'pull', which needs num_workers=1, not {workers}")
+    return every

@@ -1,17 +1,16 @@
-"""Prepared programs as NIXL transfer handles, and the queue that keeps a bounded number of them in flight."""
+"""Prepared programs as NIXL's descriptor lists and transfer handles."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from weft.contracts import Bucket, Event, TransferProgram
+from weft.contracts import Bucket, TransferProgram
 from weft.deadline import Deadline
 from weft.errors import DeadlineError, TransportError
 from weft_nixl.library import FOREIGN, translated
@@ -26,6 +25,8 @@ MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
 class Chunk:
     """One transfer of a bucket; its handle is made once and posted again for every version."""
 
+    operation: str
+    """`WRITE` or `READ`."""
     local: Any
     remote: Any
     """Prepared descriptor lists."""
@@ -37,7 +38,7 @@ class Chunk:
         """Make the handle, unless it is there."""
         if self.handle is None:
             with translated(f"making a transfer of {len(self.rows)} segments", peer):
-                self.handle = agent.make_prepped_xfer("WRITE", self.local, self.rows, self.remote, self.rows)
+                self.handle = agent.make_prepped_xfer(self.operation, self.local, self.rows, self.remote, self.rows)
 
     def drop(self) -> None:
         """Release the handle; NIXL aborts it if it is active."""
@@ -55,59 +56,94 @@ def release(handle: Any) -> None:
 
 
 @dataclass(slots=True, eq=False)
-class PreparedBucket:
-    """One send."""
+class Moved:
+    """One bucket at the end that moves its bytes; at the other one it has no chunks."""
 
     bucket: Bucket
-    chunks: list[Chunk]
+    program: TransferProgram
     what: str
     """For errors; made once, since adding up its bytes takes time."""
+    chunks: list[Chunk] = field(default_factory=list)
     active: bool = False
+    """Whether it is posted."""
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """Handles and descriptor lists that refer to one peer."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    lists: list[Any] = field(default_factory=list)
+
+    def drop(self) -> None:
+        """Release them, the handles first."""
+        for chunk in self.chunks:
+            chunk.drop()
+        for each in self.lists:
+            release(each)
 
 
 @dataclass(slots=True, eq=False)
 class NixlPrepared:
-    """A program with its descriptor lists and handles; `peers` are the agents that they were made for."""
+    """A program, ready to be moved."""
 
     program: TransferProgram
-    sends: dict[int, PreparedBucket]
-    lists: dict[str, list[Any]]
+    sends: dict[int, Moved]
+    receives: dict[int, Moved]
+    """Where the receiver moves the bytes; empty where the sender does."""
+    lists: dict[str, list[Any]] = field(default_factory=dict)
     """Descriptor lists by peer."""
 
-    def drop(self, peer: str) -> None:
-        """Release everything that refers to one peer; its buckets cannot be posted any more."""
-        for index in [index for index, send in self.sends.items() if send.bucket.peer == peer]:
-            for chunk in self.sends.pop(index).chunks:
-                chunk.drop()
-        for handle in self.lists.pop(peer, ()):
-            release(handle)
+    def forget(self, peer: str) -> Held:
+        """Everything that refers to one peer; its buckets are not here any more."""
+        held = Held(lists=self.lists.pop(peer, []))
+        for moved in (self.sends, self.receives):
+            for index in [index for index, each in moved.items() if each.bucket.peer == peer]:
+                held.chunks += moved.pop(index).chunks
+        return held
+
+    def drop(self) -> None:
+        """Release all of it."""
+        for peer in {*self.lists, *(each.bucket.peer for each in (*self.sends.values(), *self.receives.values()))}:
+            self.forget(peer).drop()
 
 
-def prepare_sends(
-    agent: Any, program: TransferProgram, identities: dict[str, str], chunk_segments: int, deadline: Deadline
-) -> NixlPrepared:
-    """Descriptor lists per peer and kind of memory, and a handle per chunk of every bucket."""
-    prepared = NixlPrepared(program, {}, {})
-    for peer in sorted({bucket.peer for bucket in program.sends}):
-        buckets = [bucket for bucket in program.sends if bucket.peer == peer]
-        sends = {b.index: PreparedBucket(b, [], f"moving bucket {b.index} ({b.nbytes} bytes)") for b in buckets}
-        for (local, remote), rows, owners in _by_memory(program, peer, buckets):
-            try:
+def moved_of(program: TransferProgram, buckets: Sequence[Bucket]) -> dict[int, Moved]:
+    """These buckets by index, without chunks."""
+    return {b.index: Moved(b, program, f"moving bucket {b.index} ({b.nbytes} bytes)") for b in buckets}
+
+
+def prepare(
+    agent: Any,
+    operation: str,
+    prepared: NixlPrepared,
+    moved: Mapping[int, Moved],
+    identities: Mapping[str, str],
+    chunk_segments: int,
+    deadline: Deadline,
+) -> None:
+    """Descriptor lists per peer and kind of memory, and a handle for `operation` per chunk of the buckets `moved`.
+
+    Nothing is left of them when it fails.
+    """
+    try:
+        for peer in sorted(identities):
+            buckets = [each.bucket for each in moved.values() if each.bucket.peer == peer]
+            for (local, remote), rows, owners in _by_memory(prepared.program, peer, buckets):
                 lists = _lists(agent, identities[peer], peer, local, remote, rows)
-            except TransportError:
-                prepared.drop(peer)
-                raise
-            prepared.lists.setdefault(peer, []).extend(lists)
-            for owner, group in groupby(range(len(owners)), key=owners.__getitem__):
-                indices = np.fromiter(group, np.int32)
-                for start in range(0, len(indices), chunk_segments):
-                    chunk = Chunk(*lists, indices[start : start + chunk_segments])
-                    chunk.make(agent, peer)
-                    sends[owner].chunks.append(chunk)
-                    if deadline.expired():
-                        raise DeadlineError(f"preparing transfers to {peer}", deadline.seconds, [])
-        prepared.sends.update(sends)
-    return prepared
+                prepared.lists.setdefault(peer, []).extend(lists)
+                for owner, group in groupby(range(len(owners)), key=owners.__getitem__):
+                    indices = np.fromiter(group, np.int32)
+                    for start in range(0, len(indices), chunk_segments):
+                        chunk = Chunk(operation, *lists, indices[start : start + chunk_segments])
+                        moved[owner].chunks.append(chunk)
+                        chunk.make(agent, peer)
+                        if deadline.expired():
+                            raise DeadlineError(f"preparing transfers to {peer}", deadline.seconds, [])
+    except (TransportError, DeadlineError):
+        for peer in identities:
+            prepared.forget(peer).drop()
+        raise
 
 
 def _by_memory(
@@ -152,113 +188,3 @@ def _lists(agent: Any, identity: str, peer: str, local: str, remote: str, rows: 
     except TransportError:
         release(first)
         raise
-
-
-@dataclass(slots=True, eq=False)
-class NixlWork:
-    """One posted bucket."""
-
-    lane: Lane
-    send: PreparedBucket
-    message: bytes
-    after: Event | None
-    started: int = 0
-    """Chunks that were posted."""
-    finished: int = 0
-    """Chunks that are complete."""
-    done: bool = False
-    error: TransportError | None = None
-
-    def poll(self) -> bool:
-        """Whether every byte and the message have left; raises what prevented it, again and again."""
-        with self.lane.lock:
-            self.lane.advance()
-            if self.error is not None:
-                raise self.error
-            return self.done
-
-    def cancel(self) -> None:
-        """Give it up: queued chunks are never posted, active ones are aborted where the network can."""
-        with self.lane.lock:
-            if not self.done:
-                self.lane.give_up(self, None)
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """Everything posted to one peer: at most `depth` transfers in flight, the rest in order of posting."""
-
-    lock: threading.RLock
-    """The transport's: held by whoever calls anything here."""
-    agent: Any
-    peer: str
-    identity: str
-    depth: int
-    lost: Callable[[TransportError], None]
-    """Told about the first failure."""
-    works: list[NixlWork] = field(default_factory=list)
-    flight: list[tuple[NixlWork, Chunk]] = field(default_factory=list)
-
-    def advance(self) -> None:
-        """See what has completed, then start what may start. Never waits, never raises: errors stay with their work."""
-        for work, chunk in list(self.flight):
-            if (work, chunk) in self.flight:
-                self._guard(work, self._check, work, chunk)
-        for work in list(self.works):
-            if not work.done and (work.after is None or work.after.query()):
-                self._guard(work, self._start, work)
-
-    def give_up(self, work: NixlWork, error: TransportError | None) -> None:
-        """End a work, with an error or without."""
-        for entry in [entry for entry in self.flight if entry[0] is work]:
-            self.flight.remove(entry)
-            entry[1].drop()
-        work.error = error
-        self._end(work)
-
-    def fail(self, error: TransportError) -> None:
-        """End everything with an error."""
-        for work in list(self.works):
-            self.give_up(work, error)
-
-    def _guard(self, work: NixlWork, step: Callable[..., None], *arguments: Any) -> None:
-        try:
-            with translated(work.send.what, self.peer):
-                step(*arguments)
-        except TransportError as error:
-            self.give_up(work, error)
-            self.lost(error)
-
-    def _check(self, work: NixlWork, chunk: Chunk) -> None:
-        if self.agent.check_xfer_state(chunk.handle) == "DONE":
-            self.flight.remove((work, chunk))
-            self._complete(work)
-
-    def _start(self, work: NixlWork) -> None:
-        """Post its next chunks. The last one carries the message, so it goes when all others are complete."""
-        chunks = work.send.chunks
-        if not chunks:
-            self.agent.send_notif(self.identity, work.message)
-            self._end(work)
-        while work.started < len(chunks) and len(self.flight) < self.depth:
-            last = work.started == len(chunks) - 1
-            if last and work.finished < work.started:
-                return
-            chunk = chunks[work.started]
-            chunk.make(self.agent, self.peer)
-            work.started += 1
-            self.flight.append((work, chunk))
-            if self.agent.transfer(chunk.handle, work.message if last else b"") == "DONE":
-                self.flight.remove((work, chunk))
-                self._complete(work)
-
-    def _complete(self, work: NixlWork) -> None:
-        work.finished += 1
-        if work.finished == len(work.send.chunks):
-            self._end(work)
-
-    def _end(self, work: NixlWork) -> None:
-        work.done = True
-        work.send.active = False
-        if work in self.works:
-            self.works.remove(work)

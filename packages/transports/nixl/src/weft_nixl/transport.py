@@ -1,32 +1,35 @@
-"""The `nixl` transport: `weft.contracts.Transport` by one-sided writes."""
+"""The `nixl` transport: `weft.contracts.Transport` by one-sided writes or reads."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import msgspec
 
 from weft.contracts import Capabilities, Event, Message, Prepared, Stream, TransferProgram, Work
 from weft.deadline import Deadline
-from weft.endpoint import Inbox, RegionBook, check_program, decode, encode
+from weft.endpoint import Inbox, RegionBook, check_program, encode
 from weft.errors import ConfigError, DeadlineError, PeerLostError, RecordError, TransportError
 from weft.member import Member, Region, Tag
 from weft.records import decoded
 from weft_nixl.environment import ucx_variables
-from weft_nixl.library import FOREIGN, make_agent, translated
+from weft_nixl.library import make_agent, translated
+from weft_nixl.mover import Mover
 from weft_nixl.nics import choose_nics
 from weft_nixl.options import NixlOptions, backend_parameters
+from weft_nixl.peers import Address, Peer, Peers
 from weft_nixl.pinning import CudaSegments, refuse_expandable
-from weft_nixl.transfers import MEMORY, Lane, NixlPrepared, NixlWork, prepare_sends
+from weft_nixl.pull import Pull
+from weft_nixl.push import Push
+from weft_nixl.transfers import MEMORY, NixlPrepared
 from weft_nixl.visibility import flush_inbound_writes
 
 _LOG = logging.getLogger(__name__)
@@ -41,22 +44,13 @@ CAPABILITIES = Capabilities(
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_PROBE = b"?"
-"""A notification that means nothing: sending it fails when the peer is gone."""
-_FAREWELL = b"."
-"""The last word of who closes, and the answer to it: everything that was sent before is here."""
-_POLL_SECONDS = 1e-3
 _LINGER_SECONDS = 1.0
-"""Longest wait for the answers. NIXL would drop what has not left when an agent ends."""
-
-
-class Address(msgspec.Struct, frozen=True, array_like=True):
-    """What a peer needs."""
-
-    identity: str
-    """Name of the agent, unique to this life of the endpoint."""
-    metadata: bytes
-    """NIXL's: how to connect, and every region registered so far."""
+"""Longest wait of `close` for the peers' farewells (NIXL would drop what has not left when an agent ends), and for
+reads that are in flight.
+"""
+_POLL_SECONDS = 1e-3
+_RELEASE_SECONDS = 5.0
+"""Longest wait of `release` for reads that are in flight; only those from a peer that hangs take so long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,13 +60,6 @@ class NixlRegistration:
     region: Region
     descriptors: Any
     """NIXL's, or None after deregistration."""
-
-
-@dataclass(slots=True, eq=False)
-class _Peer:
-    address: Address
-    lane: Lane
-    lost: bool = False
 
 
 def _locked(method: Method) -> Method:
@@ -97,37 +84,37 @@ class NixlTransport:
     wait for this side to poll. NIXL's own progress thread would do it too, for the price of a core.
     """
 
-    capabilities = CAPABILITIES
-
     def __init__(self, options: NixlOptions) -> None:
         self._options = options
+        self.capabilities = replace(CAPABILITIES, one_sided=options.direction == "push")
         self._agent: Any = None
+        self._used: tuple[Peers, Mover] | None = None
         self._closed = False
-        self._identity = ""
+        self._name, self._identity = "", ""
         self._regions = RegionBook("nixl", CAPABILITIES)
         self._registrations: list[NixlRegistration] = []
         self._prepared: list[NixlPrepared] = []
-        self._peers: dict[str, _Peer] = {}
         self._inbox = Inbox()
         self._segments = CudaSegments()
-        self._next_probe = 0.0
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._called_at = 0.0
         self._faults: list[RecordError | TransportError] = []
-        self._closing = False
 
     @_locked
     def open(self, member: Member) -> None:
         """Create the agent and its backends (0.5 s). Raises `ConfigError` for NICs that are not there."""
         if self._agent is not None or self._closed:
             raise TransportError(f"transport 'nixl' of {member.name} is {'closed' if self._closed else 'open already'}")
-        self._identity = f"{member.name}#{member.incarnation}/{uuid.uuid4().hex}"
+        self._name, self._identity = member.name, f"{member.name}#{member.incarnation}/{uuid.uuid4().hex}"
         variables = ucx_variables(self._options, choose_nics(self._options, member))
         self._agent = make_agent(
             self._identity, backend_parameters(self._options), self._options.progress_thread, variables
         )
+        peers = Peers(self._agent, self._lock, self._inbox, self._options, self._lose)
+        pulls = self._options.direction == "pull"
+        self._used = peers, Pull(peers, self._inbox, self._lock) if pulls else Push(peers, self._inbox)
         self._thread = threading.Thread(target=self._run, name=f"weft-nixl {member.name}", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a thread that is inside NIXL when the interpreter goes aborts the process
@@ -163,68 +150,62 @@ class NixlTransport:
         """Agent name and metadata of everything registered so far."""
         self._require_open()
         with translated("reading the agent's metadata"):
-            return msgspec.msgpack.encode(Address(self._identity, self._agent.get_agent_metadata()))
+            metadata = self._agent.get_agent_metadata()
+        return msgspec.msgpack.encode(Address(self._identity, metadata, self._options.direction))
 
     @_locked
     def connect(self, peer: Member, address: bytes, deadline: Deadline) -> None:
-        """Load a peer's metadata and start connecting. A changed address drops what was prepared for the old one."""
-        self._require_open()
+        """Load a peer's metadata and start connecting. A changed address drops what was prepared for the old one.
+
+        Raises `ConfigError` for a peer that moves bytes in another direction.
+        """
+        peers, mover = self._require_open()
         new = decoded(Address, address, f"the address of {peer.name} is none of transport 'nixl'")
-        known = self._peers.get(peer.name)
+        if new.direction != self._options.direction:
+            raise ConfigError(
+                f"transport 'nixl': direction is {self._options.direction!r} at {self._name}, {new.direction!r} at "
+                f"{peer.name}: give all members the same"
+            )
+        known = peers.find(peer.name)
         if known is not None and not known.lost and known.address == new:
             return
         if deadline.expired():
             raise DeadlineError(f"connecting to {peer.name}", deadline.seconds, [peer.name])
-        self._detach(peer.name, keep_messages=known is not None and known.address.identity == new.identity)
-        try:
-            with translated("connecting", peer.name):
-                self._agent.add_remote_agent(new.metadata)
-                self._agent.make_connection(new.identity)
-        except TransportError as error:
-            raise PeerLostError(peer.name, f"its agent {new.identity} cannot be reached: {error}") from error
-        lane = Lane(self._lock, self._agent, peer.name, new.identity, self._options.depth, self._note_loss)
-        self._peers[peer.name] = _Peer(new, lane)
-        self._inbox.admit(peer.name, new.identity)
+        self._leave(peer.name, returns=known is not None and known.identity == new.identity)
+        mover.arrive(peers.add(peer.name, new, deadline))
 
     @_locked
     def disconnect(self, peer: str) -> None:
         """Forget a peer, its prepared buckets included."""
-        self._detach(peer, keep_messages=False)
+        self._leave(peer, returns=False)
 
     @_locked
     def prepare(self, program: TransferProgram, deadline: Deadline) -> NixlPrepared:
-        """Descriptor lists and a handle per chunk. Raises `PeerLostError` for a receiver that is not connected."""
-        self._require_open()
+        """Descriptor lists and a handle per chunk, at the end that moves the bytes. Raises `PeerLostError` for a peer
+        that is not connected.
+        """
+        _, mover = self._require_open()
         check_program(program, self._regions, CAPABILITIES)
-        receivers = sorted({bucket.peer for bucket in program.sends})
-        identities = {name: self._reach(name).address.identity for name in receivers}
-        prepared = prepare_sends(self._agent, program, identities, self._options.chunk_segments, deadline)
+        prepared = mover.prepare(self._agent, program, self._options.chunk_segments, deadline)
         self._prepared.append(prepared)
         return prepared
 
     @_locked
     def post(self, prepared: Prepared, bucket: int, tag: Tag, note: bytes, after: Event | None) -> Work:
-        """Queue a bucket and start what fits into the depth."""
-        self._require_open()
+        """Queue a bucket and start what fits into the depth, or offer it to its receiver."""
+        _, mover = self._require_open()
         if not isinstance(prepared, NixlPrepared) or bucket not in prepared.sends:
             raise ConfigError(f"bucket {bucket} is no send of this program, or its peer connected anew: prepare again")
         send = prepared.sends[bucket]
         if send.active:
             raise TransportError(f"bucket {bucket} has an active post: wait for its work before posting it again")
-        message = encode(tag, bucket, note, prepared.program.key)
-        lane = self._reach(send.bucket.peer).lane
-        work = NixlWork(lane, send, message, after)
-        send.active = True
-        lane.works.append(work)
-        lane.advance()
-        return work
+        return mover.post(send, tag, note, after)
 
     @_locked
     def signal(self, peer: str, tag: Tag, note: bytes) -> None:
         """Send a notification of its own."""
-        self._require_open()
-        message = encode(tag, None, note)
-        self._notify(peer, message)
+        peers, _ = self._require_open()
+        peers.notify(peer, encode(tag, None, note))
 
     @_locked
     def poll(self) -> Sequence[Message]:
@@ -245,16 +226,34 @@ class NixlTransport:
 
     @_locked
     def release(self, prepared: Prepared) -> None:
-        """Release handles and descriptor lists; what is still active is cancelled."""
+        """Release handles and descriptor lists; what is still active is given up.
+
+        Reads that are in flight are waited for, since they write into this side's memory, and it must not be used for
+        anything else before. Raises `DeadlineError` when one has not ended in time, because its peer hangs; then close
+        the transport, or try again.
+        """
         if isinstance(prepared, NixlPrepared) and prepared in self._prepared:
-            self._prepared.remove(prepared)
-            for known in self._peers.values():
-                for work in list(known.lane.works):
-                    if prepared.sends.get(work.send.bucket.index) is work.send:
-                        work.cancel()
-            for peer in list(prepared.lists):
-                prepared.drop(peer)
-            prepared.sends.clear()
+            self._release(prepared, Deadline.after(_RELEASE_SECONDS))
+
+    def _release(self, prepared: NixlPrepared, deadline: Deadline) -> None:
+        peers, mover = self._require_open()
+        mover.release(prepared)
+        for lane in peers.lanes():
+            for transfer in list(lane.transfers):
+                if transfer.moved.program is prepared.program:
+                    lane.give_up(transfer, None)
+
+        def moving() -> list[str]:
+            lanes = (lane for lane in peers.lanes() if any(t.moved.program is prepared.program for t, _ in lane.flight))
+            return sorted(lane.peer for lane in lanes)
+
+        def ended() -> bool:
+            self._progress()
+            return not moving()
+
+        deadline.wait(ended, "ending reads that are in flight", moving)
+        self._prepared.remove(prepared)
+        prepared.drop()
 
     def close(self) -> None:
         """Handles, registrations, remote agents, the agent: in this order (trap 31). What was sent arrives before,
@@ -265,16 +264,33 @@ class NixlTransport:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._agent is not None:
-            self._linger(Deadline.after(_LINGER_SECONDS))
-            for prepared in list(self._prepared):
-                self.release(prepared)
-            for registration in list(self._registrations):
-                self.deregister(registration)
-            for peer in list(self._peers):
-                self._detach(peer, keep_messages=False)
-            self._agent = None
+        if self._used is not None:
+            with self._lock:
+                self._end(*self._used)
         self._closed = True
+
+    def _end(self, peers: Peers, mover: Mover) -> None:
+        limit = Deadline.after(_LINGER_SECONDS)
+        peers.say_farewell()
+        while not limit.expired() and peers.present:
+            self._progress()
+            time.sleep(_POLL_SECONDS)
+        limit = Deadline.after(_LINGER_SECONDS)
+        for prepared in list(self._prepared):
+            try:
+                self._release(prepared, limit)
+            except DeadlineError as error:
+                _LOG.warning("transport 'nixl' of %s closes nevertheless: %s", self._name, error)
+        for peer in peers.everybody():
+            mover.leave(peer, returns=False)
+        peers.abort()
+        for prepared in self._prepared:
+            prepared.drop()
+        for registration in list(self._registrations):
+            self.deregister(registration)
+        for peer in peers.everybody():
+            self._leave(peer.name, returns=False)
+        self._prepared, self._used, self._agent = [], None, None
 
     def _run(self) -> None:
         """The thread: make progress when the caller has not called for a while."""
@@ -286,88 +302,41 @@ class NixlTransport:
 
     def _progress(self) -> None:
         """Start and finish posts, take in messages, probe. What goes wrong is kept for the next `poll`."""
-        for known in list(self._peers.values()):
-            known.lane.advance()
+        if self._used is None:
+            return
+        peers, mover = self._used
+        peers.advance()
+        mover.advance()
+        self._guard(self._take_in)
+        self._guard(peers.part)
+        self._guard(peers.probe)
+
+    def _take_in(self) -> None:
+        peers, mover = self._require_open()
+        with translated("reading notifications"):
+            arrived = self._agent.get_new_notifs()
+        for identity, messages in arrived.items():
+            for message in messages:
+                if peers.hear(identity, message):
+                    self._guard(mover.hear, identity, message)
+
+    def _guard(self, step: Callable[..., None], *arguments: Any) -> None:
         try:
-            with translated("reading notifications"):
-                arrived = self._agent.get_new_notifs()
-            for identity, messages in arrived.items():
-                for message in messages:
-                    if message == _FAREWELL:
-                        self._part(identity)
-                    elif message != _PROBE:
-                        self._inbox.deliver(identity, decode(message, identity))
-            self._probe()
+            step(*arguments)
         except (RecordError, TransportError) as error:
             self._faults.append(error)
 
-    def _require_open(self) -> None:
-        if self._agent is None:
+    def _require_open(self) -> tuple[Peers, Mover]:
+        if self._used is None:
             raise TransportError(f"transport 'nixl' is {'closed' if self._closed else 'not open yet'}")
+        return self._used
 
-    def _reach(self, peer: str) -> _Peer:
-        known = self._peers.get(peer)
-        if known is None or known.lost:
-            raise PeerLostError(peer, "not connected" if known is None else "it was lost earlier; connect again")
-        return known
+    def _lose(self, peer: Peer, error: PeerLostError) -> None:
+        self._require_open()[1].lose(peer, error)
 
-    def _notify(self, peer: str, message: bytes) -> None:
-        known = self._reach(peer)
-        try:
-            with translated("sending a message", peer):
-                self._agent.send_notif(known.address.identity, message)
-        except PeerLostError as error:
-            self._note_loss(error)
-            raise
-
-    def _linger(self, deadline: Deadline) -> None:
-        """Say farewell and wait for the answers; the deadline is for peers that hang or have never connected."""
-        self._closing = True
-        self._tell_all(_FAREWELL)
-        while not deadline.expired() and any(not known.lost for known in self._peers.values()):
-            self._progress()
-            time.sleep(_POLL_SECONDS)
-
-    def _part(self, identity: str) -> None:
-        """A peer has said farewell, first or in answer."""
-        for peer in [name for name, known in self._peers.items() if known.address.identity == identity]:
-            if not self._closing:
-                with contextlib.suppress(PeerLostError):
-                    self._notify(peer, _FAREWELL)
-            self._note_loss(PeerLostError(peer, "it has closed"))
-
-    def _tell_all(self, message: bytes) -> None:
-        for peer in [name for name, known in self._peers.items() if not known.lost]:
-            try:
-                self._notify(peer, message)
-            except PeerLostError as error:
-                _LOG.debug("%s: %s", peer, error)
-
-    def _probe(self) -> None:
-        now = time.monotonic()
-        if now < self._next_probe:
-            return
-        self._next_probe = now + self._options.probe_seconds
-        self._tell_all(_PROBE)
-
-    def _note_loss(self, error: TransportError) -> None:
-        if isinstance(error, PeerLostError):
-            known = self._peers[error.peer]
-            if not known.lost:
-                known.lost = True
-                known.lane.fail(error)
-                self._inbox.lose(error)
-
-    def _detach(self, peer: str, keep_messages: bool) -> None:
-        known = self._peers.pop(peer, None)
-        if known is None:
-            return
-        if not keep_messages:
-            self._inbox.expel(peer)
-        known.lane.fail(PeerLostError(peer, "disconnected"))
-        for prepared in self._prepared:
-            prepared.drop(peer)
-        try:
-            self._agent.remove_remote_agent(known.address.identity)
-        except FOREIGN as error:
-            _LOG.debug("removing %s: %s", known.address.identity, error)
+    def _leave(self, name: str, *, returns: bool) -> None:
+        known = self._used[0].find(name) if self._used is not None else None
+        if self._used is not None and known is not None:
+            peers, mover = self._used
+            mover.leave(known, returns=returns)
+            peers.leave(known, [prepared.forget(name) for prepared in self._prepared], keep_messages=returns)
