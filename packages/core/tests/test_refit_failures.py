@@ -258,6 +258,32 @@ def test_a_byte_that_changes_on_the_way_is_found_and_its_sender_named(store_url:
     assert all(crew.holds(name, 2) for name in crew.targets)
 
 
+class FlipAlways(Script):
+    """Changes a byte of one bucket, the first that comes in the first version, in every version."""
+
+    def __init__(self) -> None:
+        self._bucket: int | None = None
+
+    def arriving(self, endpoint: FaultyTransport, messages: list[Message]) -> list[Message]:
+        for message in messages:
+            if message.bucket is not None and self._bucket in (None, message.bucket):
+                self._bucket = message.bucket
+                endpoint.flip(message.bucket)
+        return messages
+
+
+def test_sampled_digests_find_what_changes_always_and_say_nothing_of_the_whole(store_url: str) -> None:
+    policy = Policy(digest_every=3)
+    crew = Crew(store_url, scripts={"rollout0/1": FlipAlways()}, policy=policy, versions=3)
+    ends = {name: [isinstance(result, RefitAbortedError) for result in results] for name, results in crew.run().items()}
+    assert all(sum(end) == 1 for end in ends.values()), "every bucket is digested in one of three versions"
+    assert len({tuple(end) for end in ends.values()}) == 1
+    whole = Crew(store_url, policy=policy, versions=3)
+    for results in whole.run().values():
+        assert {result.digest for result in results} == {"0" * 32}
+    assert all(whole.holds(name, 3) for name in whole.targets)
+
+
 class Echo(Script):
     """Delivers everything of the first version once more during the second, also as another incarnation's."""
 

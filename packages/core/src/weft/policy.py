@@ -51,6 +51,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Most segments of one bucket."""
     least_cut_bytes: Annotated[int, msgspec.Meta(ge=1)] = _MIB
     """A copy may be divided between equally near senders, for balance, into parts of at least so many bytes."""
+    digest_every: Annotated[int, msgspec.Meta(ge=1, extra={"unit": "buckets"})] = 1
+    """With digests, one bucket in so many has one, in turn from version to version. Above 1, versions have no digest
+    of their own.
+    """
 
     def check(self) -> None:
         """Raise `ConfigError` with every contradiction, or `NotSupportedError` for what has its place but is not

@@ -215,7 +215,8 @@ class Refit:
     def _sender(self, names: Sequence[str], version: int, clock: Clock) -> Callable[[], Sender]:
         connection = self._connection[0]
         steps = [step for step in connection.sends if step.bucket.peer in names]
-        return lambda: Sender(connection.wire, connection.prepared, steps, connection.scratch_slots, version, clock)
+        every, slots = self._policy.digest_every, connection.scratch_slots
+        return lambda: Sender(connection.wire, connection.prepared, steps, slots, version, clock, every)
 
     def begin(self, version: int | None = None) -> Installation:
         """Wait for the sources' offer and say that this target may be written: its replica must be paused by now.
@@ -230,7 +231,7 @@ class Refit:
         leads = leader_name == self.name
         account = self._account()
         try:
-            found = self._await(version, *(("offer", roles.source_leader) if leads else ("begin", leader_name)))
+            found = self._await(version, *self._announcement(connection))
         except RefitAbortedError as error:
             if leads:
                 for member in members:
@@ -260,12 +261,13 @@ class Refit:
             clock,
             roles.sources,
             partial=bool(self._policy.only),
+            digest_every=self._policy.digest_every,
             shadow=connection.shadow,
         )
         passed_on = connection.sends if self._source is None else ()
         relay = Sender(
             wire, connection.prepared, passed_on, connection.scratch_slots, found, clock,
-            lambda bucket: receiver.has(connection.gates[bucket]),
+            self._policy.digest_every, lambda bucket: receiver.has(connection.gates[bucket]),
         )  # fmt: skip
         session = TargetSession(wire, found, self._target, receiver, relay, replica, leader_name, leader, clock)
         installation = Installation(
@@ -283,6 +285,24 @@ class Refit:
         except BaseException as error:
             raise installation.failed(error) from error
         return installation
+
+    def offered(self) -> int | None:
+        """The newest version that `begin` would take without waiting, or None. Takes in what has arrived, and returns.
+
+        Raises `PeerLostError` when whoever would say so is gone.
+        """
+        connection, loop = self._connection
+        if self._target is None:
+            raise ConfigError(f"{self.name} has no target: only targets begin")
+        kind, sender = self._announcement(connection)
+        loop.wire.pump()
+        loop.wire.check(lambda: [sender])
+        return loop.wire.newest(kind)
+
+    def _announcement(self, connection: Connection) -> tuple[str, str]:
+        """The notice that lets this target begin, and who sends it."""
+        leader_name = connection.roles.replica_leaders[self._identity.replica or ""]
+        return ("offer", connection.roles.source_leader) if leader_name == self.name else ("begin", leader_name)
 
     def _await(self, version: int | None, kind: str, sender: str) -> int:
         """The version to begin: as soon as the sender's notice of it is here."""

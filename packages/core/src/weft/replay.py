@@ -51,6 +51,11 @@ def digest_of(runs: Sequence[tuple[Bytes, Runs]]) -> Digest:
     return total
 
 
+def is_digested(step: Step, version: int, every: int) -> bool:
+    """Whether this bucket is digested in this version: one in `every`, another one in the next version."""
+    return bool(step.runs) and (step.bucket.index + version) % every == 0
+
+
 class Sender:
     """Moves one member's buckets to one replica: a source's, or those that a target passes on."""
 
@@ -62,10 +67,11 @@ class Sender:
         scratch_slots: Mapping[str, int],
         version: int,
         clock: Clock,
+        digest_every: int,
         may_read: Callable[[int], bool] = lambda _: True,
     ) -> None:
         """`may_read` says whether the bytes of a bucket, by index, are there to be sent."""
-        self._may_read = may_read
+        self._may_read, self._digest_every = may_read, digest_every
         self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
         self._queues: dict[str, deque[Step]] = {}
         for step in steps:
@@ -121,7 +127,7 @@ class Sender:
             for destination, source in step.moves:
                 encoding.encode(source, destination)
         note = b""
-        if step.runs:
+        if is_digested(step, self._version, self._digest_every):
             with self._clock.phase("digest"):
                 note = digest_of(step.runs).hex().encode()
         note = self._wire.note(bucket.peer, self._version, bucket.index, note)
@@ -147,13 +153,13 @@ class Receiver:
     def __init__(
         self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, Sequence[LocalMove]],
         target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, sources: Collection[str], *,
-        partial: bool, shadow: Shadow | None = None,
+        partial: bool, digest_every: int, shadow: Shadow | None = None,
     ) -> None:  # fmt: skip
         """`memory` is what is served; with a `shadow`, bytes land there until `flip`. `sources` are the members that
         send by themselves, others pass on; `partial` says that groups for which nothing comes keep what they hold
         (`Policy.only`).
         """
-        self._sources, self._shadow = sources, shadow
+        self._sources, self._shadow, self._digest_every = sources, shadow, digest_every
         self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
         self._steps = {step.bucket.index: step for step in steps}
         self._local, self._target, self._layout, self._memory = local, target, layout, memory
@@ -175,7 +181,7 @@ class Receiver:
         self._returned = {step.bucket.peer: 0 for step in steps}
         self._ahead: dict[str, set[int]] = {peer: set() for peer in self._returned}
         self.digest = Digest()
-        """Of the counted elements verified so far."""
+        """Of the counted elements verified so far; zero where only some buckets are digested."""
         self.nbytes = 0
 
     @property
@@ -221,7 +227,7 @@ class Receiver:
         bucket = step.bucket
         assert self._prepared is not None, "buckets only arrive at members that have prepared for them"
         self._wire.transport.fence(self._prepared, bucket.index, self._wire.tag(self._version), None)
-        if step.runs:
+        if is_digested(step, self._version, self._digest_every):
             with self._clock.phase("digest"):
                 digest = digest_of(step.runs)
             if digest.hex().encode() != note:
@@ -230,7 +236,7 @@ class Receiver:
                     f"{bucket.nbytes} bytes from {bucket.peer} for group {group} arrived changed: "
                     f"digest {digest.hex()}, sent {note.decode(errors='replace') or 'without one'}"
                 )
-            if bucket.counted:
+            if bucket.counted and self._digest_every == 1:
                 self.digest += digest
         with self._clock.phase("land"):
             for destination, source in step.moves:
@@ -263,7 +269,7 @@ class Receiver:
             for (destination, source), runs in self._local.get(group, ()):
                 encoding.encode(source, destination)
                 self.nbytes += destination.numel() * destination.element_size()
-                if runs is not None:
+                if runs is not None and self._digest_every == 1:
                     self.digest += digest_of([runs])
             if self._shadow is None:
                 self._finish(group)

@@ -10,7 +10,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     digest: str
-    """Of the whole version: 32 hexadecimal digits, equal on every replica; zeros when digests are off."""
+    """Of the whole version: 32 hexadecimal digits, equal on every replica; zeros when digests are off or sampled."""
     bytes: int
     """Bytes this member sent (a source) or wrote (a target)."""
     seconds: dict[str, float]
