@@ -8,7 +8,8 @@ import pytest
 
 from weft.protocol import replica, target
 from weft.protocol.events import Actions, Event, Tell
-from weft.testing.explorer import Job, explore
+from weft.testing.explorer import explore
+from weft.testing.worlds import Job
 from weft.wire import Notice
 
 JOBS = {
