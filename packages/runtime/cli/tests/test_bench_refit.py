@@ -80,6 +80,7 @@ def test_every_named_case_has_its_name_and_digests_as_asked(name: str) -> None:
         found = named_case(name, digests, 4, reuse=True)
         assert (found.name, found.policy.digests, found.cycles) == (name, digests, 4)
         assert found.beside is None or found.beside.digests == digests
+        assert found.transport_options == ({"direction": "pull"} if name.endswith("-pull") else found.beside_options)
 
 
 def test_an_unknown_case_is_refused_with_those_that_there_are() -> None:

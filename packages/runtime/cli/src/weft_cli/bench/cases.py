@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from weft.errors import ConfigError
 from weft.policy import Policy
 from weft_cli.bench.settings import Case
@@ -76,6 +78,12 @@ def _staging(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
     return _dense(name, digests, cycles, reuse, policy=packed, beside=unlimited)
 
 
+def _pull(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
+    """Receivers read instead of senders writing, as they do in the refits beside."""
+    pushed = NAMED[name.removesuffix("-pull")](name, digests, cycles, reuse)
+    return msgspec.structs.replace(pushed, transport_options={"direction": "pull"}, beside=pushed.policy)
+
+
 def _four(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
     transport, policy = name.rpartition("-")[2], Policy(digests=digests)
     return case_of(
@@ -91,6 +99,8 @@ NAMED: Mapping[str, Callable[[str, bool, int, bool], Case]] = {
     "gloo-large": _gloo_large,
     "gloo-packed": _gloo_packed,
     "nixl-moe": _moe,
+    "nixl-dense-pull": _pull,
+    "nixl-moe-pull": _pull,
     "nixl-staging": _staging,
     "four-ranks-gloo": _four,
     "four-ranks-nixl": _four,

@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from typing import Any
 
 import msgspec
 import torch
@@ -75,9 +76,11 @@ class _Member:
         busy with all of them.
         """
         case, last = self._case, cycle == self._case.cycles - 1
-        policies = [("weft", case.policy)] if case.beside is None else [("weft", case.policy), ("beside", case.beside)]
-        for job, policy in policies[:: -1 if cycle % 2 else 1]:
-            report, join = self._refit(job, policy, cycle)
+        ways = [("weft", case.policy, case.transport_options)]
+        if case.beside is not None:
+            ways.append(("beside", case.beside, case.beside_options))
+        for job, policy, options in ways[:: -1 if cycle % 2 else 1]:
+            report, join = self._refit(job, policy, options, cycle)
             if job == "beside":
                 self._beside.append(report.seconds["total"])
             else:
@@ -92,7 +95,7 @@ class _Member:
         if case.beside_megatron:
             self._refit_by_megatron(cycle)
 
-    def _refit(self, job: str, policy: Policy, cycle: int) -> tuple[Report, dict[str, float]]:
+    def _refit(self, job: str, policy: Policy, options: dict[str, Any], cycle: int) -> tuple[Report, dict[str, float]]:
         join: dict[str, float] = {}
         if not self._case.reuse:
             job = f"{job}/{cycle}"
@@ -100,7 +103,7 @@ class _Member:
             self.target.poison()
         self._meet(f"{job}/join/{cycle}")
         if job not in self._refits:
-            self._refits[job], join = self._join(job, policy)
+            self._refits[job], join = self._join(job, policy, options)
         refit = self._refits[job]
         resident, _ = rss_bytes()
         self._meet(f"{job}/refit/{cycle}")
@@ -111,7 +114,7 @@ class _Member:
             self._refits.pop(job).close()
         return report, join
 
-    def _join(self, job: str, policy: Policy) -> tuple[Refit, dict[str, float]]:
+    def _join(self, job: str, policy: Policy, options: dict[str, Any]) -> tuple[Refit, dict[str, float]]:
         case, begin = self._case, time.perf_counter()
         replicas = _adapter(case.target).replicas(case.target[1])
         stages = ("rendezvous", "offer", "begin", "move", "vote", "commit")
@@ -120,7 +123,7 @@ class _Member:
             source=self.source,
             target=self.target,
             transport=case.transport,
-            transport_options=case.transport_options,
+            transport_options=options,
             store=self._url,
             job=job,
             name=self._seat.name,

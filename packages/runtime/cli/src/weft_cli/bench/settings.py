@@ -23,6 +23,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     beside: Policy | None = None
     """Refits with this policy too, in turn with the others, in the same processes."""
+    beside_options: dict[str, Any] = {}
+    """Their transport's."""
     environment: dict[str, str] = {}
     """Set in every process before it loads a network's library."""
     collocated: bool = False
