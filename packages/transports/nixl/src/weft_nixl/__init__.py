@@ -1,4 +1,4 @@
-"""weft transport over NIXL: one-sided writes by UCX (RDMA, CUDA IPC, shared memory, TCP)."""
+"""weft transport over NIXL: one-sided writes or reads by UCX (RDMA, CUDA IPC, shared memory, TCP)."""
 
 from weft.endpoint import Factory
 from weft_nixl.options import NixlOptions
