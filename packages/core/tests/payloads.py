@@ -1,6 +1,7 @@
 """One payload of every kind that weft writes for others to read, and how each is read.
 
-python -m tests.payloads, in packages/core: writes those of now to `golden/<date>.json`; a later weft must read them.
+python -m tests.payloads, in packages/core: writes those of now to `golden/<date>.json`, beside those of before. weft
+must read all of them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -129,6 +131,8 @@ if __name__ == "__main__":
     written = {
         name: {"bytes": each.data.hex(), "value": values_of(each.read(each.data))} for name, each in payloads().items()
     }
-    file = FOLDER / f"{datetime.datetime.now(datetime.UTC).date()}.json"
+    day = str(datetime.datetime.now(datetime.UTC).date())
+    names = itertools.chain([day], (f"{day}-{n}" for n in itertools.count(2)))
+    file = next(file for file in (FOLDER / f"{name}.json" for name in names) if not file.exists())
     file.write_text(json.dumps(written, indent=1) + "\n")
     print(file)

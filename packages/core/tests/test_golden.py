@@ -13,7 +13,7 @@ import weft
 
 from .payloads import FOLDER, payloads, values_of
 
-FILES = sorted(FOLDER.glob("*.json"))
+FILES = sorted(FOLDER.glob("*.json"), key=lambda file: file.stem)
 NOW = payloads()
 
 

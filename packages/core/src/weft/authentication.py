@@ -8,6 +8,7 @@ said in one job, in one direction, by one life of a member is nothing anywhere e
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,12 @@ class Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: bytes | str) -> None:
-        """Text stands for its UTF-8. Raises `ConfigError` for less than 16 bytes, and for what is no text."""
+        """Text stands for its bytes in the environment, UTF-8 as a rule. Raises `ConfigError` for less than 16 bytes,
+        and for what is neither.
+        """
         if not isinstance(value, str | bytes):
             raise ConfigError(f"the job secret is of type {type(value).__name__}, expected text or bytes")
-        self._value = value.encode() if isinstance(value, str) else value
+        self._value = os.fsencode(value) if isinstance(value, str) else value
         if len(self._value) < FEWEST_BYTES:
             raise ConfigError(
                 f"the job secret has {len(self._value)} bytes, expected at least {FEWEST_BYTES}: "

@@ -14,10 +14,10 @@ import msgspec
 from weft.batches import Batch
 from weft.control import Control
 from weft.endpoint import Envelope, Inbox
-from weft.errors import PeerLostError, TransportError
+from weft.errors import PeerLostError, RecordError, TransportError
 from weft.networks import Channel, Network
 from weft.passages import Arrived, Ask, Go, Grant, Invitation, Passage, Post, Said, Signal, Withdrawn
-from weft.records import decoder_of
+from weft.records import decoded
 from weft.turns import Incoming, Outgoing, Turn
 
 _BUCKETS_PER_TURN = 64
@@ -63,7 +63,6 @@ class Exchange:
         self._granted: dict[str, Sequence[Sequence[Batch]] | None] = {}
         self._waiting: list[Post] = []
         self._lock = threading.RLock()
-        self._decoder: msgspec.msgpack.Decoder[Said] = decoder_of(Said)  # type: ignore[arg-type]
         self._ending = False
         self._thread = threading.Thread(target=self._drive, name=f"weft {control.identity}", daemon=True)
         self._thread.start()
@@ -236,18 +235,14 @@ class Exchange:
             action(peer, *arguments)
         except PeerLostError as error:
             self._lose(peer, error)
-        except (
-            TransportError,
-            msgspec.MsgspecError,
-            UnicodeDecodeError,
-            RuntimeError,
-        ) as error:  # the last are torch's
+        except (TransportError, RecordError, RuntimeError) as error:  # the last are torch's
             self._lose(peer, PeerLostError(peer, str(error).partition("\n")[0]))
 
     def _hear(self, peer: str, said: bytes | PeerLostError) -> None:
         if isinstance(said, PeerLostError):
             raise said
-        match self._decoder.decode(said):
+        what: Said = decoded(Said, said, f"{peer} sent {len(said)} bytes that mean nothing")  # type: ignore[arg-type]
+        match what:
             case Signal(envelope):
                 self.inbox.deliver(self._peers[peer].identity, envelope)
             case Invitation(body):

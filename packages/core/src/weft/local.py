@@ -15,6 +15,7 @@ from weft.deadline import Deadline
 from weft.endpoint import Envelope, Factory, Inbox, RegionBook, check_program, encode
 from weft.errors import ConfigError, PeerLostError, TransportError
 from weft.member import Member, Region, Tag
+from weft.records import decoded
 
 CAPABILITIES = Capabilities(
     one_sided=True, devices=("cpu",), members_may_change=True, direct_run_bytes=1, max_segments=1 << 20
@@ -146,7 +147,7 @@ class LocalTransport:
     def connect(self, peer: Member, address: bytes, deadline: Deadline) -> None:
         """Find a peer in the hub. Raises `PeerLostError` when it has closed."""
         self._require_open()
-        identity = msgspec.msgpack.decode(address, type=str)
+        identity = decoded(str, address, f"the address of {peer.name} is none of transport 'local'")
         if self._hub.find(identity) is None:
             raise PeerLostError(peer.name, f"no endpoint {identity} in this hub")
         if self._peers.get(peer.name) != identity:

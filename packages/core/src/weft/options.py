@@ -115,7 +115,7 @@ def read(
         value = _parsed(one.value, known[name].annotation) if one.text else one.value
         try:
             values[name] = msgspec.convert(value, known[name].annotation, strict=not one.text, dec_hook=_secret)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             shown = "…" if _is_secret(known[name]) else repr(one.value)
             faults.append(f"{one.origin}: {name} of {what} is {shown}: {error}")
             continue

@@ -16,7 +16,7 @@ import torch
 from weft.contracts import Bucket, TransferProgram
 from weft.copies import Copies
 from weft.digest import Bytes, Runs, tensor_seed
-from weft.errors import LayoutError
+from weft.errors import LayoutError, RecordError
 from weft.layout import ITEM_BYTES, Layout
 from weft.lower import SLOTS, LoweredBucket, MemberProgram
 from weft.member import Member, Region, RemoteRegion, regions_of
@@ -141,6 +141,7 @@ def transfer_program(
 
     def lowered(bucket: LoweredBucket, sending: bool) -> Bucket:
         peer, itemsize = peers[bucket.peer], width[bucket.copies.tensor]
+        _check_peer(program.name, bucket, peer, sending)
         ends = (endpoint.source, _columns(peer.target_region, peer.target_offset)) if sending else (
             _columns(peer.source_region, peer.source_offset), endpoint.target
         )  # fmt: skip
@@ -160,6 +161,18 @@ def transfer_program(
         key.update(f"{member.name}/{member.incarnation}/{member.memory_epoch}".encode())
     remote = {name: tuple(record.regions) for name, record in peers.items()}
     return TransferProgram(key.digest(), sends, receives, endpoint.regions, remote)
+
+
+def _check_peer(name: str, bucket: LoweredBucket, peer: EndpointRecord, sending: bool) -> None:
+    """Raise `RecordError` for an endpoint without the buffers, or the staging slots, that the plan has there."""
+    copies = bucket.copies
+    buffers, column, slots = (
+        (copies.target_buffer, peer.target_region, peer.slots)
+        if sending
+        else (copies.source_buffer, peer.source_region, peer.outgoing_slots)
+    )
+    if int(buffers.max(initial=-1)) >= len(column) // 8 or (bucket.slot is not None and name not in slots):
+        raise RecordError(f"the endpoint of {peer.name} lacks buffers or staging slots that the plan has there")
 
 
 def _columns(region: bytes, offset: bytes) -> Binding:

@@ -27,6 +27,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
+import numpy as np
 
 from weft.authentication import Guard, Secret
 from weft.content import get_content, put_content
@@ -72,6 +73,20 @@ class EndpointRecord(msgspec.Struct, frozen=True, array_like=True):
     """Per member that it sends packed buckets to: the same at this end."""
     nonce: bytes = b""
     """Random, of this life of the member (`weft.authentication.Guard`); empty without a job secret."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for columns that do not fit each other, or refer to a region that is not there."""
+        sizes = [region.nbytes for region in self.regions]
+        if any(not 0 <= region.address < 1 << 64 or not 0 <= region.nbytes < 1 << 63 for region in self.regions):
+            raise ValueError("a region has no address, or no size")
+        ends = [*self.slots.values(), *self.outgoing_slots.values()]
+        sizes = sizes or [0]  # where empty buffers are
+        for region, offset in ((self.source_region, self.source_offset), (self.target_region, self.target_offset)):
+            if len(region) != len(offset) or len(region) % 8:
+                raise ValueError("columns of regions and offsets have different lengths")
+            ends += zip(*(np.frombuffer(column, "<i8").tolist() for column in (region, offset)), strict=True)
+        if any(not 0 <= region < len(sizes) or not 0 <= offset <= sizes[region] for region, offset in ends):
+            raise ValueError("a buffer or slot is in no region")
 
 
 class Rendezvous:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from weft.box import refines
 from weft.copies import Copies, Parts, Routes, expand, loops_of
 from weft.errors import PlanError, RecordError
 from weft.layout import ITEM_BYTES, Kind, Layout
@@ -266,9 +267,10 @@ def _damage(own: Slice) -> str | None:
     names = [member.name for member in own.members]
     if own.name not in names or len(set(names)) < len(names):
         return "its member is not there, or two have one name"
-    if (own.splits < 1).any():
-        return "a split has a factor below 1"
-    if not len(names) == len(own.numbers) == len(own.scratch_slots) or not set(own.numbers) <= set(range(own.count)):
+    if not all(map(refines, own.splits.tolist(), (tensor.shape for tensor in own.tensors))):
+        return "a split does not divide its tensor"
+    known = all(0 <= number < own.count for number in own.numbers)
+    if not len(names) == len(own.numbers) == len(own.scratch_slots) or not known:
         return "members without numbers"
     if any(name not in {tensor.name for tensor in own.tensors} for _, name in own.aliases):
         return "an alias of a tensor that is not there"

@@ -38,6 +38,7 @@ class Wire:
         self.transport = transport
         self.me = me
         self._guard = guard
+        self._impersonated: set[str] = set()
         self._members: Mapping[str, Member] = {member.name: member for member in members}
         self._arrivals: dict[int, deque[Message]] = defaultdict(deque)
         self._notices: dict[int, list[tuple[str, Notice]]] = defaultdict(list)
@@ -103,7 +104,7 @@ class Wire:
             self._notices[tag.version].append((message.peer, notice))
 
     def _recognized(self, guard: Guard, message: Message) -> Message | None:
-        """The message without its code; None when the code is wrong, or when it was heard before."""
+        """The message without its code; None, with a warning once per peer, for a wrong code and what is repeated."""
         peer, tag, bucket = message.peer, message.tag, message.bucket
         if bucket is None:
             note = guard.heard_signal(peer, tag, message.note)
@@ -111,7 +112,10 @@ class Wire:
             note = guard.heard_note(peer, tag, bucket, message.note)
         if note is None:
             what = "a signal" if bucket is None else f"bucket {bucket}"
-            _LOG.warning("%s of version %d in the name of %s is not from it, or old: dropped", what, tag.version, peer)
+            level = logging.DEBUG if peer in self._impersonated else logging.WARNING
+            words = "%s of version %d in the name of %s is not from it, or old: dropped"
+            _LOG.log(level, words, what, tag.version, peer)
+            self._impersonated.add(peer)
             return None
         return dataclasses.replace(message, note=note)
 

@@ -25,7 +25,7 @@ from weft.deadline import Deadline
 from weft.errors import TransportError
 from weft.member import Member
 from weft.networks import DEPTH
-from weft.records import decoder_of
+from weft.records import decoded
 
 # torch's own annotations leave these out.
 _dist: Any = dist
@@ -164,7 +164,7 @@ class GlooNetwork:
 
     def channel(self, invitation: bytes, peer: str, sends: bool, ended: Callable[[], None]) -> GlooChannel:
         """One end of a channel."""
-        where = decoder_of(Invitation).decode(invitation)
+        where = decoded(Invitation, invitation, f"{peer} sent an invitation that is none")
         channel = GlooChannel(where, peer, sends, self._staging_bytes, ended)
         self._channels = [*(each for each in self._channels if each.thread.is_alive()), channel]
         return channel
