@@ -30,7 +30,7 @@ from weft_mapped.places import Owner, Private, Shared, shared_memory
 
 SECONDS = 60.0
 POISON = 0xA5
-NBYTES = 3 * mmap.PAGESIZE + 17
+NBYTES = 40 * mmap.PAGESIZE + 17  # more than what is copied at once by who posts it
 
 
 def member(name: str, host: str = "here") -> Member:
@@ -84,8 +84,8 @@ def private() -> torch.Tensor:
 def by_memfd() -> torch.Tensor:
     """The middle of a file in memory, which starts at no page."""
     descriptor = os.memfd_create("weights")
-    os.ftruncate(descriptor, 10 * mmap.PAGESIZE)
-    whole = mmap.mmap(descriptor, 9 * mmap.PAGESIZE, offset=mmap.PAGESIZE)
+    os.ftruncate(descriptor, 50 * mmap.PAGESIZE)
+    whole = mmap.mmap(descriptor, 45 * mmap.PAGESIZE, offset=mmap.PAGESIZE)
     return torch.from_numpy(np.frombuffer(whole, np.uint8))[100 : 100 + NBYTES]
 
 
@@ -276,9 +276,10 @@ def test_giving_back_waits_for_a_copy_under_way_and_says_when_it_does_not_end(
 
 
 @pytest.mark.trap(40)
-def test_a_receiver_that_takes_something_back_is_asked_again(endpoint: Make) -> None:
+@pytest.mark.parametrize("nbytes", [100, NBYTES])
+def test_a_receiver_that_takes_something_back_is_asked_again(endpoint: Make, nbytes: int) -> None:
     a, b = endpoint("a"), endpoint("b")
-    mine, theirs = region(private(), 1), region(private())
+    mine, theirs = (region(torch.empty(nbytes, dtype=torch.uint8), fill) for fill in (1, POISON))
     a.register(mine, Deadline.after(SECONDS))
     b.register(theirs, Deadline.after(SECONDS))
     connect(a, b)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from weft.contracts import Message
 from weft.control import Control
 from weft.endpoint import Envelope, Inbox
 from weft.errors import PeerLostError, TransportError
@@ -178,11 +179,20 @@ class Link:
         with self._state:
             return self._control.finish()
 
+    def poll(self) -> list[Message]:
+        """What has arrived; looks itself, since its thread may need longer to wake. Raises `PeerLostError`."""
+        with self._state:
+            self._step()
+        return self.inbox.drain()
+
+    def _step(self) -> None:
+        for name, said in self._control.step():
+            self._hear(name, said)
+
     def _drive(self) -> None:
         while not self._ending:
             with self._state:
-                for name, said in self._control.step():
-                    self._hear(name, said)
+                self._step()
                 for peer in self.peers:
                     self._look_after(peer)
             self._control.wait(_IDLE_SECONDS)

@@ -273,8 +273,8 @@ class MappedTransport:
         link.announce(peer, Envelope(tag, None, note))
 
     def poll(self) -> Sequence[Message]:
-        """What the endpoint's thread has taken in."""
-        return self._require_open().link.inbox.drain()
+        """What has arrived."""
+        return self._require_open().link.poll()
 
     def fence(self, prepared: Prepared, bucket: int, tag: Tag, stream: Stream) -> None:
         """Nothing to do: a bucket is announced when its last copy is over, on a GPU too."""
