@@ -25,6 +25,7 @@ from weft.errors import (
     TransportError,
     WeftError,
 )
+from weft.fleet import Fleet, FleetMember, FleetOffer, FleetReport
 from weft.installation import Installation
 from weft.layout import Kind, Layout
 from weft.member import Member
@@ -48,6 +49,10 @@ __all__ = [
     "DeadlineError",
     "Deadlines",
     "Expect",
+    "Fleet",
+    "FleetMember",
+    "FleetOffer",
+    "FleetReport",
     "Installation",
     "Kind",
     "Layout",

@@ -12,7 +12,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from weft.authentication import Secret
-from weft.contracts import Store
+from weft.contracts import Store, StoreLease
 from weft.errors import RecordError
 from weft.records import open_record, seal
 
@@ -34,6 +34,10 @@ class JobStore:
     def put(self, kind: str, key: str, obj: object) -> None:
         """Write a record. Raises `RecordError` when it is larger than its kind allows."""
         self.store.set(key, seal(kind, obj, place=key, key=self._record_key))
+
+    def lease(self, kind: str, key: str, obj: object, seconds: float) -> StoreLease:
+        """Write a record that vanishes when it has not been renewed for `seconds`."""
+        return self.store.lease(key, seal(kind, obj, place=key, key=self._record_key), seconds)
 
     def check(self, kind: str, obj: object) -> None:
         """Raise the `RecordError` that `put` would raise."""

@@ -28,6 +28,41 @@ class Offer:
         """The version."""
         return self._session.version
 
+    @property
+    def is_released(self) -> bool:
+        """Whether the weights may change."""
+        return self._session.released
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every replica has ended, and everybody whom this source leads knows."""
+        return self._session.done
+
+    @property
+    def outcomes(self) -> dict[str, str | None]:
+        """Per replica that has ended: None when it committed, else why it did not."""
+        return self._session.outcomes
+
+    @property
+    def digest(self) -> str:
+        """Of the version, once a replica has installed it: 32 hexadecimal digits; zeros without digests."""
+        return self._session.digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes posted so far."""
+        return self._session.nbytes
+
+    def waiting_for(self) -> list[str]:
+        """Whom this source is waiting for."""
+        return self._session.waiting_for()
+
+    def serve(self) -> bool:
+        """One round of what `released` and `committed` do until they are done; says whether anything arrived."""
+        arrived = self._loop.wire.pump()
+        self._session.step()
+        return arrived
+
     def released(self, deadline: Deadline | None = None) -> None:
         """Serve until no replica reads this source's weights any more: afterwards they may change.
 

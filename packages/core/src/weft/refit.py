@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from weft.authentication import Secret
-from weft.connection import Connection, Identity, host_identity, join
+from weft.connection import Connection, Identity, Roles, host_identity, join
 from weft.contracts import ReplicaControl, Source, Target, Transport
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
@@ -121,6 +121,28 @@ class Refit:
     def staging_bytes(self) -> int:
         """Staging memory that `open` allocated here, in both directions. Raises `ConfigError` before it."""
         return self._connection[0].endpoint.staging_bytes
+
+    @property
+    def roles(self) -> Roles:
+        """Who takes part. Raises `ConfigError` before `open`."""
+        return self._connection[0].roles
+
+    @property
+    def loop(self) -> Loop:
+        """Where this member waits. Raises `ConfigError` before `open`."""
+        return self._connection[1]
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Members that are known to be gone, by name. Raises `ConfigError` before `open`."""
+        roles = self.roles
+        members = {*roles.sources, *(name for names in roles.replicas.values() for name in names)}
+        return tuple(error.peer for error in self.loop.wire.lost(members))
+
+    @property
+    def store_operations(self) -> int:
+        """Operations on the store so far. Raises `ConfigError` before `open`."""
+        return self._counted.operations
 
     @property
     def _connection(self) -> tuple[Connection, Loop]:

@@ -1,0 +1,59 @@
+"""A member of a replica of a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weft.authentication import Secret
+from weft.contracts import ReplicaControl, Target
+from weft.deadline import Deadline, Deadlines
+from weft.fleet.roll import Announcement
+from weft.job_store import JobStore
+from weft.policy import Policy
+from weft.refit import Refit
+from weft.roster import Expect
+from weft.stores import open_store
+
+
+def cell_of(job: str, replica: str) -> str:
+    """The job between all sources of a fleet and one replica."""
+    return f"{job}/{replica}"
+
+
+class FleetMember(Refit):
+    """One member of a replica that may come and go while the trainer runs on: a `Refit` of its replica's own cell.
+
+    `open` waits until the sources admit it, which they do when they next offer a version: let
+    `Deadlines.rendezvous` be longer than a step of training. After a loss (`PeerLostError`, `RefitAbortedError`) that
+    this replica does not survive, or when the trainer has restarted, close it and open another, in all members of the
+    replica; layouts and addresses may be others then.
+    """
+
+    def __init__(
+        self, *, target: Target, replica: str, replica_size: int = 1, sources: int, store: str, job: str, name: str,
+        transport: str, transport_options: Mapping[str, Any] | None = None, control: ReplicaControl | None = None,
+        deadlines: Deadlines | None = None, policy: Policy | None = None, host: str | None = None,
+        domain: str | None = None, secret: Secret | bytes | str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            target=target, control=control, transport=transport, transport_options=transport_options, store=store,
+            job=cell_of(job, replica), name=name, replica=replica, replica_size=replica_size,
+            expect=Expect(sources, 1), deadlines=deadlines, policy=policy, host=host, domain=domain, secret=secret,
+        )  # fmt: skip
+        self._fleet, self._replica, self._size, self._url = job, replica, replica_size, store
+        self._patience = (deadlines or Deadlines()).rendezvous
+
+    def open(self) -> None:
+        """Wait to be admitted, and join this replica's cell. Raises as `Refit.open`."""
+        store = open_store(self._url, Deadline.after(self._patience))
+        try:
+            announcement = Announcement(
+                JobStore(store, self._fleet, self._secret), self._replica, self.name, self._size
+            )
+            try:
+                super().open()
+            finally:
+                announcement.end()
+        finally:
+            store.close()
