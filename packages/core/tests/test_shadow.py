@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
+from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 
 from weft import shadow
-from weft.deadline import Deadlines
+from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
 from weft.layout import Layout
 from weft.policy import Policy
@@ -216,6 +217,75 @@ def test_what_does_not_move_stays_as_it_is(store_url: str) -> None:
                 assert torch.equal(kept, before[rank][name][rows : 2 * rows].view(torch.uint8))
             else:
                 assert torch.equal(tensor.view(torch.uint8), before[rank][name].view(torch.uint8))
+
+
+def test_what_is_fetched_is_tended_until_the_replica_can_pause(store_url: str) -> None:
+    replica = Replica(store_url, versions=1)
+    looked: list[None] = []
+
+    def serve(refit: Refit) -> None:
+        Deadline.after(BRISK.offer).wait(lambda: refit.offered() == 1, "an offer", list)
+        installation = refit.begin()
+        installation.fetch(lambda: looked.append(None))
+        installation.tend()
+        assert not installation.touched
+        installation.update()
+        installation.commit()
+        with pytest.raises(ConfigError, match="tend of version 1: it is installed, expected voted"):
+            installation.tend()
+
+    replica._serve = serve  # type: ignore[assignment, method-assign]
+    all_succeeded(replica.run())
+    assert looked
+    assert replica.holds(0, 1)
+    assert replica.holds(1, 1)
+
+
+@pytest.mark.trap(48)
+def test_a_version_that_is_withdrawn_before_the_pause_leaves_what_is_served_untouched(store_url: str) -> None:
+    replica = Replica(store_url, versions=1)
+    served, ready = memories(replica), Barrier(3)
+
+    def train(refit: Refit) -> list[Any]:
+        offer = refit.offer(1)
+        offer.released()
+        ready.wait(BRISK.move)
+        offer.withdraw("thought better of it")
+        return []
+
+    def serve(refit: Refit) -> None:
+        installation = refit.begin()
+        installation.fetch()
+        ready.wait(BRISK.move)
+
+        def given_up() -> bool:
+            installation.tend()
+            return False
+
+        with pytest.raises(RefitAbortedError, match="thought better of it"):
+            Deadline.after(BRISK.move).wait(given_up, "the withdrawal", list)
+        assert not installation.touched
+
+    replica._serve, replica._train = serve, train  # type: ignore[assignment, method-assign]
+    all_succeeded(replica.run())
+    assert all(torch.equal(a, b) for a, b in zip(memories(replica), served, strict=True))
+
+
+@pytest.mark.trap(48)
+def test_a_fetch_that_is_told_not_to_go_on_gives_the_version_up_everywhere(store_url: str) -> None:
+    replica = Replica(store_url, versions=1)
+
+    def stop() -> None:
+        raise RuntimeError("the engine's own words")
+
+    def serve(refit: Refit) -> None:
+        installation = refit.begin()
+        with pytest.raises(RefitAbortedError, match="the engine's own words"):
+            installation.fetch(stop) if refit.name == "rollout/1" else installation.fetch()
+        assert not installation.touched
+
+    replica._serve = serve  # type: ignore[assignment, method-assign]
+    assert "the engine's own words" in str(replica.run()["trainer/0"])
 
 
 def test_fetch_is_for_shadows(store_url: str) -> None:

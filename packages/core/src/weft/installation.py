@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
@@ -39,11 +40,12 @@ class Installation:
         """
         return self._session.touched
 
-    def fetch(self) -> None:
+    def fetch(self, go_on: Callable[[], None] = lambda: None) -> None:
         """Take every byte beside the weights that are served, verify, and vote: returns once all members have, and the
         replica may be paused for `update`. Only where the policy lands in shadow memory.
 
-        Raises `RefitAbortedError` on every member of the replica when any of them cannot.
+        `go_on` is called again and again meanwhile; what it raises gives the version up. Raises `RefitAbortedError` on
+        every member of the replica when any of them cannot.
         """
         self._expect(Stage.BEGUN, "fetch")
         if not self._session.shadow:
@@ -52,14 +54,26 @@ class Installation:
                 "begin and update, or use landing shadow"
             )
         try:
-            self._fetch(Stage.VOTED)
+            self._fetch(Stage.VOTED, go_on)
         except BaseException as error:
             raise self.failed(error) from error
 
-    def _fetch(self, voted: Stage) -> None:
+    def _fetch(self, voted: Stage, go_on: Callable[[], None] = lambda: None) -> None:
         deadlines = self._deadlines
-        self._until(Stage.VERIFIED, Deadline.after(deadlines.begin + deadlines.move), "move")
-        self._until(voted, Deadline.after(deadlines.move + deadlines.vote), "vote")
+        self._until(Stage.VERIFIED, Deadline.after(deadlines.begin + deadlines.move), "move", go_on)
+        self._until(voted, Deadline.after(deadlines.move + deadlines.vote), "vote", go_on)
+
+    def tend(self) -> None:
+        """Take in what others say, without waiting: to be called now and then between `fetch` and `update`.
+
+        Raises `RefitAbortedError` when the version has been given up meanwhile: nothing that is served has changed.
+        """
+        self._expect(Stage.VOTED, "tend")
+        try:
+            self._loop.wire.pump()
+            self._session.step()
+        except BaseException as error:
+            raise self.failed(error) from error
 
     def update(self) -> None:
         """Take every byte, verify, vote, and prepare the commit: returns once every member of the replica has prepared.
@@ -118,11 +132,16 @@ class Installation:
                 "(begin, update and commit are called once each, in this order)"
             )
 
-    def _until(self, stage: Stage, limit: Deadline, what: str) -> None:
+    def _until(self, stage: Stage, limit: Deadline, what: str, go_on: Callable[[], None] = lambda: None) -> None:
         session, order = self._session, list(Stage)
+
+        def step() -> None:
+            go_on()
+            session.step()
+
         self._loop.until(
             lambda: order.index(session.stage) >= order.index(stage),
-            session.step,
+            step,
             limit,
             f"{what} of version {self.version}",
             session.waiting_for,
