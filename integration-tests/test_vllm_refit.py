@@ -27,6 +27,7 @@ CASES: list[dict[str, Any]] = [
         "cpu_linear": "plain",
         "cast": False,
         "transport": "gloo",
+        "watch": True,
     },
     {
         "family": "qwen3",
@@ -105,7 +106,7 @@ def test_refits_reach_an_engine_on_a_gpu(tmp_path: Path) -> None:
     check_case(ON_GPU, tmp_path)
 
 
-@pytest.mark.trap(1, 5, 11, 13, 14, 29, 46, 47, 48, 53, 54, 55, 56, 57, 58)
+@pytest.mark.trap(1, 5, 11, 13, 14, 29, 46, 47, 48, 51, 53, 54, 55, 56, 57, 58)
 @pytest.mark.timeout(450)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_refits_serve_the_new_weights_whole_or_refuse(case: dict[str, Any], tmp_path: Path) -> None:
@@ -145,6 +146,35 @@ def check_case(case: dict[str, Any], directory: Path) -> None:
             analytic = adapter.layouts(result["config"], {"tp": case["tp"]}, case["dtype"])[rank]
             skipped = tuple((entry, reason) for entry, reason in target["skipped"])
             assert replace(analytic, skipped=skipped).address == target["layout"]
+    if case.get("watch"):
+        check_watching(result["watched"])
+
+
+def check_watching(watched: dict[str, Any]) -> None:
+    """What is fetched beside running requests is served only after the refit, and no failure of it is (trap 51)."""
+    assert watched["ready"] == 1
+    assert ties(watched["during"])
+    assert ties(watched["between"]), "what was fetched is served before the refit"
+    assert ties(watched["after"])
+    for rank in (*watched["memory_between"], *watched["memory_after"]):
+        assert rank["wrong"] == []
+        assert rank["compared_bytes"] > 0
+    assert watched["sent"] == [watched["digest"]] * 2
+    assert 0 < watched["seconds"]["install"] <= watched["seconds"]["pause"] <= watched["pause"]
+
+    assert watched["held"] == ["released"] * 2
+    for said in (watched["withdrawn"], watched["withdrawn_refit"]):
+        assert "RefitAbortedError" in said
+        assert "the trainer has thought better of it" in said
+    assert watched["spoilt"].startswith("RefitAbortedError")
+    assert "worker 0: " in watched["spoilt"]
+    assert "the shadow is broken" in watched["spoilt"]
+    assert all("the shadow is broken" in answer for answer in watched["told"])
+    assert "version 99 is asked for" in watched["wrong_version"]
+    for after in ("after_withdrawal", "after_spoiling", "after_wrong_version"):
+        assert ties(watched[after]), f"{after}: the old version is not served any more"
+    assert watched["last"] == 5
+    assert ties(watched["after_last"])
 
 
 def ties(gaps: list[float]) -> bool:

@@ -9,15 +9,18 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from models import NEW_TOKENS, gaps, prompts, reference_tokens, save_checkpoint
 from sources import SourceProcesses
 from target_case import compare, pointers, remove, shared_memory
 from vllm import LLM, SamplingParams
+from watching import watch
 
 import weft_vllm
 from weft.store_server import serve_store
+from weft_vllm import steps
 
 LONG_PROMPT = 70
 """Tokens: more than two blocks of the prefix cache."""
@@ -104,13 +107,14 @@ class Case:
         result["refused_chat"] = self.failure(lambda: self.llm.enqueue([{"prompt_token_ids": self.asked[0]}]))
         result["after_failure"] = self.refit(5, "B")
 
-        invalidate, self.control.invalidate_caches = self.control.invalidate_caches, lambda version: None  # type: ignore[method-assign]
         self.tokens()
-        result["stale_cache"] = self.refit(6, "A")["gaps"]
-        self.control.invalidate_caches = invalidate  # type: ignore[method-assign]
+        with patch.object(steps, "forget_caches", lambda version, mode: iter(())):
+            result["stale_cache"] = self.refit(6, "A")["gaps"]
         result["fresh_cache"] = self.refit(7, "A")["gaps"]
         result["pointers_stable"] = self.llm.collective_rpc(pointers) == before
         result["reports"] = self.llm.collective_rpc("weft_report")
+        if self.case.get("watch"):
+            result["watched"] = watch(self)
         return result
 
 

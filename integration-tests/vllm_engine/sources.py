@@ -124,6 +124,15 @@ def _serve(pipe: Connection, path: str, number: int, count: int, options: dict[s
                 offer = refit.offer(version)
                 offer.released()
                 pipe.send(offer.committed().digest)
+            elif command == "hold":
+                version, other = arguments
+                source.load(other)
+                offer = refit.offer(version)
+                offer.released()
+                pipe.send("released")
+            elif command == "withdraw":
+                offer.withdraw("the trainer has thought better of it")
+                pipe.send("withdrawn")
             else:
                 refit.close()
                 pipe.send("closed")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import weft_vllm
-from weft.deadline import Deadline
+from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError, RefitAbortedError
 
 
@@ -33,12 +33,17 @@ class FakeLLM:
         self.fail = ""
         self.versions = versions
         self.cache_is_free = True
+        self.watched: list[dict[str, Any] | None] = [None, None]
+        self.touched = True
+        self.dead = False
 
     def generate(self, prompt: str) -> str:
         return self.llm_engine.add_request(prompt)
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
+        if self.dead and call == "weft_abort":
+            raise RuntimeError("engine is dead")
         if call == self.fail:
             raise RuntimeError(f"{call} failed on 1 of 2 workers: worker 1: boom")
 
@@ -61,11 +66,13 @@ class FakeLLM:
     def finish_weight_update(self) -> None:
         self._note("finish")
 
-    def update_weight_version(self, version: str) -> None:
-        self._note(f"version {version}")
+    def update_weight_version(self, new_version: str) -> None:
+        self._note(f"version {new_version}")
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         self._note(method)
+        if method == "weft_state":
+            return [{"watched": watched, "touched": self.touched} for watched in self.watched]
         refit = {"digest": "d", "bytes": 10, "seconds": {"wire": 1.0}, "registrations": 0}
         return [{"version": version, "refit": refit} for version in self.versions]
 
@@ -75,7 +82,7 @@ def test_a_refit_pauses_first_and_forgets_caches_before_it_serves() -> None:
     llm = FakeLLM()
     report = weft_vllm.control(llm).refit(4)
     assert llm.calls == [
-        "sleep 0 abort", "start", "update", "finish", "weft_report", "version 4", "reset_prefix_cache",
+        "weft_state", "sleep 0 abort", "start", "update", "finish", "weft_report", "version 4", "reset_prefix_cache",
         "wake_up scheduling",
     ]  # fmt: skip
     assert (report.version, report.digest, report.nbytes, report.seconds) == (4, "d", 20, {"wire": 1.0})
@@ -115,7 +122,7 @@ def test_an_engine_that_cannot_even_give_up_refuses() -> None:
     llm = FakeLLM()
     control = weft_vllm.control(llm)
     llm.fail = "start"
-    llm.collective_rpc = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("engine is dead"))  # type: ignore[method-assign]
+    llm.dead = True
     with pytest.raises(RuntimeError, match="start"):
         control.refit()
     assert "engine is dead" in str(control.refusing)
@@ -171,3 +178,65 @@ def test_a_pause_that_took_too_long_is_undone_and_raised() -> None:
     with pytest.raises(DeadlineError, match="pausing"):
         weft_vllm.control(llm).pause("wait", Deadline.after(0.0))
     assert llm.generate("hello") == "accepted hello"
+
+
+def fetched(stage: str, version: int | None = None, error: str | None = None) -> dict[str, Any]:
+    return {"stage": stage, "version": version, "error": error}
+
+
+@pytest.mark.trap(46, 51)
+def test_ready_means_that_all_workers_have_fetched_one_version() -> None:
+    llm = FakeLLM()
+    control = weft_vllm.control(llm)
+    assert control.ready() is None, "nobody watches"
+    for watched, ready in (
+        ([fetched("ready", 4), fetched("fetching", 4)], None),
+        ([fetched("ready", 4), fetched("ready", 5)], None),
+        ([fetched("ready", 4), fetched("ready", 4)], 4),
+    ):
+        llm.watched = list(watched)
+        assert control.ready() == ready
+    llm.watched = [fetched("ready", 4), fetched("failed", 4, "PeerLostError: gone")]
+    with pytest.raises(RefitAbortedError, match="worker 1: PeerLostError: gone"):
+        control.ready()
+
+
+@pytest.mark.trap(51)
+def test_an_engine_whose_workers_watch_is_paused_only_once_all_have_fetched() -> None:
+    llm = FakeLLM()
+    llm.watched = [fetched("fetching", 4), fetched("ready", 4)]
+    asked = iter(range(3))
+
+    def note(call: str) -> None:
+        llm.calls.append(call)
+        if call == "weft_state" and next(asked) == 2:
+            llm.watched = [fetched("ready", 4)] * 2
+
+    llm._note = note  # type: ignore[method-assign]
+    weft_vllm.control(llm).refit(4)
+    assert llm.calls[:5] == ["weft_state"] * 3 + ["sleep 0 abort", "start"]
+
+
+@pytest.mark.trap(40)
+def test_waiting_for_workers_to_fetch_ends() -> None:
+    llm = FakeLLM()
+    llm.watched = [fetched("waiting"), fetched("waiting")]
+    brief = Deadlines(offer=0.01, begin=0.01, move=0.01, vote=0.01)
+    with pytest.raises(DeadlineError, match="worker 1: waiting"):
+        weft_vllm.control(llm).refit(deadlines=brief)
+    assert llm.generate("hello") == "accepted hello"
+
+
+@pytest.mark.trap(48)
+@pytest.mark.parametrize("touched", [False, True])
+def test_with_a_shadow_a_failure_makes_the_engine_refuse_only_where_weights_were_touched(touched: bool) -> None:
+    llm = FakeLLM()
+    llm.watched, llm.touched, llm.fail = [fetched("ready", 4)] * 2, touched, "update"
+    with pytest.raises(RuntimeError, match="boom"):
+        weft_vllm.control(llm).refit()
+    if touched:
+        assert llm.calls[-1] == "sleep 0 abort", "what was kept must not go on with a mixture"
+        with pytest.raises(weft_vllm.RefusedError, match="boom"):
+            llm.generate("hello")
+    else:
+        assert llm.generate("hello") == "accepted hello"

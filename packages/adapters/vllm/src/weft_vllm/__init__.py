@@ -4,6 +4,10 @@ Importing it needs no vLLM; whatever drives an engine says what to install where
 """
 
 from weft_vllm.analytic import VllmAdapter, adapter, vllm_layout
-from weft_vllm.replica_control import RefusedError, ReplicaReport, VllmControl, control
+from weft_vllm.replica_control import AsyncVllmControl, VllmControl, async_control, control
+from weft_vllm.steps import RefusedError, ReplicaReport
 
-__all__ = ["RefusedError", "ReplicaReport", "VllmAdapter", "VllmControl", "adapter", "control", "vllm_layout"]
+__all__ = [
+    "AsyncVllmControl", "RefusedError", "ReplicaReport", "VllmAdapter", "VllmControl", "adapter", "async_control",
+    "control", "vllm_layout",
+]  # fmt: skip

@@ -30,8 +30,14 @@ except ImportError as error:
 
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -40,7 +46,8 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.worker.worker_base import WorkerBase
 
 __all__ = [
-    "CPUDNNLGEMMHandler", "VllmConfig", "WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo",
+    "CPUDNNLGEMMHandler", "TrainerInitInfo", "TrainerWeightTransferEngine", "VllmConfig", "WeightTransferEngine",
+    "WeightTransferInitInfo", "WeightTransferTrainerFactory", "WeightTransferUpdateInfo",
 ]  # fmt: skip
 
 BACKEND = "weft"
@@ -101,6 +108,12 @@ def register_engine() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, "weft_vllm.engine", "WeftWeightTransferEngine")
 
 
+def register_trainer_engine() -> None:
+    """Make the backend known to the factory of trainers. Idempotent."""
+    if BACKEND not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine(BACKEND, "weft_vllm.trainer", "WeftTrainerEngine")
+
+
 def is_ours(config: VllmConfig | None) -> bool:
     """Whether an engine of this configuration gets its weights from weft."""
     transfer = getattr(config, "weight_transfer_config", None)
@@ -147,7 +160,7 @@ def install_hooks() -> None:
     _hook(base_loader, "process_weights_after_loading", _remember_at_load)
     _hook(layer_utils, "dispatch_cpu_unquantized_gemm", _keep_plain)
     _hook(MultiprocExecutor, "collective_rpc", _collect_every_error)
-    for call in (weft_report, weft_verify, weft_abort, weft_guarded):
+    for call in (weft_report, weft_state, weft_verify, weft_abort, weft_guarded):
         setattr(WorkerBase, call.__name__, call)
 
 
@@ -220,6 +233,11 @@ def weft_guarded(self: WorkerBase, method: str, args: list[Any], kwargs: dict[st
 def weft_report(self: Any) -> dict[str, Any]:
     """Worker call: what the transfer engine says of its last refit, as plain values."""
     return dict(self.weight_transfer_engine.report())
+
+
+def weft_state(self: Any) -> dict[str, Any]:
+    """Worker call: what the transfer engine's watcher is at, as plain values."""
+    return dict(self.weight_transfer_engine.state())
 
 
 def weft_verify(self: Any, path: str, casts: list[list[str]]) -> dict[str, Any]:

@@ -4,6 +4,9 @@ vLLM's calls and weft's steps: `init_weight_transfer_engine` makes the target an
 `start_weight_update` begins the version that the sources offer; `update_weights` moves, verifies, votes and prepares;
 `finish_weight_update` commits. An error of any step reaches the caller of the `LLM` with the words of every worker;
 weights may then be mixed, and `weft_vllm.control` refuses.
+
+Where the policy lands in shadow memory, a thread beside the worker's own fetches every version as it is offered
+(`weft_vllm.watch`); `start_weight_update` picks that up, and only `update_weights` changes what is served.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from weft.deadline import Deadlines
+from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError
 from weft.installation import Installation
 from weft.policy import Policy
@@ -23,6 +26,7 @@ from weft.roster import Expect
 from weft_vllm import compat
 from weft_vllm.comparison import verify_worker
 from weft_vllm.target import VllmTarget
+from weft_vllm.watch import Watcher
 
 
 @dataclass
@@ -45,7 +49,9 @@ class WeftInitInfo(compat.WeightTransferInitInfo):
     deadlines: dict[str, float] = field(default_factory=dict)
     """Seconds by field of `weft.Deadlines`; the others keep their defaults."""
     policy: dict[str, Any] = field(default_factory=dict)
-    """Fields of `weft.Policy`, equal to the sources'; the others keep their defaults."""
+    """Fields of `weft.Policy`, equal to the sources'; the others keep their defaults. With a `landing` in shadow memory
+    the engine watches: it fetches while it serves.
+    """
     scratch_slots: int = 2
     """Groups of packed weights that may be in flight at once; each costs the largest group's memory."""
 
@@ -67,7 +73,10 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
 
     _target: VllmTarget | None = None
     _refit: Refit | None = None
+    _watcher: Watcher | None = None
+    _deadlines = Deadlines()
     _installation: Installation | None = None
+    _latest: Installation | None = None
     _last: Report | None = None
 
     def init_transfer_engine(self, init_info: WeftInitInfo) -> None:
@@ -104,10 +113,15 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             policy=policy,
         )
         refit.open()
-        self._refit = refit
+        self._refit, self._deadlines = refit, deadlines
+        if policy.shadow:
+            self._watcher = Watcher(refit, self.device)
+            self._watcher.start()
 
     def start_weight_update(self) -> None:
-        """Wait for the sources' offer and let them write: no forward pass may run from now on."""
+        """Wait for the sources' offer and let them write: no forward pass may run from now on. A worker that watches
+        waits until its version is fetched instead, and picks it up.
+        """
         if self._refit is None:
             raise ConfigError(
                 "the weft backend is not connected: call init_weight_transfer_engine with store and job first"
@@ -116,7 +130,12 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             raise ConfigError(
                 f"version {self._installation.version} is still being installed: finish or abort it first"
             )
-        self._installation = self._refit.begin()
+        if self._watcher is None:
+            self._installation = self._refit.begin()
+        else:
+            d = self._deadlines
+            self._installation = self._watcher.take(Deadline.after(d.offer + d.begin + 2 * d.move + d.vote))
+        self._latest = self._installation
 
     def receive_weights(self, update_info: WeftUpdateInfo) -> None:
         """Take every byte of the version, verify it, vote, and prepare the commit. Collective in the replica."""
@@ -130,24 +149,38 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         try:
             installation.update()
         except BaseException:
-            self._installation = None
+            self._end()
             raise
 
     def finish_weight_update(self) -> None:
         """Make the version the one that is served. Local, apart from the leader's wait for the others."""
         installation = self._active()
-        self._installation = None
-        self._last = installation.commit()
+        try:
+            self._last = installation.commit()
+        finally:
+            self._end()
 
     def give_up(self, reason: str) -> None:
         """Abort the version that is under way, if any, on every member of the replica."""
-        installation, self._installation = self._installation, None
-        if installation is not None:
-            installation.abort(ConfigError(reason))
+        if self._installation is not None:
+            self._installation.abort(ConfigError(reason))
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing is being installed any more: the next version may be fetched."""
+        self._installation = None
+        if self._watcher is not None:
+            self._watcher.start()
 
     def shutdown(self) -> None:
         """Leave the job; weights stay as they are. Idempotent."""
         self.give_up("the engine is shutting down")
+        if self._watcher is not None:
+            d = self._deadlines
+            fetched = self._watcher.stop(Deadline.after(d.begin))
+            self._watcher = None
+            if fetched is not None:
+                fetched.abort(ConfigError("the engine is shutting down"))
         refit, self._refit = self._refit, None
         if refit is not None:
             refit.close()
@@ -161,6 +194,13 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             "version": None if target is None else target.version,
             "target": None if target is None else target.report(),
             "refit": None if self._last is None else msgspec.to_builtins(self._last),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What the watcher is at, if there is one, and whether the last update may have changed what is served."""
+        return {
+            "watched": None if self._watcher is None else self._watcher.report(),
+            "touched": self._latest is not None and self._latest.touched,
         }
 
     def verify(self, path: str, casts: list[list[str]]) -> dict[str, Any]:

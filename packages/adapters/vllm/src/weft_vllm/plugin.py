@@ -8,4 +8,5 @@ from weft_vllm import compat
 def register() -> None:
     """Register the backend `weft` and install the hooks that act for it alone. Idempotent."""
     compat.register_engine()
+    compat.register_trainer_engine()
     compat.install_hooks()

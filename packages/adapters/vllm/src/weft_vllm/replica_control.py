@@ -1,40 +1,21 @@
-"""Replica control of an offline vLLM engine: pause, caches, resume, refusal, and a whole refit in one call."""
+"""Replica controls of vLLM engines, offline and asynchronous: pause, caches, resume, refusal, and whole refits."""
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, DeadlineError, RefitAbortedError, WeftError
+from weft.errors import ConfigError, DeadlineError
 from weft.verification import Verification
+from weft_vllm import steps
+from weft_vllm.steps import Call, Calls, Gate, RefusedError, ReplicaReport
 from weft_vllm.verification import verify_engine
 
-_log = logging.getLogger("weft_vllm")
-
-
-class RefusedError(WeftError):
-    """The engine does not take requests: it is paused, or its weights may be a mixture of two versions."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaReport:
-    """One refit of one engine."""
-
-    version: int
-    digest: str
-    """Of the whole version, in hex; equal on all workers and all replicas."""
-    nbytes: int
-    """Bytes written, over all workers."""
-    pause_seconds: float
-    """From the first moment without scheduling to the last."""
-    seconds: Mapping[str, float]
-    """Per phase, of the worker that took longest over it."""
-    workers: Sequence[Mapping[str, Any]]
-    """Every worker's own report, in rank order."""
+_PAUSE_SECONDS = 3600.0
+"""For a pause whose caller names no deadline."""
 
 
 class VllmControl:
@@ -48,14 +29,13 @@ class VllmControl:
         self._llm = llm
         self._accept = llm.llm_engine.add_request
         self._mode = "abort"
-        self._closed: str | None = None
-        self._refused: str | None = None
+        self._gate = Gate()
         llm.llm_engine.add_request = self._add_request
 
     @property
     def refusing(self) -> str | None:
         """Why the engine takes no requests, or None when it does."""
-        return self._refused or self._closed
+        return self._gate.refused or self._gate.paused
 
     def _add_request(self, *args: Any, **kwargs: Any) -> Any:
         if self.refusing is not None:
@@ -69,62 +49,43 @@ class VllmControl:
         `DeadlineError` is raised.
         """
         self._mode = mode
-        self._closed = "it is paused for a refit; refit() or resume() opens it again"
-        try:
-            self._llm.sleep(level=0, mode=mode)
-        except Exception:
-            self._closed = None
-            raise
-        if deadline is not None and deadline.expired():
-            self.resume(-1)
-            raise DeadlineError("pausing the engine", deadline.seconds, ["the scheduler"])
+        self._perform(steps.pause(self._gate, mode, _PAUSE_SECONDS if deadline is None else deadline.remaining()))
 
     def invalidate_caches(self, version: int) -> None:
         """Forget the prefix cache and the encoder cache. Raises `RefusedError` when vLLM could not: blocks are still in
         use.
         """
-        if not self._llm.reset_prefix_cache(reset_running_requests=self._mode == "keep"):
-            raise RefusedError(
-                f"the prefix cache could not be reset for version {version}: requests still hold blocks of it; "
-                'pause with mode "abort" or "keep"'
-            )
-        self._llm.llm_engine.reset_encoder_cache()
+        self._perform(steps.forget_caches(version, self._mode))
 
     def resume(self, version: int) -> None:
         """Schedule again. An engine that refuses keeps refusing until a whole version is in (`refit`)."""
-        self._llm.wake_up(tags=["scheduling"])
-        self._closed = None
+        self._perform(steps.resume(self._gate))
 
     def refuse(self, reason: str) -> None:
         """Take no requests until a whole version is in; they raise `RefusedError` with the reason."""
-        self._refused = reason
+        self._gate.refuse(reason)
+
+    def ready(self) -> int | None:
+        """The version that all workers have fetched beside what they serve and voted for, or None: `refit` would only
+        have to copy it over. Without a landing in shadow memory always None.
+
+        Raises `RefitAbortedError` with the workers' reasons when fetching has failed; the engine serves what it served.
+        """
+        return steps.ready(self._llm.collective_rpc("weft_state"))
 
     def refit(
         self, version: int | None = None, *, mode: str = "abort", deadlines: Deadlines | None = None
     ) -> ReplicaReport:
-        """Install the version that the sources offer: pause, begin, update, commit, forget caches, resume.
+        """Install the version that the sources offer: pause, begin, update, commit, forget caches, resume. Where it
+        lands in shadow memory, the engine is paused only once all workers have fetched it.
 
-        `version`, when given, must be the offered one. A failure is raised again. When nothing had been written (no
-        offer in time, say) the engine goes on serving what it served; else it refuses until a later refit succeeds.
+        `version`, when given, must be the offered one. A failure is raised again. When nothing that is served has
+        changed (no offer in time, say, or fetching failed) the engine goes on serving what it served; else it refuses
+        until a later refit succeeds.
         """
-        started = time.perf_counter()
-        self.pause(mode, Deadline.after((deadlines or Deadlines()).begin))
-        writable = False
-        try:
-            self._llm.start_weight_update()
-            writable = True
-            self._llm.update_weights({"update_info": {"version": version}})
-            self._llm.finish_weight_update()
-            workers = self._llm.collective_rpc("weft_report")
-            installed = _one_version(workers)
-            self._llm.update_weight_version(str(installed))
-            self.invalidate_caches(installed)
-        except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}", writable)
-            raise
-        self._refused = None
-        self.resume(installed)
-        return _summary(workers, installed, time.perf_counter() - started)
+        self._mode = mode
+        report: ReplicaReport = self._perform(steps.refit(self._gate, version, mode, deadlines or Deadlines()))
+        return report
 
     def verify(self, path: str, *, casts: Sequence[tuple[str, str]] = (), ignore: Sequence[str] = ()) -> Verification:
         """What all workers hold against the safetensors checkpoint at `path`: `failures()` of the result is empty when
@@ -132,15 +93,108 @@ class VllmControl:
         """
         return verify_engine(self._llm, path, casts=casts, ignore=ignore)
 
-    def _fail(self, reason: str, writable: bool) -> None:
-        if writable:
-            self.refuse(f"the last refit failed, and its weights may be mixed with older ones: {reason}")
+    def _perform(self, calls: Calls) -> Any:
         try:
-            self._llm.collective_rpc("weft_abort", args=(reason,))
-            self.resume(-1)
-        except Exception as error:  # noqa: BLE001 - the first error is the one to raise; the engine may be gone altogether
-            self.refuse(f"{reason}; giving the refit up failed as well: {error}")
-            _log.exception("giving a failed refit up")
+            call = next(calls)
+            while True:
+                try:
+                    answer = self._answer(call)
+                except Exception as error:  # noqa: BLE001 - the steps decide what it means, and raise it
+                    call = calls.throw(error)
+                else:
+                    call = calls.send(answer)
+        except StopIteration as end:
+            return end.value
+
+    def _answer(self, call: Call) -> Any:
+        if call.name == "pause":
+            time.sleep(call.arguments["seconds"])
+            return None
+        owner = self._llm if hasattr(self._llm, call.name) else self._llm.llm_engine
+        return getattr(owner, call.name)(**call.arguments)
+
+
+class AsyncVllmControl:
+    """The same for a `vllm.v1.engine.async_llm.AsyncLLM`, while its requests run. For the event loop that it runs in;
+    one refit at a time.
+
+    Requests that come during a pause wait, and are served by what comes after it. While the engine refuses they raise
+    `RefusedError`, and it schedules nothing.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._accept = engine.add_request
+        self._mode = "abort"
+        self._gate = Gate()
+        engine.add_request = self._add_request
+
+    @property
+    def refusing(self) -> str | None:
+        """Why the engine takes no requests, or None when it does."""
+        return self._gate.refused
+
+    async def _add_request(self, *args: Any, **kwargs: Any) -> Any:
+        if self.refusing is not None:
+            raise RefusedError(f"the engine takes no requests: {self.refusing}")
+        return await self._accept(*args, **kwargs)
+
+    async def pause(self, mode: str = "abort", deadline: Deadline | None = None) -> None:
+        """Stop scheduling. Requests that run end as aborted (`abort`), are finished first (`wait`), or go on after
+        `resume` (`keep`).
+
+        Raises `DeadlineError`, and schedules again, when that takes longer than `deadline` allows.
+        """
+        self._mode = mode
+        await self._perform(steps.pause(self._gate, mode, _PAUSE_SECONDS if deadline is None else deadline.remaining()))
+
+    async def invalidate_caches(self, version: int) -> None:
+        """Forget the prefix cache and the encoder cache, and what requests that were kept have computed. Raises
+        `RefusedError` when vLLM could not.
+        """
+        await self._perform(steps.forget_caches(version, self._mode))
+
+    async def resume(self, version: int) -> None:
+        """Schedule again. An engine that refuses keeps refusing until a whole version is in (`refit`)."""
+        await self._perform(steps.resume(self._gate))
+
+    def refuse(self, reason: str) -> None:
+        """Take no requests until a whole version is in; they raise `RefusedError` with the reason."""
+        self._gate.refuse(reason)
+
+    async def ready(self) -> int | None:
+        """As `VllmControl.ready`."""
+        return steps.ready(await self._engine.collective_rpc("weft_state"))
+
+    async def refit(
+        self, version: int | None = None, *, mode: str = "abort", deadlines: Deadlines | None = None
+    ) -> ReplicaReport:
+        """As `VllmControl.refit`; every call of the engine ends by `deadlines`."""
+        self._mode = mode
+        report: ReplicaReport = await self._perform(steps.refit(self._gate, version, mode, deadlines or Deadlines()))
+        return report
+
+    async def _perform(self, calls: Calls) -> Any:
+        try:
+            call = next(calls)
+            while True:
+                try:
+                    answer = await self._answer(call)
+                except Exception as error:  # noqa: BLE001 - the steps decide what it means, and raise it
+                    call = calls.throw(error)
+                else:
+                    call = calls.send(answer)
+        except StopIteration as end:
+            return end.value
+
+    async def _answer(self, call: Call) -> Any:
+        if call.name == "pause":
+            await asyncio.sleep(call.arguments["seconds"])
+            return None
+        try:
+            return await asyncio.wait_for(getattr(self._engine, call.name)(**call.arguments), call.seconds)
+        except TimeoutError:
+            raise DeadlineError(f"{call.name} of the engine", call.seconds, ["the engine"]) from None
 
 
 def control(llm: Any) -> VllmControl:
@@ -148,34 +202,24 @@ def control(llm: Any) -> VllmControl:
 
     Raises `ConfigError` for an engine with another backend.
     """
-    transfer = llm.llm_engine.vllm_config.weight_transfer_config
+    _check_backend(llm.llm_engine.vllm_config)
+    return VllmControl(llm)
+
+
+def async_control(engine: Any) -> AsyncVllmControl:
+    """The replica control of an `AsyncLLM` made with `weight_transfer_config={"backend": "weft"}`; one per engine.
+
+    Raises `ConfigError` for an engine with another backend.
+    """
+    _check_backend(engine.vllm_config)
+    return AsyncVllmControl(engine)
+
+
+def _check_backend(config: Any) -> None:
+    transfer = config.weight_transfer_config
     backend = None if transfer is None else transfer.backend
     if backend != "weft":
         raise ConfigError(
             f"this engine's weight-transfer backend is {backend!r}: make it with "
-            'LLM(..., weight_transfer_config={"backend": "weft"})'
+            'weight_transfer_config={"backend": "weft"}'
         )
-    return VllmControl(llm)
-
-
-def _one_version(workers: Sequence[Mapping[str, Any]]) -> int:
-    """The version that every worker has. Raises `RefitAbortedError` when they differ (traps 46 and 58)."""
-    versions = [worker["version"] for worker in workers]
-    if len(set(versions)) != 1 or versions[0] is None:
-        raise RefitAbortedError(
-            -1, [f"worker {rank} serves version {version}" for rank, version in enumerate(versions)]
-        )
-    return int(versions[0])
-
-
-def _summary(workers: Sequence[Mapping[str, Any]], version: int, pause_seconds: float) -> ReplicaReport:
-    refits = [worker["refit"] for worker in workers]
-    phases = {phase for refit in refits for phase in refit["seconds"]}
-    return ReplicaReport(
-        version=version,
-        digest=refits[0]["digest"],
-        nbytes=sum(refit["bytes"] for refit in refits),
-        pause_seconds=pause_seconds,
-        seconds={phase: max(refit["seconds"].get(phase, 0.0) for refit in refits) for phase in sorted(phases)},
-        workers=workers,
-    )

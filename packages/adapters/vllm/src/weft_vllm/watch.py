@@ -1,0 +1,119 @@
+"""A worker's background watcher: it fetches versions beside running forward passes, and installs none of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weft.deadline import Deadline
+from weft.errors import ConfigError, RefitAbortedError
+from weft.installation import Installation
+from weft.refit import Refit
+
+_POLL_SECONDS = 5e-3
+"""Between looks at what has arrived, while there is nothing else to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What a watcher is at; replaced as a whole, so that any thread may look at it."""
+
+    stage: str = "waiting"
+    """`waiting` for an offer, `fetching` one, `ready` (fetched, and voted for by the whole replica), or `failed`."""
+    version: int | None = None
+    error: str | None = None
+    """Why the version was given up, where it failed."""
+
+
+class Watcher:
+    """A thread that waits for offers and fetches them into shadow memory (trap 51: it applies nothing).
+
+    While the thread runs, the `Refit` is its own; `take` ends it and hands a fetched version over to the caller, who
+    starts it again when that version has been installed or given up. All waits end by the deadlines of the `Refit`.
+    """
+
+    def __init__(self, refit: Refit, device: torch.device) -> None:
+        self._refit, self._device = refit, device
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fetched: Installation | None = None
+        self._told: Watched | None = None
+        self.state = Watched()
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self._stopping.clear()
+        self._fetched = None
+        self.state = Watched()
+        self._thread = threading.Thread(target=self._watch, name="weft-watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self, deadline: Deadline) -> Installation | None:
+        """End the thread: the `Refit` belongs to the caller, and so does a version that is ready. What is being fetched
+        is given up. Raises `DeadlineError`.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return None
+        self._stopping.set()
+        deadline.wait(lambda: not thread.is_alive(), "the end of the watcher", lambda: [f"{self.state}"])
+        fetched, self._fetched = self._fetched, None
+        return fetched
+
+    def take(self, deadline: Deadline) -> Installation:
+        """Wait until a version is ready, and take it over. Raises `DeadlineError`, and `RefitAbortedError` with the
+        reason why the last one failed: the watcher then goes on, and nothing that is served has changed.
+        """
+        deadline.wait(
+            lambda: self.state.stage == "ready" or self._failed is not None,
+            "a version in shadow memory",
+            lambda: [f"{self._refit.name} is {self.state.stage}"],
+        )
+        if self.state.stage == "ready" and (fetched := self.stop(deadline)) is not None:
+            return fetched
+        failed = self.state  # perhaps while it was being taken
+        if self._thread is None:
+            self.start()
+        self._told = failed
+        raise RefitAbortedError(-1 if failed.version is None else failed.version, [failed.error or "it was given up"])
+
+    @property
+    def _failed(self) -> Watched | None:
+        """The failure that nobody has been told of, if any."""
+        seen = self.state
+        return seen if seen.error is not None and seen is not self._told else None
+
+    def report(self) -> dict[str, Any]:
+        """The state, as plain values; a failure until `take` has raised it, or another version is being fetched."""
+        seen = self.state
+        known = Watched() if seen is self._told else seen
+        return {"stage": known.stage, "version": known.version, "error": known.error}
+
+    def _watch(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device)  # every thread has its own
+        while not self._stopping.wait(_POLL_SECONDS):
+            version = None
+            try:
+                version = self._refit.offered()
+                if version is None:
+                    continue
+                installation = self._refit.begin()
+                version = installation.version
+                self.state = Watched("fetching", version)
+                installation.fetch(self._go_on)
+                self.state = Watched("ready", version)
+                while not self._stopping.wait(_POLL_SECONDS):
+                    installation.tend()
+                self._fetched = installation
+            except Exception as error:  # noqa: BLE001 - `take` raises it, and the engine serves on
+                self.state = Watched("failed", version, f"{type(error).__name__}: {error}")
+
+    def _go_on(self) -> None:
+        time.sleep(0)  # forward passes want the interpreter, too
+        if self._stopping.is_set():
+            raise ConfigError("the watcher was stopped while it fetched: the engine leaves the job")
