@@ -1,4 +1,4 @@
-"""Warm refits over real gloo and NIXL register nothing and allocate nothing, as counted from outside weft."""
+"""Warm refits over gloo, NIXL and mapped memory register nothing and allocate nothing, as counted from outside weft."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLD, WARM = 3, 10
 PYTHON_BYTES = 1 << 18
 """What Python takes for messages and reports, whatever the model's size."""
 MEMORY = torch.zeros(5000, dtype=torch.uint8)
-BOTH = pytest.mark.parametrize("transport", ["gloo", "nixl"])
+BOTH = pytest.mark.parametrize("transport", ["gloo", "nixl", "mapped"])
 
 
 def watched(transport: str, store: Path, here: str = "target", on: threading.Event | None = None) -> Seen:

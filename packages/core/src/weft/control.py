@@ -23,7 +23,7 @@ from weft.records import decoded
 FRAME_LIMIT_BYTES = 1 << 20
 """Longest message."""
 _LENGTH = struct.Struct("<I")
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 16
 _BACKLOG = 1024
 _ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds, seconds, tries: a cut link is seen
 

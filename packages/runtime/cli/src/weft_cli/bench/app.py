@@ -51,8 +51,8 @@ def bench_refit(
 
     One process per rank holds plain memory in the layout that the framework would have; memory is poisoned before every
     refit, and every byte of every target is checked after the clock has stopped. `ratio` is the refit's rate over the
-    best rate (of four chunk sizes) of NIXL or gloo alone between the same processes; a rate above that is an error.
-    Wrong bytes end in exit code 1.
+    best rate (of four chunk sizes) of NIXL, gloo or (for mapped) process_vm_writev alone between the same processes; a
+    rate above that is an error. Wrong bytes end in exit code 1.
 
     Needs Linux.
 
@@ -91,7 +91,8 @@ def bench_transport(
 
     One segment of 4 KiB to 64 MiB, 10,000 of 100 KiB and 100,000 of 1 KiB, in buckets as refits have them. Seconds run
     from the first post until the sender knows that everything has arrived. A rate above the best (of four chunk sizes)
-    of NIXL or gloo alone is an error; every byte is checked once. Wrong bytes end in exit code 1.
+    of NIXL, gloo or (for mapped) process_vm_writev alone is an error; every byte is checked once. Wrong bytes end in
+    exit code 1.
 
     **Example**
 

@@ -19,7 +19,11 @@ SHORT_BYTES = 4 << 20
 """Transfers up to this size are polled for without a pause."""
 PAUSE_SECONDS = 100e-6
 """Between polls of longer ones: whoever spins takes the processor from those who copy."""
-MODULES: Mapping[str, str] = {"nixl": "weft_cli.bench.bare_nixl", "gloo": "weft_cli.bench.bare_gloo"}
+MODULES: Mapping[str, str] = {
+    "nixl": "weft_cli.bench.bare_nixl",
+    "gloo": "weft_cli.bench.bare_gloo",
+    "mapped": "weft_cli.bench.bare_mapped",
+}
 """Where a transport's bare form is; others have none."""
 
 
