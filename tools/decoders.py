@@ -7,6 +7,7 @@ called with. What does more is in `readers`; `unread` names functions that decod
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import json
 import zlib
@@ -36,7 +37,6 @@ from weft.plan import plan
 from weft.planfile import load_plan, save_plan
 from weft.policy import Policy
 from weft.records import MAGIC, decoded, seal
-from weft.rendezvous import EndpointRecord
 from weft.roster import Event, Roster
 from weft.slices import Slice, prove, slice_of
 from weft.testing.tiny import Tiny
@@ -80,6 +80,17 @@ def calls(tree: ast.AST, inside: str) -> Iterator[tuple[str, ast.Call]]:
         if isinstance(node, ast.Call):
             yield inside, node
         yield from calls(node, f"{inside}.{node.name}" if named else inside)  # type: ignore[attr-defined]
+
+
+def _kinds() -> dict[str, Any]:
+    """What records are read as, by kind."""
+    found = {}
+    for name, tree in modules():
+        for _, call in calls(tree, name):
+            match call:
+                case ast.Call(args=[ast.Constant(value=str(kind)), _, ast.Name(id=word)]) if _called(call) == "find":
+                    found[kind] = getattr(importlib.import_module(name), word, None) or getattr(builtins, word)
+    return found
 
 
 def _called(call: ast.Call) -> str:
@@ -146,9 +157,7 @@ def _payloads() -> dict[str, list[bytes]]:
 def _of_records() -> Iterator[Reader]:
     """Records of all kinds, with and without a secret, and what members conclude from those of the rendezvous."""
     payloads = _payloads()
-    known = {name.rpartition(".")[2]: kind for name, kind in schemas()}
-    types = {"rendezvous": Event, "endpoint": EndpointRecord, "slice": bytes}
-    types |= {kind: known.get(f"{kind.capitalize()}Record", Any) for kind in payloads if kind not in types}
+    types = dict.fromkeys(payloads, Any) | _kinds()  # some are for people to look at: nothing reads them
     hub: Any = SimpleNamespace(get=lambda key: None, set=lambda key, value: None)
     for secret in (None, Secret("a secret for fuzzing records")):
         store = JobStore(hub, "job", secret)

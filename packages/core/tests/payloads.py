@@ -22,6 +22,7 @@ import numpy as np
 from weft.authentication import Secret
 from weft.control import Hello
 from weft.endpoint import Envelope
+from weft.fleet.roll import Announced, Roll
 from weft.layout import Layout
 from weft.leaders import OfferRecord, OutcomeRecord
 from weft.member import Member, RemoteRegion, Tag
@@ -75,6 +76,10 @@ def payloads() -> dict[str, Payload]:
         ("slice", "of a plan", part.encoded),
         ("offer", "of the sources", OfferRecord(7)),
         ("outcome", "aborted", OutcomeRecord(7, "rollout", False, "why")),
+        ("announced", "of a member", Announced("rollout", "rollout/0", 2, 5)),
+        ("roll", "of a fleet", Roll(3, {"rollout": 5}, (b"n" * 16,))),
+        ("hello", "of a source", b"n" * 16),
+        ("heard", "of a source", 3),
     ):
         found[f"{kind} record {name}"] = _record(kind, made, None)
         found[f"{kind} record {name}, with a secret"] = _record(kind, made, PLACE)
