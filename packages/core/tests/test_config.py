@@ -298,6 +298,13 @@ def test_a_secret_comes_from_python_a_variable_or_a_file_of_its_own_and_is_shown
     assert weft.load_config(more, environment={}).arguments()["secret"] is None
 
 
+def test_the_password_in_a_stores_url_is_used_and_not_listed() -> None:
+    url = "redis://member:n0t%2Ffor%40you@10.0.0.1:6379/0"
+    config = weft.load_config({"store": url}, environment={})
+    assert config.settings.store == url
+    assert [one.value for one in config.values if one.key == "store"] == ["redis://…@10.0.0.1:6379/0"]
+
+
 def test_a_secret_in_the_configuration_file_is_refused_without_being_shown(tmp_path: Path) -> None:
     file = tmp_path / "weft.toml"
     file.write_text(f'secret = "{WORDS}"\n')

@@ -23,6 +23,7 @@ from weft.options import REQUIRED, Given, fields, nearest, read
 from weft.plugins import installed, load, transports_with
 from weft.policy import Policy
 from weft.roster import Expect
+from weft.stores import shown
 from weft.variables import FILE_VARIABLE, TRANSPORT, Layer, Variables, variable
 
 _PYTHON = "Python"
@@ -264,4 +265,6 @@ def _listed(kinds: Mapping[str, type | None], values: Mapping[str, Mapping[str, 
         for name in known | dict(values[section]):
             value = values[section].get(name, None if known.get(name) is REQUIRED else known.get(name))
             one = given.get((section, name))
+            if (section, name) == ("", "store") and value is not None:
+                value = shown(value)  # it may have a password in it
             yield Value(f"{section}.{name}".lstrip("."), value, one.origin if one else "default")
