@@ -21,6 +21,7 @@ import torch
 from weft.contracts import SEGMENT, Bucket, TransferProgram, Work
 from weft.deadline import Deadline
 from weft.errors import ConfigError, PeerLostError, TransportError
+from weft.expandable import CudaSegments
 from weft.member import Member, Region, RemoteRegion, Tag
 from weft.testing.options import undocumented
 from weft_mapped import MappedOptions, MappedTransport, chunks, factory, gate
@@ -311,6 +312,15 @@ def test_another_process_of_the_same_number_is_not_taken_for_the_peer() -> None:
     with pytest.raises(PeerLostError, match=r"lost b: .*its process has ended"):
         Life("b", child.pid, started)
     assert start_time(child.pid) is None
+
+
+@pytest.mark.trap(30)
+def test_memory_that_cuda_does_not_export_is_refused_by_name(endpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, bad = endpoint("a"), region(private())
+    segments = [{"address": bad.address, "total_size": bad.nbytes, "is_expandable": True}]
+    monkeypatch.setattr(CudaSegments, "around", lambda self, device: segments)
+    with pytest.raises(ConfigError, match=r"'memory' .*does not let other processes map.*weft_cudamalloc\.pool"):
+        a.register(bad, Deadline.after(SECONDS))
 
 
 def test_copies_between_addresses() -> None:

@@ -21,6 +21,7 @@ from weft.control import Control
 from weft.deadline import Deadline
 from weft.endpoint import Envelope, RegionBook, check_program, encode
 from weft.errors import ConfigError, PeerLostError, TransportError
+from weft.expandable import CudaSegments, refuse_expandable
 from weft.member import Member, Region, Tag
 from weft.records import decoded
 from weft_mapped.chunks import Reach, chunks_of
@@ -123,6 +124,7 @@ class MappedTransport:
         self._closed = False
         self._regions = RegionBook("mapped", CAPABILITIES)
         self._owner = Owner()
+        self._segments = CudaSegments()
         self._streams = Streams()
         self._registrations: list[MappedRegistration] = []
         self._count = 0
@@ -151,9 +153,10 @@ class MappedTransport:
         atexit.register(self.close)  # a thread that the interpreter finds at work when it goes may abort the process
 
     def register(self, region: Region, deadline: Deadline) -> MappedRegistration:
-        """Note an allocation. Raises `ConfigError` for memory that overlaps what is registered."""
+        """Note an allocation. Raises `ConfigError` for memory that overlaps what is registered, or is not exported."""
         self._require_open()
         self._regions.check(region)
+        refuse_expandable(region, self._segments.around(region.device), "CUDA does not let other processes map")
         if self._count == MOST_REGIONS:
             raise TransportError(f"transport 'mapped' registers {MOST_REGIONS} regions in its life: open a new one")
         self._regions.add(region)

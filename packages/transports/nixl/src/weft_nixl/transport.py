@@ -18,6 +18,7 @@ from weft.contracts import Capabilities, Event, Message, Prepared, Stream, Trans
 from weft.deadline import Deadline
 from weft.endpoint import Inbox, RegionBook, check_program, encode
 from weft.errors import ConfigError, DeadlineError, PeerLostError, RecordError, TransportError
+from weft.expandable import CudaSegments, refuse_expandable
 from weft.member import Member, Region, Tag
 from weft.records import decoded
 from weft_nixl.environment import ucx_variables
@@ -26,7 +27,6 @@ from weft_nixl.mover import Mover
 from weft_nixl.nics import choose_nics
 from weft_nixl.options import NixlOptions, backend_parameters
 from weft_nixl.peers import Address, Peer, Peers
-from weft_nixl.pinning import CudaSegments, refuse_expandable
 from weft_nixl.pull import Pull
 from weft_nixl.push import Push
 from weft_nixl.transfers import MEMORY, NixlPrepared
@@ -124,7 +124,7 @@ class NixlTransport:
         """Register a whole allocation. Raises `ConfigError` for memory that overlaps or that RDMA cannot register."""
         self._require_open()
         self._regions.check(region)
-        refuse_expandable(region, self._segments.around(region.device))
+        refuse_expandable(region, self._segments.around(region.device), "RDMA cannot pin")
         row = (region.address, region.nbytes, region.device.index or 0, "")
         with translated(f"registering region {region.name!r} ({region.nbytes} bytes on {region.device})"):
             descriptors = self._agent.register_memory([row], MEMORY[region.device.type])

@@ -1,7 +1,7 @@
-"""CUDA memory that RDMA cannot pin is refused, by name, before it is registered (trap 30).
+"""CUDA memory of expandable segments is refused, by name, before it is registered (trap 30).
 
-Memory of expandable segments registers without an error and fails at the first write: an address range of theirs is
-many allocations, which come and go.
+An address range of theirs is many allocations, which come and go. RDMA registers it without an error and fails at the
+first write; CUDA's handles for other processes name one allocation.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def in_expandable_segments(ranges: Mapping[str, tuple[int, int]], segments: Segm
     )
 
 
-def refuse_expandable(region: Region, segments: Segments) -> None:
-    """Raise `ConfigError` for a region that is in an expandable segment."""
+def refuse_expandable(region: Region, segments: Segments, what_cannot: str) -> None:
+    """Raise `ConfigError` for a region that is in an expandable segment, which `what_cannot`: `RDMA cannot pin`."""
     if in_expandable_segments({region.name: (region.address, region.nbytes)}, segments):
         raise ConfigError(
             f"region {region.name!r} ({region.nbytes} bytes on {region.device}) is in an expandable segment of torch's "
-            "allocator, which RDMA cannot pin: allocate it within `with weft_cudamalloc.pool():` (pip install "
+            f"allocator, which {what_cannot}: allocate it within `with weft_cudamalloc.pool():` (pip install "
             "weft-cudamalloc), or turn expandable_segments off in PYTORCH_CUDA_ALLOC_CONF"
         )
 
