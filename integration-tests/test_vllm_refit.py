@@ -148,6 +148,8 @@ def check_case(case: dict[str, Any], directory: Path) -> None:
             assert replace(analytic, skipped=skipped).address == target["layout"]
     if case.get("watch"):
         check_watching(result["watched"])
+        assert ties(result["trained"]["gaps"]), "what vLLM's trainer factory sent is not what is served"
+        assert result["trained"]["weight_version"] == "1"
 
 
 def check_watching(watched: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from models import NEW_TOKENS, gaps, prompts, reference_tokens, save_checkpoint
 from sources import SourceProcesses
 from target_case import compare, pointers, remove, shared_memory
+from training import train
 from vllm import LLM, SamplingParams
 from watching import watch
 
@@ -115,6 +116,7 @@ class Case:
         result["reports"] = self.llm.collective_rpc("weft_report")
         if self.case.get("watch"):
             result["watched"] = watch(self)
+            result["trained"] = train(self)
         return result
 
 

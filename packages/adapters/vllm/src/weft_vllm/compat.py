@@ -8,6 +8,7 @@ Written against vLLM 0.32; what is used here is the same in 0.31: `vllm/model_ex
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
@@ -249,6 +250,22 @@ def weft_abort(self: Any, reason: str) -> None:
     """Worker call: give up the update that is under way, if any, so that the next one can start."""
     self.weight_transfer_engine.give_up(reason)
     self._weight_update_active = False
+
+
+async def every_engine(engine: Any, method: str, *arguments: Any) -> list[Any]:
+    """What every data-parallel engine of an `AsyncLLM` answers to a call of its core; vLLM's own calls give the first
+    one's answer, and the first error. Raises the error of a single engine as it is, else those of all in one.
+    """
+    client = engine.engine_core
+    calls = [client._call_utility_async(method, *arguments, engine=each) for each in client.core_engines]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    failed = {number: answer for number, answer in enumerate(answers) if isinstance(answer, BaseException)}
+    if len(answers) == 1 and failed:
+        raise failed[0]
+    if failed:
+        said = "; ".join(f"engine {number}: {error}" for number, error in failed.items())
+        raise RuntimeError(f"{method} failed on {len(failed)} of {len(answers)} engines: {said}")
+    return list(answers)
 
 
 def meta_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from weft.authentication import Secret
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError
 from weft.installation import Installation
@@ -31,7 +32,11 @@ from weft_vllm.watch import Watcher
 
 @dataclass
 class WeftInitInfo(compat.WeightTransferInitInfo):
-    """What `init_weight_transfer_engine({"init_info": {...}})` takes: plain values, equal on every worker."""
+    """What `init_weight_transfer_engine({"init_info": {...}})` takes: plain values, equal on every worker.
+
+    A job's secret is not among them, since they are logged: it comes from the worker's environment (`WEFT_SECRET_FILE`
+    or `WEFT_SECRET`).
+    """
 
     store: str
     """URL of the store, such as `tcp://10.0.0.1:29511`."""
@@ -111,6 +116,7 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             expect=Expect(sources=init_info.sources, replicas=init_info.replicas),
             deadlines=deadlines,
             policy=policy,
+            secret=Secret.of_environment(),
         )
         refit.open()
         self._refit, self._deadlines = refit, deadlines

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from weft.deadline import Deadline, Deadlines
@@ -122,8 +123,9 @@ class AsyncVllmControl:
     `RefusedError`, and it schedules nothing.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, every_engine: Callable[..., Awaitable[list[Any]]]) -> None:
+        """`every_engine` asks each data-parallel engine (`weft_vllm.compat.every_engine`)."""
+        self._engine, self._every_engine = engine, every_engine
         self._accept = engine.add_request
         self._mode = "abort"
         self._gate = Gate()
@@ -164,7 +166,7 @@ class AsyncVllmControl:
 
     async def ready(self) -> int | None:
         """As `VllmControl.ready`."""
-        return steps.ready(await self._engine.collective_rpc("weft_state"))
+        return steps.ready(await self._workers("weft_state"))
 
     async def refit(
         self, version: int | None = None, *, mode: str = "abort", deadlines: Deadlines | None = None
@@ -192,9 +194,28 @@ class AsyncVllmControl:
             await asyncio.sleep(call.arguments["seconds"])
             return None
         try:
-            return await asyncio.wait_for(getattr(self._engine, call.name)(**call.arguments), call.seconds)
+            return await asyncio.wait_for(self._asked(call), call.seconds)
         except TimeoutError:
             raise DeadlineError(f"{call.name} of the engine", call.seconds, ["the engine"]) from None
+
+    async def _asked(self, call: Call) -> Any:
+        given = call.arguments
+        match call.name:
+            case "collective_rpc":
+                return await self._workers(given["method"], given.get("args", ()))
+            case "start_weight_update" | "finish_weight_update":
+                return await self._workers(call.name)
+            case "update_weights":
+                return await self._workers(call.name, (given["request"].update_info,))
+            case "reset_prefix_cache":
+                return all(await self._every_engine(self._engine, call.name, given["reset_running_requests"], False))
+            case _:
+                return await getattr(self._engine, call.name)(**given)
+
+    async def _workers(self, method: str, arguments: tuple[Any, ...] = ()) -> list[Any]:
+        """Every worker's answer, engine by engine."""
+        answers = await self._every_engine(self._engine, "collective_rpc", method, None, arguments, None)
+        return [answer for workers in answers for answer in workers]
 
 
 def control(llm: Any) -> VllmControl:
@@ -212,7 +233,7 @@ def async_control(engine: Any) -> AsyncVllmControl:
     Raises `ConfigError` for an engine with another backend.
     """
     _check_backend(engine.vllm_config)
-    return AsyncVllmControl(engine)
+    return AsyncVllmControl(engine, importlib.import_module("weft_vllm.compat").every_engine)
 
 
 def _check_backend(config: Any) -> None:

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from weft.builder import LayoutBuilder
+from weft.authentication import Secret
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, LayoutError
 from weft.live import LiveSource
@@ -28,7 +29,10 @@ from weft_vllm import compat
 
 @dataclass
 class WeftTrainerInitInfo(compat.TrainerInitInfo):
-    """What one trainer rank says; equal on all ranks but for `rank`. Making one registers the backend with vLLM."""
+    """What one trainer rank says; equal on all ranks but for `rank`. Making one registers the backend with vLLM.
+
+    A job's secret is in the environment of trainer and engine: `WEFT_SECRET_FILE` or `WEFT_SECRET`.
+    """
 
     backend: ClassVar[str] = compat.BACKEND
     store: str
@@ -80,6 +84,7 @@ class WeftTrainerEngine(compat.TrainerWeightTransferEngine[WeftTrainerInitInfo])
             expect=Expect(sources=info.ranks, replicas=info.replicas),
             deadlines=self._deadlines,
             policy=msgspec.convert(info.policy, Policy, strict=False),
+            secret=Secret.of_environment(),
         )
         self.last: Report | None = None
         """This rank's account of the last `send_weights`."""

