@@ -28,7 +28,7 @@ THIRD_PARTY = ROOT / "integration-tests" / "third_party"
 TORCH_INDEX = {"gpu12": "https://download.pytorch.org/whl/cu126", "gpu13": "https://download.pytorch.org/whl/cu130"}
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_DRIVER = {12: 525, 13: 580}
-GPU_PACKAGES = ("core", "cudamalloc", "gloo", "nccl", "nixl")
+GPU_PACKAGES = ("core", "cudamalloc", "gloo", "mapped", "nccl", "nixl")
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["lint", "types", "tests"]
