@@ -66,6 +66,21 @@ def test_a_file_holds_the_secret_alone(tmp_path: Path) -> None:
         Secret.read(tmp_path / "nowhere")
 
 
+def test_programs_that_others_start_find_it_in_their_environment(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(WORDS)
+    assert Secret.of_environment({}) is None
+    assert (
+        Secret.of_environment({"WEFT_SECRET": WORDS})
+        == Secret.of_environment({"WEFT_SECRET_FILE": str(file)})
+        == SECRET
+    )
+    with pytest.raises(ConfigError, match="both set"):
+        Secret.of_environment({"WEFT_SECRET": WORDS, "WEFT_SECRET_FILE": str(file)})
+    with pytest.raises(ConfigError, match="has 0 bytes"):
+        Secret.of_environment({"WEFT_SECRET": ""})
+
+
 def test_codes_depend_on_the_secret_the_job_the_purpose_and_on_where_a_part_ends() -> None:
     keys = [SECRET.key("job"), SECRET.key("job2"), OTHER.key("job"), SECRET.key("job").derived(b"record")]
     codes = [key.code(*parts) for key in keys for parts in ((b"ab", b"c"), (b"a", b"bc"), (b"abc",), (b"abc", b""))]

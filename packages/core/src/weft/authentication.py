@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,19 @@ class Secret:
         if len(data) > MOST_BYTES:
             raise ConfigError(f"the job secret in {file} has over {MOST_BYTES} bytes: it must be a secret alone")
         return cls(data.strip())
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Secret | None:
+        """From `WEFT_SECRET`, or the file that `WEFT_SECRET_FILE` names; None without either.
+
+        Raises `ConfigError` for both at once, and for what is no secret.
+        """
+        value, file = environment.get("WEFT_SECRET"), environment.get("WEFT_SECRET_FILE")
+        if value is not None and file is not None:
+            raise ConfigError("WEFT_SECRET and WEFT_SECRET_FILE are both set: unset one")
+        if value is not None:
+            return cls(value)
+        return None if file is None else cls.read(file)
 
     def __repr__(self) -> str:
         return "Secret(…)"

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Self
 import msgspec
 import torch
 
-from weft.builder import LayoutBuilder
 from weft.authentication import Secret
+from weft.builder import LayoutBuilder
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, LayoutError
 from weft.live import LiveSource
