@@ -217,6 +217,24 @@ def test_an_engine_whose_workers_watch_is_paused_only_once_all_have_fetched() ->
     assert llm.calls[:5] == ["weft_state"] * 3 + ["sleep 0 abort", "start"]
 
 
+@pytest.mark.trap(48)
+def test_a_failure_to_fetch_is_raised_once_all_know_of_it_and_pauses_nothing() -> None:
+    llm = FakeLLM()
+    llm.watched = [fetched("failed", 4, "PeerLostError: gone"), fetched("fetching", 4)]
+    asked = iter(range(3))
+
+    def note(call: str) -> None:
+        llm.calls.append(call)
+        if call == "weft_state" and next(asked) == 1:
+            llm.watched[1] = fetched("failed", 4, "PeerLostError: gone as well")
+
+    llm._note = note  # type: ignore[method-assign]
+    with pytest.raises(RefitAbortedError, match=r"(?s)worker 0: .*worker 1: PeerLostError: gone as well"):
+        weft_vllm.control(llm).refit()
+    assert llm.calls == ["weft_state", "weft_state", "weft_abort"]
+    assert llm.generate("hello") == "accepted hello"
+
+
 @pytest.mark.trap(40)
 def test_waiting_for_workers_to_fetch_ends() -> None:
     llm = FakeLLM()

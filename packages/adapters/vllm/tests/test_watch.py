@@ -159,3 +159,23 @@ def test_without_an_offer_nothing_is_taken_and_the_thread_ends_when_asked(watche
         watched.wait()
 
     watched.run(lambda refit: watched.wait(), serve)
+
+
+def test_a_failure_that_is_acknowledged_is_neither_reported_nor_raised(watched: Watched) -> None:
+    def train(refit: Refit) -> None:
+        offer = watched.offer(refit, 1)
+        watched.wait()
+        offer.withdraw("thought better of it")
+        watched.wait()
+
+    def serve(refit: Refit, watcher: Watcher, rank: int) -> None:
+        Deadline.after(SECONDS).wait(lambda: watcher.state.stage == "ready", "ready", list)
+        watched.wait()
+        Deadline.after(SECONDS).wait(lambda: watcher.state.stage == "failed", "failed", list)
+        watcher.acknowledge()
+        assert watcher.report() == {"stage": "waiting", "version": None, "error": None}
+        with pytest.raises(DeadlineError):
+            watcher.take(Deadline.after(0.05))
+        watched.wait()
+
+    watched.run(train, serve)

@@ -167,10 +167,14 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             self._end()
 
     def give_up(self, reason: str) -> None:
-        """Abort the version that is under way, if any, on every member of the replica."""
+        """Abort the version that is under way, if any, on every member of the replica. A failure to fetch one is then
+        known to the caller.
+        """
         if self._installation is not None:
             self._installation.abort(ConfigError(reason))
             self._end()
+        elif self._watcher is not None:
+            self._watcher.acknowledge()
 
     def _end(self) -> None:
         """Nothing is being installed any more: the next version may be fetched."""

@@ -140,17 +140,22 @@ def resume(gate: Gate) -> Calls:
 
 
 def _fetched(deadline: Deadline) -> Calls:
-    """Wait until all workers have fetched one version, if they watch; returns whether they do.
-
-    What has failed is left to `start_weight_update`, which raises every worker's reason.
+    """Wait until all workers have fetched one version, if they watch; returns whether they do. Raises
+    `RefitAbortedError` when fetching has failed: nothing has been paused for it.
     """
     while True:
         workers = yield Call("collective_rpc", {"method": "weft_state"})
         watched = [worker["watched"] for worker in workers if worker["watched"] is not None]
         if not watched:
             return False
-        if any(state["error"] for state in watched) or ready(workers) is not None:
-            return True
+        try:
+            if ready(workers) is not None:
+                return True
+        except RefitAbortedError as error:
+            busy = [s for s in watched if s["version"] == error.version and s["stage"] in ("fetching", "ready")]
+            if not busy:  # else the others are about to hear of it
+                yield Call("collective_rpc", {"method": "weft_abort", "args": (str(error),)})
+                raise
         if deadline.expired():
             late = [f"worker {rank}: {state['stage']}" for rank, state in enumerate(watched)]
             raise DeadlineError("a version in shadow memory", deadline.seconds, late)

@@ -78,8 +78,12 @@ class Watcher:
         failed = self.state  # perhaps while it was being taken
         if self._thread is None:
             self.start()
-        self._told = failed
+        self.acknowledge(failed)
         raise RefitAbortedError(-1 if failed.version is None else failed.version, [failed.error or "it was given up"])
+
+    def acknowledge(self, failed: Watched | None = None) -> None:
+        """The failure that `state` shows is known to the caller: what comes next is another version."""
+        self._told = failed or self.state
 
     @property
     def _failed(self) -> Watched | None:
@@ -88,9 +92,9 @@ class Watcher:
         return seen if seen.error is not None and seen is not self._told else None
 
     def report(self) -> dict[str, Any]:
-        """The state, as plain values; a failure until `take` has raised it, or another version is being fetched."""
+        """The state, as plain values; a failure until it is acknowledged, or another version is being fetched."""
         seen = self.state
-        known = Watched() if seen is self._told else seen
+        known = Watched() if seen.error is not None and seen is self._told else seen
         return {"stage": known.stage, "version": known.version, "error": known.error}
 
     def _watch(self) -> None:
