@@ -63,3 +63,18 @@ def test_the_tables_are_what_the_installed_packages_declare() -> None:
     assert len(tables) >= 6
     stale = [table.splitlines()[0] for table in tables if table.strip() not in PAGE]
     assert not stale, f"end docs/guide/configuration.md with what `weft config --explain --markdown` prints: {stale}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_secret_is_there_but_not_shown(arguments: list[str]) -> None:
+    environment = ENVIRONMENT | {"WEFT_SECRET": "correct horse battery staple"}
+    command = [COMMAND, "config", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert "Secret(…)" in done.stdout
+    assert "WEFT_SECRET" in done.stdout
+    assert "horse" not in done.stdout + done.stderr
+    environment["WEFT_SECRET"] = "short horse"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "WEFT_SECRET: secret of the configuration is …: the job secret has 11 bytes" in done.stderr
+    assert "horse" not in done.stdout + done.stderr

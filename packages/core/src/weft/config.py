@@ -128,7 +128,6 @@ def load_config(
     from_python = _flattened(values or {}, _PYTHON, faults)
     variables = Variables(environment, SECTIONS, installed("weft.transports"))
     if ("", "secret") in from_file:
-        del from_file["", "secret"]
         faults.append(f"{named}: a secret does not belong here: {_SECRET_WAYS}")
     transport, given = _merged(from_file, variables, from_python, faults)
     kinds = {**SECTIONS, TRANSPORT: _options_of(transport, faults)}

@@ -99,3 +99,29 @@ def test_what_a_lost_peer_still_said_takes_no_place(pair: tuple[Any, Any]) -> No
     Deadline.after(60).wait(lambda: not exchange._control._events, "events", list)
     with exchange._lock:
         assert exchange._incoming.turns == {}, "a lost peer holds a place for ever"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"\xc1", b"\x92\x01\xc4\x01\xc1", b"\x93\x03\x01" + b"\x91" * 200_000],
+    ids=["nothing", "an invitation that is none", "nested without end"],
+)
+def test_who_says_what_means_nothing_is_lost_and_nobody_else_is(pair: tuple[Any, Any], said: bytes) -> None:
+    a, b = pair
+    prepared(a, b, Deadline.after(60))
+    exchange = b._exchange
+    with exchange._lock:
+        exchange._control._events.append(("a", said))
+    exchange.wake()
+    reasons = []
+
+    def lost() -> bool:
+        try:
+            b.poll()
+        except PeerLostError as error:
+            reasons.append(str(error))
+        return bool(reasons)
+
+    Deadline.after(60).wait(lost, "the loss", list)
+    assert "a sent " in reasons[0]
+    assert exchange.alive
