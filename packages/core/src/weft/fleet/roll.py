@@ -129,10 +129,11 @@ class RollBook:
         def agreed() -> bool:
             nonlocal roll
             hellos = tuple(self._records.find("hello", self._hello(rank), bytes) or b"" for rank in self._ranks())
-            if not all(hellos):
+            whole = {**(roll.replicas if roll else {}), **self.waiting()}
+            if not all(hellos) or len(whole) < replicas:  # who was whole may have gone again
                 return False
             if roll is None or roll.sources != hellos:
-                roll = self.write({**(roll.replicas if roll else {}), **self.waiting()}, hellos)
+                roll = self.write(whole, hellos)
                 self._records.put("roll", f"{self._root}/opening", roll)
             return not self._late(roll)
 

@@ -1,0 +1,219 @@
+"""The members of a fleet in processes of their own, which stop at a step of the protocol so that a test can strike."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import torch
+
+from weft.contracts import Bucket
+from weft.deadline import Deadlines
+from weft.errors import RefitAbortedError, WeftError
+from weft.fleet import Fleet, FleetMember
+from weft.member import Tag
+from weft.policy import Policy
+from weft.protocol.events import Step
+from weft.testing.faults import Script
+from weft.testing.members import MemoryControl, MemorySource, MemoryTarget
+from weft.testing.tiny import Tiny, mismatches
+from weft.wire import Notice
+
+TINY = Tiny()
+SOURCES = ("trainer/0", "trainer/1")
+SIGNALS = {
+    "source-offered": Step.OFFER, "begun": Step.BEGIN, "verified": Step.VERIFY, "prepare": Step.VOTE,
+    "prepared": Step.PREPARE_COMMIT, "committed": Step.COMMIT, "installed": Step.RESUME,
+}  # fmt: skip
+"""What a member says at the end of a step. Bytes that leave are `Step.MOVE`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one process is. Everything that crosses to it is plain data."""
+
+    name: str
+    store: str
+    job: str
+    transport: str
+    size: int = 1
+    """Members of its replica."""
+    limits: float = 8.0
+    """Seconds of every deadline but the rendezvous."""
+    landing: str = "in_place"
+    first: int = 1
+    """The first version, of a trainer."""
+
+
+class Stop(Script):
+    """Says that a step is reached in a version, and waits to be told to go on."""
+
+    def __init__(self, pipe: Connection, *, listens: bool) -> None:
+        """One that listens is told over the pipe where to stop, at any time."""
+        self._pipe, self._listens = pipe, listens
+        self.at: tuple[str, int] | None = None
+
+    def signalling(self, peer: str, tag: Tag, note: bytes) -> bool:
+        """See `Script.signalling`."""
+        kind = msgspec.msgpack.decode(note, type=Notice).kind
+        self._reach(SIGNALS.get(kind), tag.version)
+        return True
+
+    def posting(self, bucket: Bucket, tag: Tag) -> None:
+        """See `Script.posting`."""
+        self._reach(Step.MOVE, tag.version)
+
+    def _reach(self, step: Step | None, version: int) -> None:
+        if self._listens and self._pipe.poll():
+            self.at = self._pipe.recv()
+        if self.at is not None and step is not None and self.at == (step.value, version):
+            self.at = None
+            self._pipe.send(("at", step.value, version))
+            assert self._pipe.recv() == ("go on",)
+
+
+def play(role: Role, pipe: Connection) -> None:
+    """One process, until it is killed or told to close."""
+    torch.set_num_threads(1)
+    stop = Stop(pipe, listens=role.name not in SOURCES)
+    limits = dict.fromkeys(("begin", "move", "vote", "commit"), role.limits)
+    common: dict[str, Any] = {
+        "store": role.store, "job": role.job, "name": role.name, "transport": "faulty",
+        "transport_options": {"transport": role.transport, "transport_options": {}, "script": stop},
+        "deadlines": Deadlines(rendezvous=120, offer=120, **limits), "policy": Policy(landing=role.landing),
+    }  # fmt: skip
+    with TemporaryDirectory() as folder:
+        install_faulty(Path(folder))
+        (train if role.name in SOURCES else serve)(role, pipe, stop, common)
+
+
+def install_faulty(folder: Path) -> None:
+    """Installs `weft.testing.faults` under the name `faulty`, in this process."""
+    metadata = folder / "weft_faulty-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: weft-faulty\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[weft.transports]\nfaulty = weft.testing.faults:factory\n")
+    sys.path.insert(0, str(folder))
+
+
+def train(role: Role, pipe: Connection, stop: Stop, common: dict[str, Any]) -> None:
+    """A source: a version whenever it is told to, with a step to stop at; says how each replica ended."""
+    rank = SOURCES.index(role.name)
+    source = MemorySource(role.name, TINY.source(rank, len(SOURCES)))
+    with Fleet(source=source, rank=rank, sources=len(SOURCES), **common) as fleet:
+        pipe.send(("open", sorted(fleet.replicas)))
+        while (told := pipe.recv()) != ("close",):
+            _, version, step = told
+            stop.at = (step, version) if step else None
+            source.load(TINY.tensors(version))
+            offer = fleet.offer(version)
+            offer.released()
+            source.load(TINY.tensors(0))
+            with suppress(RefitAbortedError):
+                offer.committed()
+            pipe.send(("ended", version, offer.outcomes))
+
+
+def serve(role: Role, pipe: Connection, _: Stop, common: dict[str, Any]) -> None:
+    """A target: receives whatever is offered, joins anew after every failure, and says what it holds."""
+    replica, rank = role.name.split("/")
+    target = MemoryTarget(role.name, TINY.target(int(rank), role.size))
+    control = MemoryControl(role.name)
+    while True:
+        try:
+            with FleetMember(
+                target=target, control=control, replica=replica, replica_size=role.size, sources=len(SOURCES), **common
+            ) as member:
+                pipe.send(("joined",))
+                while True:
+                    version = member.receive().version
+                    wrong = mismatches(target.contents(), TINY.expected(int(rank), role.size, TINY.tensors(version)))
+                    pipe.send(("serves", version, wrong))
+        except WeftError as error:
+            pipe.send(("failed", type(error).__name__, str(error), control.served, control.refused))
+
+
+@dataclass(eq=False)
+class Company:
+    """All processes of a fleet. A context manager that leaves none behind."""
+
+    store: str
+    job: str
+    transport: str
+    landing: str = "in_place"
+    version: int = 0
+    said: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._pipes: dict[str, Connection] = {}
+        self._processes: dict[str, Any] = {}
+
+    def __enter__(self) -> Company:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._processes):
+            self.kill(name)
+
+    def start(self, *names: str, size: int = 1) -> None:
+        """Start processes, under these names, which may have had others before."""
+        for name in names:
+            near, far = self._context.Pipe()
+            role = Role(name, self.store, self.job, self.transport, size, landing=self.landing)
+            self._processes[name] = self._context.Process(target=play, args=(role, far), daemon=True)
+            self._processes[name].start()
+            far.close()
+            self._pipes[name], self.said[name] = near, []
+
+    def kill(self, name: str) -> None:
+        """SIGKILL."""
+        self._processes[name].kill()
+        self._processes.pop(name).join(10)
+        self._pipes[name].close()
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP."""
+        os.kill(self._processes[name].pid, signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT."""
+        os.kill(self._processes[name].pid, signal.SIGCONT)
+
+    def tell(self, name: str, *what: Any) -> None:
+        """Send to a process."""
+        self._pipes[name].send(what)
+
+    def until(self, name: str, *what: object, seconds: float = 120.0) -> tuple[Any, ...]:
+        """Wait for a process to say something that begins so; what it said before is forgotten."""
+        limit = time.monotonic() + seconds
+        while True:
+            assert self._pipes[name].poll(max(0.0, limit - time.monotonic())), f"{name} never said {what}: {self.said}"
+            said: tuple[Any, ...] = self._pipes[name].recv()
+            self.said[name].append(said)
+            if said[: len(what)] == what:
+                return said
+
+    def offer(self, step: Step | None = None, at: str = "") -> int:
+        """Have the trainer offer the next version; `at`, a source, stops at a step of it."""
+        self.version += 1
+        for name in SOURCES:
+            self.tell(name, "offer", self.version, step.value if step and at == name else None)
+        return self.version
+
+    def ended(self, version: int) -> dict[str, str | None]:
+        """How each replica has ended, on which both sources must agree about those that committed."""
+        first, second = (self.until(name, "ended", version)[2] for name in SOURCES)
+        assert {n for n, reason in first.items() if reason is None} == {n for n, why in second.items() if why is None}
+        outcomes: dict[str, str | None] = first
+        return outcomes
