@@ -40,7 +40,7 @@ CAPABILITIES = Capabilities(
     one_sided=True,
     devices=("cpu", "cuda"),
     members_may_change=True,
-    direct_run_bytes=1 << 10,
+    direct_run_bytes=2 << 10,
     max_segments=1 << 20,
 )
 
