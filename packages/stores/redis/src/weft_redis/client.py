@@ -76,6 +76,9 @@ class Client:
                 return call(self._redis)
             except (redis.exceptions.RedisError, OSError, ValueError) as error:
                 raise self._mapped(what, error) from error
+            finally:
+                if self._closed:
+                    self._let_go()
 
         def refuse() -> None:
             if self._closed:
@@ -100,9 +103,13 @@ class Client:
         return False
 
     def close(self) -> None:
-        """Let go of all connections. Idempotent."""
+        """Let go of all connections; those that are in use end by themselves, within a second. Idempotent."""
         self._closed = True
-        self._redis.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # Not of connections that other threads read from: redis-py takes that badly.
+        self._redis.connection_pool.disconnect(inuse_connections=False)
 
     def _mapped(self, what: str, error: Exception) -> Exception:
         words = self._address.without_password(str(error) or type(error).__name__)
