@@ -17,12 +17,6 @@ OPTIONS = {"gloo": {"interface": "rail0"}, "nixl": {"nics": ["rail0"], "ucx_sett
 SERVE = "import sys, weft; s = weft.serve_store(sys.argv[1]); print(s.url, flush=True); sys.stdin.read()"
 
 
-pytestmark = pytest.mark.xfail(
-    strict=False,
-    reason="once in some ten runs a member in a namespace did not reach the store within 60 s: cause unknown",
-)
-
-
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     with two_hosts(tmp_path_factory.mktemp("hosts")) as made:

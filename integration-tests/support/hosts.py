@@ -35,7 +35,11 @@ class Hosts:
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         self.names = names
-        self._folder = folder
+        self._programs = [folder / f"python-on-{host}" for host in range(len(names))]
+        # Once for all: a shell that has just been started may still have to read what it runs.
+        for name, program in zip(names, self._programs, strict=True):
+            program.write_text(f'#!/bin/sh\nexec ip netns exec {name} {sys.executable} "$@"\n')
+            program.chmod(0o755)
 
     def shape(self, rail: str, rate: str, burst: str, queue: str) -> None:
         """Limit what either end sends on a link; what waits longer than `queue` is dropped. In the words of `tc`."""
@@ -60,10 +64,7 @@ class Hosts:
     def starting_on(self, host: int) -> Iterator[None]:
         """What `multiprocessing` spawns meanwhile runs on a host."""
         resource_tracker.ensure_running()  # it would be spawned there as well
-        program = self._folder / f"python-on-{host}"
-        program.write_text(f'#!/bin/sh\nexec ip netns exec {self.names[host]} {sys.executable} "$@"\n')
-        program.chmod(0o755)
-        multiprocessing.set_executable(str(program))
+        multiprocessing.set_executable(str(self._programs[host]))
         try:
             yield
         finally:
