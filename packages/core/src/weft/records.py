@@ -3,7 +3,8 @@
 Bytes of a record: `MAGIC`, then a msgpack array of format version, kind, authentication code, payload. The payload is
 the msgpack of one schema. Readers skip array elements they do not know and default those that are missing, in the
 envelope as in array-like payloads, so neighbouring versions of weft interoperate as long as new fields go to the end
-and have defaults.
+and have defaults. `tests/golden` keeps payloads of every kind as they were written, which must be read for ever; who
+changes what is written adds those of now (`tests/payloads.py`).
 """
 
 from __future__ import annotations
