@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -65,13 +64,22 @@ def translate(error: Exception, what: str, peer: str) -> TransportError:
     return TransportError(f"{what}{whose}: {_MEANING.get(name, 'NIXL failed')} ({name}: {error})")
 
 
-@contextmanager
-def translated(what: str, peer: str = "") -> Iterator[None]:
+class translated:  # as `contextlib.suppress`
     """Map what NIXL raises inside; the only place where its exceptions are caught by kind."""
-    try:
-        yield
-    except FOREIGN as error:
-        raise translate(error, what, peer) from error
+
+    __slots__ = ("_peer", "_what")
+
+    def __init__(self, what: str, peer: str = "") -> None:
+        self._what, self._peer = what, peer
+
+    def __enter__(self) -> None:
+        """Many thousand times per refit, hence no generator."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, FOREIGN):
+            raise translate(error, self._what, self._peer) from error
 
 
 def make_agent(

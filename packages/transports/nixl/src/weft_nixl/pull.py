@@ -230,12 +230,14 @@ class Pull:
                 self._forget(reading)
                 self._try_to_say(peer.name, Finished(reading.number))
             return
-        if not any((each.index, each.peer) == (index, peer.name) for each in prepared.program.receives):
+        moved = prepared.receives.get(index) if index is not None else None
+        if moved is not None and moved.bucket.peer == peer.name:
+            reading.transfer = Transfer(moved, ended=lambda: self._read(reading))
+            peer.lane.put(reading.transfer)
+        elif not any((each.index, each.peer) == (index, peer.name) for each in prepared.program.receives):
             self._forget(reading)
             self._try_to_say(peer.name, Finished(reading.number, f"bucket {index} is none of its receives"))
-        elif index in prepared.receives:  # else the peer has connected anew, and its program is prepared again
-            reading.transfer = Transfer(prepared.receives[index], ended=lambda: self._read(reading))
-            peer.lane.put(reading.transfer)
+        # else the peer has connected anew, and its program will be prepared again
 
     def _read(self, reading: _Reading) -> None:
         """Its transfer has ended, one way or another."""

@@ -25,7 +25,8 @@ class PushWork:
     def poll(self) -> bool:
         """Whether every byte and the message have left; raises what prevented it, again and again."""
         with self.lane.lock:
-            self.lane.advance()
+            if not self.transfer.done:
+                self.lane.advance()
             if self.transfer.error is not None:
                 raise self.transfer.error
             return self.transfer.done

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import torch
 
 from weft.contracts import Bucket, TransferProgram
 from weft.deadline import Deadline
@@ -93,6 +94,14 @@ class NixlPrepared:
     """Where the receiver moves the bytes; empty where the sender does."""
     lists: dict[str, list[Any]] = field(default_factory=dict)
     """Descriptor lists by peer."""
+    flushed: dict[int, list[torch.device]] = field(default_factory=dict)
+    """GPUs that a bucket comes to."""
+
+    def __post_init__(self) -> None:
+        gpus = [region.device if region.device.type == "cuda" else None for region in self.program.regions]
+        for bucket in self.program.receives if any(gpus) else ():
+            found = {gpus[index] for index in np.unique(bucket.segments["region"]).tolist()}
+            self.flushed[bucket.index] = sorted((gpu for gpu in found if gpu is not None), key=str)
 
     def forget(self, peer: str) -> Held:
         """Everything that refers to one peer; its buckets are not here any more."""

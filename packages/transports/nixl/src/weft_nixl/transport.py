@@ -218,11 +218,9 @@ class NixlTransport:
 
     def fence(self, prepared: Prepared, bucket: int, tag: Tag, stream: Stream) -> None:
         """Nothing on CPU, where notifications follow the bytes. On CUDA `flush_inbound_writes`, unproven on GPUs."""
-        regions = prepared.program.regions
-        for received in prepared.program.receives:
-            if received.index == bucket:
-                for index in sorted({int(region) for region in received.segments["region"]}):
-                    flush_inbound_writes(regions[index].device)
+        if isinstance(prepared, NixlPrepared):
+            for device in prepared.flushed.get(bucket, ()):
+                flush_inbound_writes(device)
 
     @_locked
     def release(self, prepared: Prepared) -> None:
@@ -296,9 +294,12 @@ class NixlTransport:
         """The thread: make progress when the caller has not called for a while."""
         pause_seconds = self._options.idle_progress_seconds
         while not self._stop.wait(pause_seconds):
-            with self._lock:
-                if time.monotonic() - self._called_at > pause_seconds:
-                    self._progress()
+            if self._lock.acquire(blocking=False):  # else somebody makes progress
+                try:
+                    if time.monotonic() - self._called_at > pause_seconds:
+                        self._progress()
+                finally:
+                    self._lock.release()
 
     def _progress(self) -> None:
         """Start and finish posts, take in messages, probe. What goes wrong is kept for the next `poll`."""
