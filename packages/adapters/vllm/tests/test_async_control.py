@@ -49,6 +49,11 @@ class FakeAsync:
     async def add_request(self, request: str) -> str:
         return f"accepted {request}"
 
+    def generate(self, request: str) -> str:
+        return f"answers to {request}"
+
+    encode = generate
+
     async def sleep(self, level: int, mode: str) -> None:
         self.engine_core.calls.append(f"sleep {level} {mode}")
         await asyncio.sleep(self.pause_seconds)
@@ -147,9 +152,13 @@ def test_requests_wait_in_the_engine_while_it_is_paused_and_raise_once_it_refuse
         await control.invalidate_caches(1)
         await control.resume(1)
         assert await control.ready() is None
+        assert engine.generate("hello") == "answers to hello"
         control.refuse("no reason")
         with pytest.raises(weft_vllm.RefusedError, match="no reason"):
             await engine.add_request("hello")
+        for ask in (engine.generate, engine.encode):
+            with pytest.raises(weft_vllm.RefusedError, match="no reason"):
+                ask("hello")
 
     asyncio.run(ask())
 

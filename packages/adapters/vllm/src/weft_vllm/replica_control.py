@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
 from typing import Any
 
 from weft.deadline import Deadline, Deadlines
@@ -130,15 +131,28 @@ class AsyncVllmControl:
         self._mode = "abort"
         self._gate = Gate()
         engine.add_request = self._add_request
+        for name in ("generate", "encode"):  # which would hide the reason in an error of vLLM's own
+            setattr(engine, name, self._checked(getattr(engine, name)))
 
     @property
     def refusing(self) -> str | None:
         """Why the engine takes no requests, or None when it does."""
         return self._gate.refused
 
-    async def _add_request(self, *args: Any, **kwargs: Any) -> Any:
+    def _check(self) -> None:
         if self.refusing is not None:
             raise RefusedError(f"the engine takes no requests: {self.refusing}")
+
+    def _checked(self, answers: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(answers)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check()
+            return answers(*args, **kwargs)
+
+        return checked
+
+    async def _add_request(self, *args: Any, **kwargs: Any) -> Any:
+        self._check()
         return await self._accept(*args, **kwargs)
 
     async def pause(self, mode: str = "abort", deadline: Deadline | None = None) -> None:
