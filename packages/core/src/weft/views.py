@@ -59,7 +59,7 @@ def fill_view(fill: Fill, buffer: torch.Tensor) -> torch.Tensor:
 
 def apply_fills(layout: Layout, memory: Memory, group: int) -> None:
     """Write the padding of one group's buffers."""
-    buffers = {buffer.name: buffer.group for buffer in layout.buffers}
+    buffers = {buffer.name: buffer.group for buffer in layout.buffers} if layout.fills else {}
     for fill in layout.fills:
         if buffers[fill.buffer] == group:
             fill_view(fill, memory[fill.buffer]).fill_(fill.value)
