@@ -26,13 +26,14 @@ def member(name: str, totals: list[float], **more: Any) -> MemberResult:
     """Of three cycles; every refit has 0.1 s each of `gather` and `land`, and `wire` for the rest."""
     nothing: list[int] = [0, 0, 0]
     refits = [
-        {"gather": 0.1, "digest": 0.0, "land": 0.1, "commit": 0.0, "wire": total - 0.2, "total": total}
+        {"gather": 0.1, "digest": 0.0, "land": 0.1, "install": 0.0, "commit": 0.0, "wire": total - 0.2, "total": total}
         for total in totals
     ]
     result = MemberResult(
-        name=name, bytes=0, joins=[{"allocate": 1.0, "register": 2.0, "join": 3.0}, {}, {}], refits=refits,
-        beside_seconds=[], bare_bytes=0, bare_seconds={}, tensor_by_tensor_seconds=[], megatron_seconds=[],
-        registrations=nothing, allocations=nothing, store_operations=nothing, extra_peak_bytes=7, wrong_bytes=0,
+        name=name, bytes=0, joins=[{"allocate": 1.0, "register": 2.0, "join": 3.0}, {}, {}], refits=refits, pauses=[],
+        beside_pauses=[], beside_seconds=[], bare_bytes=0, bare_seconds={}, tensor_by_tensor_seconds=[],
+        megatron_seconds=[], registrations=nothing, allocations=nothing, store_operations=nothing,
+        extra_peak_bytes=7, wrong_bytes=0,
     )  # fmt: skip
     return msgspec.structs.replace(result, **more)
 
@@ -49,6 +50,15 @@ def test_a_cycle_lasts_as_long_as_its_slowest_member_and_the_best_chunk_is_the_l
     assert found["ratio_to_raw"] == pytest.approx(0.8)
     assert found["open_seconds"] == 6.0
     assert [phases["total"] for phases in found["cycles"]["source/0"]] == [15.0, 4.0, 6.0]
+
+
+def test_pauses_are_compared_where_landing_differs() -> None:
+    shadow, source = Policy(landing="shadow"), member("source/0", [9.0, 4.0, 6.0])
+    target = member("target/0", [9.0, 4.0, 6.0], bytes=1, pauses=[5.0, 1.0, 3.0], beside_pauses=[9.0, 4.0, 4.0])
+    found = row(msgspec.structs.replace(case(), policy=shadow, beside=Policy()), [source, target])
+    assert (found["pause_seconds_median"], found["beside_pause_seconds_median"]) == (2.0, 4.0)
+    assert found["ratio_to_beside_pause"] == 2.0
+    assert row(msgspec.structs.replace(case(), beside=Policy()), [source, target])["ratio_to_beside_pause"] is None
 
 
 def test_without_reuse_joining_is_part_of_every_cycle() -> None:
@@ -79,7 +89,7 @@ def test_every_named_case_has_its_name_and_digests_as_asked(name: str) -> None:
     for digests in (False, True):
         found = named_case(name, digests, 4, reuse=True)
         assert (found.name, found.policy.digests, found.cycles) == (name, digests, 4)
-        assert found.beside is None or found.beside.digests == digests
+        assert found.beside is None or found.beside.digests == (digests and name != "nixl-sampled")
         assert found.transport_options == ({"direction": "pull"} if name.endswith("-pull") else found.beside_options)
 
 

@@ -18,6 +18,8 @@ _EVERYTHING = 1 << 40
 """Bytes: longer than any run, so that all are packed."""
 _UNLIMITED = 1 << 40
 _SECONDS = 300.0
+_SAMPLED = 8
+"""One bucket in so many has a digest."""
 
 
 def case_of(
@@ -78,6 +80,19 @@ def _staging(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
     return _dense(name, digests, cycles, reuse, policy=packed, beside=unlimited)
 
 
+def _shadow(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
+    """Landing beside what is served, in turn with landing in place: what counts is the pause."""
+    shadow = Policy(digests=digests, landing="shadow")
+    tcp = {"environment": {"UCX_TLS": "tcp"}} if "tcp" in name else {}
+    return _dense(name, digests, cycles, reuse, policy=shadow, beside=Policy(digests=digests), **tcp)
+
+
+def _sampled(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
+    """Digests of one bucket in eight, in turn with refits without any."""
+    sampled = Policy(digests=digests, digest_every=_SAMPLED)
+    return _dense(name, digests, cycles, reuse, policy=sampled, beside=Policy(digests=False))
+
+
 def _pull(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
     """Receivers read instead of senders writing, as they do in the refits beside."""
     pushed = NAMED[name.removesuffix("-pull")](name, digests, cycles, reuse)
@@ -102,6 +117,9 @@ NAMED: Mapping[str, Callable[[str, bool, int, bool], Case]] = {
     "nixl-dense-pull": _pull,
     "nixl-moe-pull": _pull,
     "nixl-staging": _staging,
+    "nixl-shadow": _shadow,
+    "nixl-tcp-shadow": _shadow,
+    "nixl-sampled": _sampled,
     "four-ranks-gloo": _four,
     "four-ranks-nixl": _four,
 }

@@ -17,9 +17,14 @@ from weft_cli.bench.run import run_case
 from weft_cli.bench.settings import Case
 from weft_cli.plan_command import console
 
-_PHASES = ("allocate", "register", "join", "gather", "digest", "wire", "land", "commit", "total")
+_PHASES = ("allocate", "register", "join", "gather", "digest", "wire", "land", "install", "commit", "total")
 
-_WAYS = {"beside": "another policy", "tensor_by_tensor": "tensor by tensor", "megatron": "Megatron-Core's own"}
+_WAYS = {
+    "beside": "another policy",
+    "beside_pause": "another policy, its pause",
+    "tensor_by_tensor": "tensor by tensor",
+    "megatron": "Megatron-Core's own",
+}
 
 
 def refit(cases: Sequence[Case], *, as_json: bool, figure: Path | None) -> None:

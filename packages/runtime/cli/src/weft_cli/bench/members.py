@@ -64,6 +64,7 @@ class _Member:
         self._reports: list[Report] = []
         self._joins: list[dict[str, float]] = []
         self._beside: list[float] = []
+        self._beside_pauses: list[float] = []
         self._bare: dict[int, list[float]] = {}
         self._by_tensor: list[float] = []
         self._theirs: MegatronRefit | None = None
@@ -83,6 +84,7 @@ class _Member:
             report, join = self._refit(job, policy, options, cycle)
             if job == "beside":
                 self._beside.append(report.seconds["total"])
+                self._beside_pauses += _pause(report)
             else:
                 self._reports.append(report)
                 self._joins.append(join)
@@ -215,6 +217,8 @@ class _Member:
             bytes=self._reports[-1].bytes if self.target is not None else 0,
             joins=self._joins,
             refits=[report.seconds for report in self._reports],
+            pauses=[seconds for report in self._reports for seconds in _pause(report)],
+            beside_pauses=self._beside_pauses,
             beside_seconds=self._beside,
             bare_bytes=self._bare_bytes if self._bare else 0,
             bare_seconds=self._bare,
@@ -226,6 +230,10 @@ class _Member:
             extra_peak_bytes=self._extra,
             wrong_bytes=self._wrong,
         )
+
+
+def _pause(report: Report) -> list[float]:
+    return [report.seconds["pause"]] if "pause" in report.seconds else []
 
 
 def _adapter(side: tuple[str, dict[str, int]]) -> Adapter:

@@ -11,7 +11,7 @@ from typing import Any
 from weft.errors import ConfigError
 from weft_cli.bench.packing import Packing, PackingRow
 
-PHASES = ("allocate", "register", "join", "gather", "digest", "wire", "land", "commit")
+PHASES = ("allocate", "register", "join", "gather", "digest", "wire", "land", "install", "commit")
 """From the bottom up; together the whole cycle."""
 _KINDS = {".html": ("plotly",), ".png": ("plotly", "kaleido"), ".svg": ("plotly", "kaleido")}
 _WAYS: Mapping[str, Callable[[PackingRow], float]] = {

@@ -25,6 +25,11 @@ def row(case: Case, members: Sequence[MemberResult]) -> Mapping[str, Any]:
         _slowest([getattr(member, field) for member in members])[1:]
         for field in ("beside_seconds", "tensor_by_tensor_seconds", "megatron_seconds")
     )
+    pause, beside_pause = (
+        _slowest([getattr(member, field) for member in members if member.pauses])[1:]
+        for field in ("pauses", "beside_pauses")
+    )
+    lands_otherwise = case.beside is not None and case.beside.landing != case.policy.landing
     return {
         "case": case.name,
         "source": f"{case.source[0]}:{_sizes(case.source[1])}",
@@ -44,6 +49,9 @@ def row(case: Case, members: Sequence[MemberResult]) -> Mapping[str, Any]:
         "ratio_to_raw": limit[1] / seconds if limit else None,
         "beside_seconds_median": median(beside) if beside else None,
         "ratio_to_beside": median(beside) / seconds if beside else None,
+        "pause_seconds_median": median(pause) if pause else None,
+        "beside_pause_seconds_median": median(beside_pause) if lands_otherwise else None,
+        "ratio_to_beside_pause": median(beside_pause) / median(pause) if lands_otherwise else None,
         "tensor_by_tensor_seconds_median": median(by_tensor) if by_tensor else None,
         "ratio_to_tensor_by_tensor": median(by_tensor) / seconds if by_tensor else None,
         "megatron_seconds_median": median(megatron) if megatron else None,

@@ -62,6 +62,9 @@ class MemberResult(msgspec.Struct, frozen=True, kw_only=True):
     """
     refits: list[dict[str, float]]
     """`weft.report.Report.seconds`."""
+    pauses: list[float]
+    """Seconds for which a target's weights could not be served; empty of a mere source."""
+    beside_pauses: list[float]
     beside_seconds: list[float]
     """Of the refits with the other policy; empty without one."""
     bare_bytes: int
