@@ -321,6 +321,15 @@ class Transport(Protocol):
         ...
 
 
+@runtime_checkable
+class Waiting(Protocol):
+    """A transport that can be waited for. Others are polled again and again while nothing happens."""
+
+    def wait(self, seconds: float) -> None:
+        """Until `poll` or a work may have something new since the last wait, or for `seconds`. May return early."""
+        ...
+
+
 class TransportFactory(Protocol):
     """What an entry point of group `weft.transports` yields. `weft.endpoint.Factory` makes one of a function."""
 

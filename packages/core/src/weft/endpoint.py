@@ -226,6 +226,7 @@ class Inbox:
         self._messages: list[Message] = []
         self._losses: list[PeerLostError] = []
         self._lost: set[str] = set()
+        self._stirred = threading.Event()
 
     def admit(self, peer: str, identity: str) -> None:
         """From now on messages of `identity` are `peer`'s; those that came earlier are delivered."""
@@ -254,6 +255,7 @@ class Inbox:
                 if len(early) >= EARLY_LIMIT:
                     raise TransportError(f"{identity} sent over {EARLY_LIMIT} messages before this side connected")
                 early.append(envelope)
+        self.stir()
 
     def lose(self, error: PeerLostError) -> None:
         """Report a peer as gone, once until it is admitted again."""
@@ -261,6 +263,16 @@ class Inbox:
             if error.peer not in self._lost:
                 self._lost.add(error.peer)
                 self._losses.append(error)
+        self.stir()
+
+    def stir(self) -> None:
+        """End a `wait`, now or the next one."""
+        self._stirred.set()
+
+    def wait(self, seconds: float) -> None:
+        """Until something has arrived, somebody was lost or `stir` was called since the last wait, or for `seconds`."""
+        self._stirred.wait(seconds)
+        self._stirred.clear()
 
     def drain(self) -> list[Message]:
         """Everything that has arrived; when there is nothing, raises the oldest loss not yet reported."""

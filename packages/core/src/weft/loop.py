@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from weft.contracts import Waiting
 from weft.deadline import Deadline
 from weft.errors import DeadlineError
 from weft.session import SourceSession
@@ -15,6 +16,8 @@ from weft.wire import Wire
 _FIRST_SLEEP_SECONDS = 20e-6
 _LONGEST_SLEEP_SECONDS = 1e-3
 """Between polls while nothing arrives."""
+_LONGEST_WAIT_SECONDS = 10e-3
+"""Between polls of a transport that says itself when something happens."""
 
 
 class Loop:
@@ -34,6 +37,8 @@ class Loop:
         late: Callable[[], Sequence[str]],
     ) -> None:
         """Step until `done`. Raises what `step` raises, and `DeadlineError` that names `late()`."""
+        transport = self.wire.transport
+        wait = transport.wait if isinstance(transport, Waiting) else None
         sleep_seconds = _FIRST_SLEEP_SECONDS
         while True:
             arrived = self.wire.pump()
@@ -44,8 +49,10 @@ class Loop:
                 return
             if deadline.expired():
                 raise DeadlineError(what, deadline.seconds, late())
-            if arrived:
+            if arrived or self.wire.told_itself:
                 sleep_seconds = _FIRST_SLEEP_SECONDS
+            elif wait is not None:
+                wait(_LONGEST_WAIT_SECONDS)
             else:
                 time.sleep(sleep_seconds)
                 sleep_seconds = min(2 * sleep_seconds, _LONGEST_SLEEP_SECONDS)

@@ -44,6 +44,8 @@ class Wire:
         self._notices: dict[int, list[tuple[str, Notice]]] = defaultdict(list)
         self._oldest = 0
         self._lost: dict[str, PeerLostError] = {}
+        self.told_itself = False
+        """Whether this member has told itself anything since the last `pump`."""
         self.dropped = 0
         """Messages of finished versions, former incarnations or strangers that were not delivered (traps 35, 46,
         64), and those that the guard did not recognize.
@@ -62,6 +64,7 @@ class Wire:
             notice = msgspec.structs.replace(notice, text=notice.text[:_TEXT_CHARACTERS] + "…")
         if peer == self.me.name:
             self._notices[version].append((peer, notice))
+            self.told_itself = True
             return
         tag, said = self.tag(version), msgspec.msgpack.encode(notice)
         try:
@@ -75,6 +78,7 @@ class Wire:
 
     def pump(self) -> bool:
         """Take in what has arrived; says whether there was anything."""
+        self.told_itself = False
         try:
             messages = self.transport.poll()
         except PeerLostError as error:

@@ -1,4 +1,7 @@
-"""A connection to one peer: a process group of two, a thread that sends and a thread that receives.
+"""A connection to one peer: a process group of two, and threads that send, look for heads, and take payload in.
+
+A parcel is a *head*, which says what comes, and payload. Heads have a tag of their own and run ahead of the payload of
+earlier parcels, so that the next payload's receives are posted before the last byte of the former has come.
 
 gloo's work objects cannot be asked whether they are finished, only waited for; hence the threads. Their waits have no
 deadline of their own: callers have theirs and never wait here, and `close` ends every wait.
@@ -7,12 +10,12 @@ deadline of their own: callers have theirs and never wait here, and `close` ends
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -20,46 +23,21 @@ import torch
 
 from weft.deadline import Deadline
 from weft.endpoint import Envelope, decode
-from weft.errors import PeerLostError, RecordError, TransportError, WeftError
+from weft.errors import PeerLostError, TransportError, WeftError
 from weft_gloo.messages import Message
+from weft_gloo.parcels import FAREWELL, HEAD_BYTES, SIGNAL, Expected, Parcel, announcement, read_head
 
-HEAD_BYTES = 512
-"""Every parcel starts with a message of this size: four bytes of length, then what fits of the envelope."""
-_LENGTH_BYTES = 4
-_TAG = 0
-_WAKE_TAG = 1
+_HEAD_TAG, _REST_TAG, _TAG, _WAKE_TAG = range(4)
+_AHEAD = 2
+"""Most parcels announced whose payload has not been posted: the one that is being sent, and the next."""
 _UNTIL_CLOSED = timedelta(days=30)
 _END_SECONDS = 5.0
+"""Longest wait for each thread when a connection is closed."""
+_BROKEN_END_SECONDS = 0.5
+"""The same for a connection that had broken: gloo may then forget a send, and nothing ends the wait for it any more."""
 _LOOK_SECONDS = 0.001
 LINGER_SECONDS = 1.0
 """Longest wait of who closes for the peers' answers."""
-_FAREWELL = b""
-"""The envelope of who closes, and the answer to it: gloo loses what has arrived but was not looked at when a connection
-ends.
-"""
-
-
-@dataclass(eq=False)
-class Parcel:
-    """An envelope and the payload that follows it."""
-
-    envelope: bytes
-    payload: Sequence[Message]
-    started: bool = False
-    done: bool = False
-    error: TransportError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """Where a bucket's payload goes."""
-
-    payload: Sequence[Message]
-    wanted: bool = True
-    """False for what nobody waits for any more: it is taken in and dropped."""
-
-
-_SIGNAL = Expected(())
 
 
 class Link:
@@ -75,12 +53,14 @@ class Link:
         expected: Callable[[Envelope, Callable[[], bool]], Expected | None],
         deliver: Callable[[Envelope], None],
         lost: Callable[[PeerLostError], None],
+        progressed: Callable[[], None],
     ) -> None:
+        """`progressed` is called, in one of the link's threads, when a parcel is done."""
         self.peer = peer
         self.error: TransportError | None = None
         self.up = False
         self._meet, self._remote_rank, self._depth = meet, remote_rank, depth
-        self._expected, self._deliver, self._lost = expected, deliver, lost
+        self._expected, self._deliver, self._lost, self._progressed = expected, deliver, lost, progressed
         self._staging_bytes = staging_bytes
         self._group: Any | None = None
         self._closing = False
@@ -90,9 +70,16 @@ class Link:
         self._farewell_said = False
         self._parted = False
         """Whether the peer has said farewell: it has everything, and says no more."""
-        self._receiver = threading.Thread(target=self._receive, name=f"weft-gloo from {peer}", daemon=True)
-        self._sender = threading.Thread(target=self._send, name=f"weft-gloo to {peer}", daemon=True)
-        self._receiver.start()
+        self._arrivals: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """What to do about heads and messages, in the order in which they were announced."""
+        self._receivable: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+        """Staging buffers, one for each message that may still be on its way here."""
+        self._threads = [
+            threading.Thread(target=run, name=f"weft-gloo {what} {peer}", daemon=True)
+            for run, what in ((self._look, "from"), (self._take, "take from"), (self._send, "to"))
+        ]
+        for thread in self._threads[:-1]:
+            thread.start()
 
     def ready(self) -> bool:
         """Whether both sides have come. Raises what prevented it."""
@@ -110,7 +97,7 @@ class Link:
         self._parcels.put(parcel)
 
     def cancel(self, parcel: Parcel) -> None:
-        """Do not send it, unless it has started already."""
+        """Do not send it, unless it has been announced already."""
         with self._lock:
             if not parcel.started:
                 parcel.done = True
@@ -122,25 +109,26 @@ class Link:
             says = not self._farewell_said and bool(self.up or self._open_parcels)
             self._farewell_said |= says
         if says:
-            self.submit(Parcel(_FAREWELL, ()))
+            self.submit(Parcel(FAREWELL, ()))
 
     def close(self, linger: Deadline) -> None:
-        """End both threads. What was submitted arrives before, if it can by the deadline."""
+        """End all threads. What was submitted arrives before, if it can by the deadline."""
         self.say_farewell()
         while self._farewell_said and not (self._parted or self.error is not None or linger.expired()):
             time.sleep(_LOOK_SECONDS)
+        end_seconds = _END_SECONDS if self.error is None else _BROKEN_END_SECONDS
         self._closing = True
         self._fail("closed")
+        self._arrivals.put(None)
         group = self._group
         if group is not None:
             # A wait that times out closes gloo's sockets, which ends every other wait: the only way to interrupt one.
             never = torch.empty(1, dtype=torch.uint8)
             with contextlib.suppress(RuntimeError):
                 group.recv([never], self._remote_rank, _WAKE_TAG).wait(timedelta(milliseconds=1))
-        self._parcels.put(None)
-        for thread in (self._receiver, self._sender):
+        for thread in self._threads:
             if thread.is_alive():
-                thread.join(_END_SECONDS)
+                thread.join(end_seconds)
         self._group = None
 
     def _closed(self) -> bool:
@@ -155,101 +143,137 @@ class Link:
             parcels, self._open_parcels = self._open_parcels, set()
         for parcel in parcels:
             parcel.error, parcel.done = self.error, True
+        self._parcels.put(None)
+        self._receivable.put(None)
         if first and not self._closing:
             self._lost(PeerLostError(self.peer, reason))
 
-    def _receive(self) -> None:
+    def _failing(self, error: Exception) -> Callable[[], None]:
+        return functools.partial(self._fail, str(error).partition("\n")[0])
+
+    def _look(self) -> None:
+        """Meet, then take in heads and post the receives of what they announce."""
         try:
             self._group = self._meet(self._closed)
             self.up = True
-            self._sender.start()
-            staging = self._buffers()
-            head = torch.empty(HEAD_BYTES, dtype=torch.uint8)
+            self._threads[-1].start()
+            for buffer in self._buffers():
+                self._receivable.put(buffer)
+            heads = deque(self._expect_head() for _ in range(self._depth))
             while not self._closing:
-                envelope = self._receive_envelope(head)
-                if envelope is None:
-                    self._parted = True
-                    self.say_farewell()
-                    continue
-                expected = _SIGNAL if envelope.bucket is None else self._expected(envelope, self._closed)
-                if expected is None:
-                    break
-                self._receive_payload(expected.payload, staging)
-                if expected.wanted:
-                    self._deliver(envelope)
+                work, head = heads.popleft()
+                work.wait(_UNTIL_CLOSED)
+                heads.append(self._expect_head())
+                self._announced(self._envelope(head))
         except (RuntimeError, WeftError) as error:
-            self._fail(str(error).partition("\n")[0])
-            self._parcels.put(None)
+            self._arrivals.put(self._failing(error))
+        self._arrivals.put(None)
 
-    def _receive_envelope(self, head: torch.Tensor) -> Envelope | None:
+    def _expect_head(self) -> tuple[Any, torch.Tensor]:
+        head = torch.empty(HEAD_BYTES, dtype=torch.uint8)
+        return self._recv(head, _HEAD_TAG), head
+
+    def _envelope(self, head: torch.Tensor) -> Envelope | None:
         """None is a farewell."""
-        self._recv(head).wait(_UNTIL_CLOSED)
-        wire = head.numpy().tobytes()
-        length = int.from_bytes(wire[:_LENGTH_BYTES], "little")
-        if not length:
-            return None
-        body = wire[_LENGTH_BYTES : _LENGTH_BYTES + length]
-        if length > len(body):
-            if length > 2 * 65536:
-                raise RecordError(f"{self.peer} announces an envelope of {length} bytes")
-            rest = torch.empty(length - len(body), dtype=torch.uint8)
-            self._recv(rest).wait(_UNTIL_CLOSED)
+        body, missing = read_head(head, self.peer)
+        if missing:
+            rest = torch.empty(missing, dtype=torch.uint8)
+            self._recv(rest, _REST_TAG).wait(_UNTIL_CLOSED)
             body += rest.numpy().tobytes()
-        return decode(body, self.peer)
+        return decode(body, self.peer) if body else None
 
-    def _receive_payload(self, payload: Sequence[Message], staging: list[torch.Tensor]) -> None:
-        flight: deque[tuple[Any, Message, torch.Tensor]] = deque()
-        for index, message in enumerate(payload):
-            if len(flight) == self._depth:
-                self._arrived(*flight.popleft())
-            buffer = staging[index % self._depth][: message.nbytes] if message.packed else message.pieces[0]
-            flight.append((self._recv(buffer), message, buffer))
-        for entry in flight:
-            self._arrived(*entry)
+    def _announced(self, envelope: Envelope | None) -> None:
+        if envelope is None:
+            self._arrivals.put(self._part)
+            return
+        expected = SIGNAL if envelope.bucket is None else self._expected(envelope, self._closed)
+        for message in expected.payload if expected is not None else ():
+            staging = self._receivable.get()
+            if staging is None:
+                return
+            buffer = staging[: message.nbytes] if message.packed else message.pieces[0]
+            work = self._recv(buffer, _TAG)
+            self._arrivals.put(functools.partial(self._arrived, work, message, buffer, staging))
+        if expected is not None and expected.wanted:
+            self._arrivals.put(functools.partial(self._deliver, envelope))
 
-    def _arrived(self, work: Any, message: Message, buffer: torch.Tensor) -> None:
+    def _take(self) -> None:
+        """Do what is to be done about what arrives."""
+        try:
+            while (act := self._arrivals.get()) is not None:
+                act()
+        except (RuntimeError, WeftError) as error:
+            self._failing(error)()
+
+    def _arrived(self, work: Any, message: Message, buffer: torch.Tensor, staging: torch.Tensor) -> None:
         work.wait(_UNTIL_CLOSED)
         if message.packed:
             message.scatter(buffer)
+        self._receivable.put(staging)
+
+    def _part(self) -> None:
+        self._parted = True
+        self.say_farewell()
 
     def _send(self) -> None:
+        """Announce parcels and send their payload, each as far ahead as it may."""
+        announced: deque[tuple[Parcel, deque[Message]]] = deque()
+        flight: deque[tuple[Any, torch.Tensor | None, Parcel | None]] = deque()
+        free = self._buffers()
         try:
-            staging = self._buffers()
-            while (parcel := self._parcels.get()) is not None:
-                with self._lock:
-                    if parcel.done:
-                        continue
-                    parcel.started = True
-                flight: deque[Any] = deque()
-                for tensor in self._tensors(parcel, staging, flight):
-                    flight.append(self._sent(tensor))
-                while flight:
-                    flight.popleft().wait(_UNTIL_CLOSED)
-                with self._lock:
-                    parcel.done = True
-                    self._open_parcels.discard(parcel)
+            while True:
+                may_wait = not (announced or flight)
+                parcel = self._next(may_wait) if len(announced) < _AHEAD else None
+                if parcel is not None:
+                    for tensor, tag in zip(announcement(parcel.envelope), (_HEAD_TAG, _REST_TAG), strict=False):
+                        flight.append((self._sent(tensor, tag), None, None if parcel.payload else parcel))
+                    if parcel.payload:
+                        announced.append((parcel, deque(parcel.payload)))
+                elif announced and free:
+                    parcel, messages = announced[0]
+                    message, staging = messages.popleft(), free.pop()
+                    tensor = message.gather(staging) if message.packed else message.pieces[0]
+                    flight.append((self._sent(tensor, _TAG), staging, None if messages else parcel))
+                    if not messages:
+                        announced.popleft()
+                elif flight:
+                    work, buffer, ended = flight.popleft()
+                    work.wait(_UNTIL_CLOSED)
+                    if buffer is not None:
+                        free.append(buffer)
+                    if ended is not None:
+                        self._left(ended)
         except RuntimeError as error:
-            self._fail(str(error).partition("\n")[0])
+            self._arrivals.put(self._failing(error))
 
-    def _tensors(self, parcel: Parcel, staging: list[torch.Tensor], flight: deque[Any]) -> Iterator[torch.Tensor]:
-        """What to send, one after another; waits for the oldest send when `depth` are in flight."""
-        wire = len(parcel.envelope).to_bytes(_LENGTH_BYTES, "little") + parcel.envelope
-        yield torch.frombuffer(bytearray(wire[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0")), dtype=torch.uint8)
-        if len(wire) > HEAD_BYTES:
-            yield torch.frombuffer(bytearray(wire[HEAD_BYTES:]), dtype=torch.uint8)
-        for index, message in enumerate(parcel.payload):
-            while len(flight) >= self._depth:
-                flight.popleft().wait(_UNTIL_CLOSED)
-            yield message.gather(staging[index % self._depth]) if message.packed else message.pieces[0]
+    def _next(self, wait: bool) -> Parcel | None:
+        """The next parcel to announce; None when there is none yet."""
+        try:
+            parcel = self._parcels.get(block=wait)
+        except queue.Empty:
+            return None
+        if parcel is None:
+            raise RuntimeError("closed")
+        with self._lock:
+            if parcel.done:
+                return None
+            parcel.started = True
+        return parcel
+
+    def _left(self, parcel: Parcel) -> None:
+        with self._lock:
+            parcel.done = True
+            self._open_parcels.discard(parcel)
+        self._progressed()
 
     def _buffers(self) -> list[torch.Tensor]:
         return [torch.empty(self._staging_bytes, dtype=torch.uint8) for _ in range(self._depth)]
 
-    def _recv(self, tensor: torch.Tensor) -> Any:
-        return self._alive().recv([tensor], self._remote_rank, _TAG)
+    def _recv(self, tensor: torch.Tensor, tag: int) -> Any:
+        return self._alive().recv([tensor], self._remote_rank, tag)
 
-    def _sent(self, tensor: torch.Tensor) -> Any:
-        return self._alive().send([tensor], self._remote_rank, _TAG)
+    def _sent(self, tensor: torch.Tensor, tag: int) -> Any:
+        return self._alive().send([tensor], self._remote_rank, tag)
 
     def _alive(self) -> Any:
         group = self._group

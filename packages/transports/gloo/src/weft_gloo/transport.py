@@ -20,9 +20,10 @@ from weft.errors import ConfigError, PeerLostError, TransportError
 from weft.hosts import check_reachable, choose_host
 from weft.member import Member, Region, Tag
 from weft.records import decoded
-from weft_gloo.link import LINGER_SECONDS, Expected, Link, Parcel
+from weft_gloo.link import LINGER_SECONDS, Link
 from weft_gloo.messages import Message, dropped, messages_of
 from weft_gloo.options import GlooOptions
+from weft_gloo.parcels import Expected, Parcel
 from weft_gloo.rendezvous import listen, meet, serve
 
 CAPABILITIES = Capabilities(
@@ -183,6 +184,7 @@ class GlooTransport:
             functools.partial(self._expected, peer.name),
             functools.partial(self._inbox.deliver, identity),
             self._inbox.lose,
+            self._inbox.stir,
         )
         self._links[peer.name] = (new, link)
         self._inbox.admit(peer.name, identity)
@@ -247,6 +249,10 @@ class GlooTransport:
         self._require_open()
         self._waiting = [work for work in self._waiting if not work.advance()]
         return self._inbox.drain()
+
+    def wait(self, seconds: float) -> None:
+        """Until something has arrived, left or broken."""
+        self._inbox.wait(seconds)
 
     def fence(self, prepared: Prepared, bucket: int, tag: Tag, stream: Stream) -> None:
         """Nothing to do: the bytes were written by this process."""
