@@ -75,9 +75,15 @@ class Connection:
     scratch_slots: Mapping[str, int]
     """Per target: scratch groups in flight."""
     segments: int
+    """Of all its buckets."""
     registrations: int
     seconds: Mapping[str, float]
     """What joining took: `allocate` (staging), `register`; the rest is meeting, planning, connecting, preparing."""
+
+    @property
+    def passed_on(self) -> tuple[Step, ...]:
+        """Buckets that a mere target sends."""
+        return () if self.source is not None else self.sends
 
 
 def host_identity() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -16,20 +16,17 @@ from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
 from weft.installation import Installation
 from weft.job_store import JobStore
-from weft.leaders import ReplicaLeader, SourceLeader
 from weft.loop import Account, Loop
 from weft.offer import Offer
 from weft.plugins import load
 from weft.policy import Policy
 from weft.rendezvous import Rendezvous
-from weft.replay import Clock, Receiver, Sender
 from weft.report import Report
 from weft.roster import Expect
 from weft.serving import NoControl, receive
-from weft.session import SourceSession, TargetSession
 from weft.slices import Slice
 from weft.stores import CountedStore, open_store
-from weft.wire import Notice
+from weft.taking_part import TakingPart
 
 
 class Refit:
@@ -216,15 +213,7 @@ class Refit:
             self._offer.withdraw(f"version {version} is offered instead")
         loop.wire.finish(version - 1)
         account = self._account()
-        roles, wire, clock = connection.roles, loop.wire, Clock()
-        leader = None
-        if roles.source_leader == self.name:
-            leader = SourceLeader(
-                wire, self._records, self._prefix, roles.sources, roles.replica_leaders, self._deadlines, version
-            )
-        senders = {replica: self._sender(names, version, clock) for replica, names in roles.replicas.items()}
-        own_replica = self._identity.replica if connection.local else None
-        session = SourceSession(wire, version, senders, roles.source_leader, leader, clock, own_replica)
+        session = self._part.offering(version)
         try:
             session.offer(self._source.hold(version))
         except BaseException as error:
@@ -234,12 +223,6 @@ class Refit:
         self._last_version = version
         return self._offer
 
-    def _sender(self, names: Sequence[str], version: int, clock: Clock) -> Callable[[], Sender]:
-        connection = self._connection[0]
-        steps = [step for step in connection.sends if step.bucket.peer in names]
-        every, slots = self._policy.digest_every, connection.scratch_slots
-        return lambda: Sender(connection.wire, connection.prepared, steps, slots, version, clock, every)
-
     def begin(self, version: int | None = None) -> Installation:
         """Wait for the sources' offer and say that this target may be written: its replica must be paused by now.
 
@@ -248,58 +231,16 @@ class Refit:
         connection, loop = self._connection
         if self._target is None or connection.target is None:
             raise ConfigError(f"{self.name} has no target: only targets begin")
-        wire, roles, replica = loop.wire, connection.roles, self._identity.replica or ""
-        leader_name, members = roles.replica_leaders[replica], roles.replicas[replica]
-        leads = leader_name == self.name
-        account = self._account()
+        account, part = self._account(), self._part
         try:
             found = self._await(version, *self._announcement(connection))
         except RefitAbortedError as error:
-            if leads:
-                for member in members:
-                    wire.tell(member, error.version, Notice("abort", replica, "\n".join(error.reasons)))
-                ended = Notice("replica-outcome", replica, "; ".join(error.reasons), (0,))
-                wire.tell(roles.source_leader, error.version, ended)
+            part.decline(error.version, error.reasons)
             raise
-        wire.finish(found - 1)
-        leader = None
-        if leads:
-            for member in members:
-                if member != self.name:
-                    wire.tell(member, found, Notice("begin", replica))
-            leader = ReplicaLeader(
-                wire, self._records, self._prefix, replica, members, roles.source_leader, found,
-                shadow=self._policy.shadow,
-            )  # fmt: skip
-        clock = Clock()
-        receiver = Receiver(
-            wire,
-            connection.prepared,
-            connection.receives,
-            connection.local,
-            self._target,
-            *connection.target,
-            found,
-            clock,
-            roles.sources,
-            partial=bool(self._policy.only),
-            digest_every=self._policy.digest_every,
-            shadow=connection.shadow,
-        )
-        passed_on = connection.sends if self._source is None else ()
-        relay = Sender(
-            wire, connection.prepared, passed_on, connection.scratch_slots, found, clock,
-            self._policy.digest_every, lambda bucket: receiver.has(connection.gates[bucket]),
-        )  # fmt: skip
-        session = TargetSession(wire, found, self._target, receiver, relay, replica, leader_name, leader, clock)
-        installation = Installation(
-            loop,
-            session,
-            self._deadlines,
-            account,
-            len(connection.receives) + len(passed_on),
-            connection.segments,
-        )
+        loop.wire.finish(found - 1)
+        session = part.installing(self._target, found)
+        buckets = len(connection.receives) + len(connection.passed_on)
+        installation = Installation(loop, session, self._deadlines, account, buckets, connection.segments)
         self._installation = installation
         self._last_version = max(found, self._last_version)
         try:
@@ -388,8 +329,9 @@ class Refit:
         return JobStore(self._counted, self._job, self._secret)
 
     @property
-    def _prefix(self) -> str:
-        return f"{self._records.root}/refit"
+    def _part(self) -> TakingPart:
+        prefix = f"weft/{self._job}/refit"
+        return TakingPart(self._connection[0], self._records, prefix, self._deadlines, self._policy)
 
     def _account(self) -> Account:
         store = self._counted
