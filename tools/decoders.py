@@ -41,7 +41,7 @@ from weft.roster import Event, Roster
 from weft.slices import Slice, prove, slice_of
 from weft.testing.tiny import Tiny
 from weft.wire import Wire
-from weft_gloo.link import HEAD_BYTES, Link
+from weft_gloo.parcels import HEAD_BYTES, read_head
 
 GOLDEN = PACKAGES / "core" / "tests" / "golden"
 _SOURCES = ("core", "transports/*")
@@ -53,7 +53,7 @@ WHOLE = {"weft.planfile._Header", "weft.slices._SliceRecord"}
 NOT_DECODERS = {
     "weft.digest.tensor_seed": "reads a hash",
     "weft.records.decoded": "what is fuzzed, by every schema",
-    "weft_gloo.link.Link._tensors": "makes what is sent",
+    "weft_gloo.parcels.announcement": "makes what is sent",
     "weft_nccl.library": "words of the library",
     "weft_nixl.diagnosis": "words of the library",
     "weft_mapped": "memory of the own process",
@@ -247,7 +247,7 @@ def _of_messages() -> Iterator[Reader]:
 
     frames = ("weft.control._Wire.frames",)
     yield Reader("control connection", [golden["hello"]], read_frames, frames, framed)
-    yield Reader("head of gloo", envelopes, _gloo_head, ("weft_gloo.link",), framed)
+    yield Reader("head of gloo", envelopes, _gloo_head, ("weft_gloo.parcels.read_head",), framed)
     hub = LocalHub()
     people = [Member(name, None, None, None, 0, "h", "h", "cpu", incarnation=2, memory_epoch=1) for name in "ab"]
     ends: list[Transport] = [local_factory({"hub": hub}) for _ in people]
@@ -276,17 +276,10 @@ def _of_messages() -> Iterator[Reader]:
 
 
 def _gloo_head(data: bytes) -> None:
-    """Gives a link what a peer sends: a head of its size, and the rest."""
-    rest = bytearray(data.ljust(HEAD_BYTES, b"\0"))
-
-    def receive(buffer: torch.Tensor) -> Any:
-        part = bytes(rest[: buffer.numel()]).ljust(buffer.numel(), b"\0")
-        del rest[: buffer.numel()]
-        buffer.copy_(torch.frombuffer(bytearray(part), dtype=torch.uint8))
-        return SimpleNamespace(wait=lambda _: None)
-
-    link: Any = SimpleNamespace(peer="peer", _recv=receive)
-    Link._receive_envelope(link, torch.empty(HEAD_BYTES, dtype=torch.uint8))
+    """Reads a link's head, and the envelope when the rest of it is there."""
+    head = torch.frombuffer(bytearray(data[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0")), dtype=torch.uint8)
+    body, missing = read_head(head, "peer")
+    decode(body + data[HEAD_BYTES : HEAD_BYTES + missing], "peer")
 
 
 def _of_configurations(folder: Path) -> Iterator[Reader]:
