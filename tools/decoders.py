@@ -247,7 +247,9 @@ def _of_messages() -> Iterator[Reader]:
 
     frames = ("weft.control._Wire.frames",)
     yield Reader("control connection", [golden["hello"]], read_frames, frames, framed)
-    yield Reader("head of gloo", envelopes, _gloo_head, ("weft_gloo.parcels.read_head",), framed)
+    yield Reader(
+        "head of gloo", envelopes, _gloo_head, ("weft_gloo.parcels.read_head", "weft_gloo.link.Link._envelope"), framed
+    )
     hub = LocalHub()
     people = [Member(name, None, None, None, 0, "h", "h", "cpu", incarnation=2, memory_epoch=1) for name in "ab"]
     ends: list[Transport] = [local_factory({"hub": hub}) for _ in people]
