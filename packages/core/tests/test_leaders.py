@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from weft.deadline import Deadline, Deadlines
+from weft.errors import RecordError
 from weft.job_store import JobStore
 from weft.leaders import SourceLeader
 from weft.local import LocalHub, factory
@@ -71,3 +72,18 @@ def test_a_replica_that_does_not_answer_ends_with_what_is_known(records: JobStor
     while not told and time.monotonic() < limit:
         told = case.step()[1]
     assert told == ["source trainer/0: lost rollout/2"]
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("commit", (1,)), ("credit", ()), ("outcome", (1, 2)), ("roll", (1, 2))])
+def test_a_notice_that_lacks_numbers_is_refused(kind: str, numbers: tuple[int, ...]) -> None:
+    hub = LocalHub()
+    ends = [factory({"hub": hub}) for _ in range(2)]
+    members = [Member(name, None, None, None, 0, "h", "h", "cpu") for name in ("a", "b")]
+    for end, member in zip(ends, members, strict=True):
+        end.open(member)
+    for end, member, peer in zip(ends, members[::-1], ends[::-1], strict=True):
+        end.connect(member, peer.address(), Deadline.after(60))
+    wires = [Wire(end, member, members) for end, member in zip(ends, members, strict=True)]
+    wires[0].tell("b", 1, Notice(kind, numbers=numbers))
+    with pytest.raises(RecordError, match=f"'{kind}' with {len(numbers)} numbers"):
+        wires[1].pump()

@@ -11,13 +11,15 @@ import msgspec
 
 from weft.authentication import Guard
 from weft.contracts import Message, Transport
-from weft.errors import PeerLostError
+from weft.errors import PeerLostError, RecordError
 from weft.member import Member, Tag
 from weft.records import decoded
 
 _LOG = logging.getLogger(__name__)
 _TEXT_CHARACTERS = 15_000
 """Longer reasons are cut, so that a notice fits a signal."""
+_NUMBERS = {"credit": (2,), "commit": (2,), "outcome": (1, 3), "replica-outcome": (1, 3), "roll": (1,)}
+"""How many numbers come with notices of these kinds."""
 
 
 class Notice(msgspec.Struct, frozen=True, array_like=True):
@@ -105,6 +107,10 @@ class Wire:
             self._arrivals[tag.version].append(message)
         else:
             notice = decoded(Notice, message.note, f"signal of {message.peer} is not a notice")
+            if len(notice.numbers) not in _NUMBERS.get(notice.kind, (len(notice.numbers),)):
+                raise RecordError(
+                    f"signal of {message.peer} is not a notice: {notice.kind!r} with {len(notice.numbers)} numbers"
+                )
             self._notices[tag.version].append((message.peer, notice))
 
     def _recognized(self, guard: Guard, message: Message) -> Message | None:

@@ -222,7 +222,7 @@ class Link:
                     peer.told = max(peer.told, registered)
                 case Announced(envelope):
                     self.inbox.deliver(peer.identity, envelope)
-        except (TransportError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self.lose(PeerLostError(name, f"it sent {len(said)} bytes that are not a message of weft: {error}"))
 
     def _say(self, name: str, what: Said) -> None:
