@@ -168,9 +168,10 @@ def check_watching(watched: dict[str, Any]) -> None:
     for said in (watched["withdrawn"], watched["withdrawn_refit"]):
         assert "RefitAbortedError" in said
         assert "the trainer has thought better of it" in said
-    assert watched["spoilt"].startswith("RefitAbortedError")
-    assert "worker 0: " in watched["spoilt"]
-    assert "the shadow is broken" in watched["spoilt"]
+    for said in (watched["spoilt"], watched["spoilt_refit"]):
+        assert said.startswith("RefitAbortedError")
+        assert "worker 0: " in said
+        assert "the shadow is broken" in said
     assert all("the shadow is broken" in answer for answer in watched["told"])
     assert "version 99 is asked for" in watched["wrong_version"]
     for after in ("after_withdrawal", "after_spoiling", "after_wrong_version"):

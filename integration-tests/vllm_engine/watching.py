@@ -67,6 +67,7 @@ def _watched(case: Any, sources: SourceProcesses) -> dict[str, Any]:
     sources.send("offer", 3, case.weights("C"))
     result["spoilt"] = _failure_of(control.ready)
     result["told"] = sources.answers()
+    result["spoilt_refit"] = case.failure(control.refit)
     result["after_spoiling"] = case.gaps("B")
     case.llm.collective_rpc(spoil_fetching, args=(False,))
     sources.send("offer", 4, case.weights("C"))
