@@ -41,15 +41,17 @@ class Loop:
         wait = transport.wait if isinstance(transport, Waiting) else None
         sleep_seconds = _FIRST_SLEEP_SECONDS
         while True:
-            arrived = self.wire.pump()
+            busy = self.wire.pump()
             if self.offered is not None:
+                before = self.offered.nbytes
                 self.offered.step()
+                busy |= self.offered.nbytes != before  # what has left makes room for the next
             step()
             if done():
                 return
             if deadline.expired():
                 raise DeadlineError(what, deadline.seconds, late())
-            if arrived or self.wire.told_itself:
+            if busy or self.wire.told_itself:
                 sleep_seconds = _FIRST_SLEEP_SECONDS
             elif wait is not None:
                 wait(_LONGEST_WAIT_SECONDS)

@@ -58,10 +58,10 @@ class Offer:
         return self._session.waiting_for()
 
     def serve(self) -> bool:
-        """One round of what `released` and `committed` do until they are done; says whether anything arrived."""
-        arrived = self._loop.wire.pump()
+        """One round of what `released` and `committed` do until they are done; says whether anything happened."""
+        arrived, before = self._loop.wire.pump(), self._session.nbytes
         self._session.step()
-        return arrived
+        return arrived or self._session.nbytes != before
 
     def released(self, deadline: Deadline | None = None) -> None:
         """Serve until no replica reads this source's weights any more: afterwards they may change.
