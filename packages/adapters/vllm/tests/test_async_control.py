@@ -22,6 +22,9 @@ class FakeCores:
         self.core_engines = [0, 1]
         self.calls: list[str] = []
         self.fail: tuple[str, set[int]] = ("", set())
+        self.hang = ""
+        """Names a call that never ends; `reached` says that it has come."""
+        self.reached = asyncio.Event()
         self.versions = [4, 4]
         self.touched = [False, True]
         self.watched: list[dict[str, Any] | None] = [None, None]
@@ -31,6 +34,9 @@ class FakeCores:
         self.calls.append(f"{name} {engine}")
         if name == self.fail[0] and engine in self.fail[1]:
             raise RuntimeError(f"boom {engine}")
+        if name == self.hang:
+            self.reached.set()
+            await asyncio.Event().wait()
         if method == "reset_prefix_cache":
             return True
         report = {"version": self.versions[engine], "refit": {"digest": "d", "bytes": 5, "seconds": {}}}
@@ -101,6 +107,58 @@ def test_a_failure_in_any_engine_is_seen_and_refuses(engines: set[int]) -> None:
         engine.engine_core.fail = ("", set())
         await control.refit(4)
         assert await engine.add_request("hello") == "accepted hello"
+
+    asyncio.run(refit())
+
+
+@pytest.mark.trap(48)
+@pytest.mark.parametrize("step", ["start_weight_update", "update_weights", "finish_weight_update", "weft_report"])
+@pytest.mark.parametrize("touched", [False, True])
+def test_after_a_cancelled_refit_requests_are_refused_until_a_whole_version_is_in(step: str, touched: bool) -> None:
+    engine = FakeAsync()
+    cores = engine.engine_core
+    cores.touched = [touched] * 2
+    control = weft_vllm.async_control(engine)
+
+    async def refit() -> None:
+        cores.hang = step
+        under_way = asyncio.create_task(control.refit(4))
+        await asyncio.wait_for(cores.reached.wait(), 60.0)
+        under_way.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await under_way
+        with pytest.raises(weft_vllm.RefusedError, match="CancelledError"):
+            await engine.add_request("hello")
+        cores.hang, cores.fail = "", ("start_weight_update", {0, 1})
+        with pytest.raises(RuntimeError, match="boom"):
+            await control.refit(4)
+        assert "wake_up scheduling" not in cores.calls
+        with pytest.raises(weft_vllm.RefusedError, match="mixed"):
+            await engine.add_request("hello")
+        cores.fail = ("", set())
+        await control.refit(4)
+        assert await engine.add_request("hello") == "accepted hello"
+
+    asyncio.run(refit())
+
+
+@pytest.mark.trap(48)
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_start_that_takes_too_long_refuses_unless_no_worker_was_touched(touched: bool) -> None:
+    engine = FakeAsync()
+    engine.engine_core.hang = "start_weight_update"
+    engine.engine_core.touched = [False, touched]
+    brief = Deadlines(offer=0.01, begin=1.0, move=0.01, vote=0.01)
+
+    async def refit() -> None:
+        control = weft_vllm.async_control(engine)
+        with pytest.raises(DeadlineError, match="start_weight_update of the engine"):
+            await control.refit(4, deadlines=brief)
+        if touched:
+            with pytest.raises(weft_vllm.RefusedError, match="start_weight_update of the engine"):
+                await engine.add_request("hello")
+        else:
+            assert await engine.add_request("hello") == "accepted hello"
 
     asyncio.run(refit())
 

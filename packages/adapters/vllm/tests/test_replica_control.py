@@ -25,12 +25,13 @@ class FakeCore:
 
 
 class FakeLLM:
-    """What `VllmControl` uses of a `vllm.LLM`; `fail` names the call that raises."""
+    """What `VllmControl` uses of a `vllm.LLM`; `fail` names the call that raises, with `fault` where that is given."""
 
     def __init__(self, versions: tuple[int, ...] = (4, 4)) -> None:
         self.llm_engine = FakeCore()
         self.calls: list[str] = []
         self.fail = ""
+        self.fault: BaseException | None = None
         self.versions = versions
         self.cache_is_free = True
         self.watched: list[dict[str, Any] | None] = [None, None]
@@ -44,6 +45,8 @@ class FakeLLM:
         self.calls.append(call)
         if self.dead and call == "weft_abort":
             raise RuntimeError("engine is dead")
+        if call == self.fail and self.fault is not None:
+            raise self.fault
         if call == self.fail:
             raise RuntimeError(f"{call} failed on 1 of 2 workers: worker 1: boom")
 
@@ -112,10 +115,53 @@ def test_after_a_failure_that_may_have_written_requests_are_refused_until_a_whol
 
 def test_a_failure_before_anything_was_written_leaves_the_old_version_serving() -> None:
     llm = FakeLLM()
-    llm.fail = "start"
+    llm.fail, llm.touched = "start", False
     with pytest.raises(RuntimeError):
         weft_vllm.control(llm).refit()
     assert llm.generate("hello") == "accepted hello"
+
+
+@pytest.mark.trap(48)
+def test_an_update_that_began_in_some_workers_only_makes_the_engine_refuse() -> None:
+    llm = FakeLLM()
+    llm.fail = "start"
+    with pytest.raises(RuntimeError):
+        weft_vllm.control(llm).refit()
+    with pytest.raises(weft_vllm.RefusedError, match=r"mixed with older ones: .*start failed on 1 of 2 workers"):
+        llm.generate("hello")
+
+
+@pytest.mark.trap(48)
+@pytest.mark.parametrize("step", ["start", "update", "finish", "weft_report", "reset_prefix_cache"])
+@pytest.mark.parametrize("touched", [False, True])
+def test_after_an_interruption_requests_are_refused_until_a_whole_version_is_in(step: str, touched: bool) -> None:
+    llm = FakeLLM()
+    control = weft_vllm.control(llm)
+    llm.fail, llm.fault, llm.touched = step, KeyboardInterrupt("by hand"), touched
+    with pytest.raises(KeyboardInterrupt):
+        control.refit()
+    assert llm.calls[-1] == step, "who interrupts does not wait for more calls"
+    with pytest.raises(weft_vllm.RefusedError, match="KeyboardInterrupt: by hand"):
+        llm.generate("hello")
+    llm.fail, llm.fault = "start", None
+    with pytest.raises(RuntimeError, match="start"):
+        control.refit()
+    assert "wake_up scheduling" not in llm.calls
+    with pytest.raises(weft_vllm.RefusedError, match="mixed"):
+        llm.generate("hello")
+    llm.fail = ""
+    control.refit()
+    assert llm.generate("hello") == "accepted hello"
+
+
+@pytest.mark.trap(48)
+def test_a_failure_after_workers_have_committed_refuses_though_they_are_whole() -> None:
+    llm = FakeLLM()
+    llm.fail, llm.touched = "reset_prefix_cache", False
+    with pytest.raises(RuntimeError):
+        weft_vllm.control(llm).refit()
+    with pytest.raises(weft_vllm.RefusedError, match="reset_prefix_cache"):
+        llm.generate("hello")
 
 
 def test_an_engine_that_cannot_even_give_up_refuses() -> None:

@@ -179,3 +179,66 @@ def test_a_failure_that_is_acknowledged_is_neither_reported_nor_raised(watched: 
         watched.wait()
 
     watched.run(train, serve)
+
+
+class StuckRefit:
+    """A `Refit` whose only version is ready; what the watcher then does of it ends when `released`, by a failure."""
+
+    name = "rollout/0"
+    version = 1
+
+    def __init__(self) -> None:
+        self.tended, self.released = threading.Event(), threading.Event()
+
+    def offered(self) -> int | None:
+        return None if self.released.is_set() else self.version
+
+    def begin(self) -> Any:
+        return self
+
+    def fetch(self, go_on: Callable[[], None]) -> None:
+        pass
+
+    def tend(self) -> None:
+        self.tended.set()
+        assert self.released.wait(SECONDS)
+        raise RuntimeError("gone meanwhile")
+
+
+@pytest.fixture
+def stuck() -> Iterator[tuple[StuckRefit, Watcher]]:
+    refit: Any = StuckRefit()
+    watcher = Watcher(refit, torch.device("cpu"))
+    watcher.start()
+    assert refit.tended.wait(SECONDS)
+    yield refit, watcher
+    refit.released.set()
+    watcher.stop(Deadline.after(SECONDS))
+
+
+@pytest.mark.trap(40)
+def test_a_thread_that_does_not_end_keeps_the_refit_however_often_it_is_asked(
+    stuck: tuple[StuckRefit, Watcher],
+) -> None:
+    refit, watcher = stuck
+    for _ in range(2):
+        with pytest.raises(DeadlineError, match="the end of the watcher"):
+            watcher.stop(Deadline.after(0.05))
+    refit.released.set()
+    assert watcher.stop(Deadline.after(SECONDS)) is None
+    assert watcher.state.stage == "failed"
+
+
+@pytest.mark.trap(40)
+def test_a_watcher_that_ended_late_with_a_failure_goes_on_when_that_is_told(
+    stuck: tuple[StuckRefit, Watcher],
+) -> None:
+    refit, watcher = stuck
+    with pytest.raises(DeadlineError, match="the end of the watcher"):
+        watcher.take(Deadline.after(0.05))
+    refit.released.set()
+    with pytest.raises(RefitAbortedError, match="gone meanwhile"):
+        watcher.take(Deadline.after(SECONDS))
+    assert watcher.state.stage == "waiting"
+    assert watcher._thread is not None
+    assert watcher._thread.is_alive()

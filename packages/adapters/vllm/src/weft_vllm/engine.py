@@ -21,6 +21,7 @@ from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError
 from weft.installation import Installation
 from weft.policy import Policy
+from weft.protocol.target import Stage
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
@@ -154,15 +155,21 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             raise error
         try:
             installation.update()
-        except BaseException:
+        except BaseException as error:
+            installation.abort(error)
             self._end()
             raise
 
     def finish_weight_update(self) -> None:
-        """Make the version the one that is served. Local, apart from the leader's wait for the others."""
+        """Make the version the one that is served. Collective in the replica: returns when all members have committed,
+        within twice `Deadlines.commit`.
+        """
         installation = self._active()
         try:
             self._last = installation.commit()
+        except BaseException as error:
+            installation.abort(error)
+            raise
         finally:
             self._end()
 
@@ -207,10 +214,13 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         }
 
     def state(self) -> dict[str, Any]:
-        """What the watcher is at, if there is one, and whether the last update may have changed what is served."""
+        """What the watcher is at, if there is one, and whether the last update may have changed what is served without
+        all members having it whole.
+        """
+        latest = self._latest
         return {
             "watched": None if self._watcher is None else self._watcher.report(),
-            "touched": self._latest is not None and self._latest.touched,
+            "touched": latest is not None and latest.touched and latest.state is not Stage.INSTALLED,
         }
 
     def verify(self, path: str, casts: list[list[str]]) -> dict[str, Any]:

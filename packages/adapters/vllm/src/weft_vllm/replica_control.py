@@ -83,7 +83,8 @@ class VllmControl:
 
         `version`, when given, must be the offered one. A failure is raised again. When nothing that is served has
         changed (no offer in time, say, or fetching failed) the engine goes on serving what it served; else it refuses
-        until a later refit succeeds.
+        until a later refit succeeds. So it does when this one is interrupted: the next one then gives that up, and may
+        fail for it.
         """
         self._mode = mode
         report: ReplicaReport = self._perform(steps.refit(self._gate, version, mode, deadlines or Deadlines()))
@@ -101,12 +102,14 @@ class VllmControl:
             while True:
                 try:
                     answer = self._answer(call)
-                except Exception as error:  # noqa: BLE001 - the steps decide what it means, and raise it
+                except BaseException as error:  # noqa: BLE001 - the steps decide what it means, and raise it
                     call = calls.throw(error)
                 else:
                     call = calls.send(answer)
         except StopIteration as end:
             return end.value
+        finally:
+            calls.close()  # so that the steps see an interruption that came between two calls, too
 
     def _answer(self, call: Call) -> Any:
         if call.name == "pause":
@@ -196,12 +199,14 @@ class AsyncVllmControl:
             while True:
                 try:
                     answer = await self._answer(call)
-                except Exception as error:  # noqa: BLE001 - the steps decide what it means, and raise it
+                except BaseException as error:  # noqa: BLE001 - the steps decide what it means, and raise it
                     call = calls.throw(error)
                 else:
                     call = calls.send(answer)
         except StopIteration as end:
             return end.value
+        finally:
+            calls.close()  # so that the steps see an interruption that came between two calls, too
 
     async def _answer(self, call: Call) -> Any:
         if call.name == "pause":

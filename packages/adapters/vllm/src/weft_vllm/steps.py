@@ -83,25 +83,31 @@ def ready(workers: Sequence[Mapping[str, Any]]) -> int | None:
 def refit(gate: Gate, version: int | None, mode: str, deadlines: Deadlines) -> Calls:
     """Install the version that the sources offer: fetch (workers that watch do it while they serve), pause, update,
     commit, forget caches, resume. Returns a `ReplicaReport`.
+
+    Whatever ends it once workers may have begun, an interruption too, the gate refuses, unless they say that nothing
+    that is served has changed.
     """
     d = deadlines
     fetching = d.offer + d.begin + 2 * d.move + d.vote
-    watching = yield from _fetched(Deadline.after(fetching))
+    yield from _fetched(Deadline.after(fetching))
     started = time.perf_counter()
     yield from pause(gate, mode, d.begin)
-    writable = False
+    committing = False
     try:
         yield Call("start_weight_update", seconds=fetching)
-        writable = True
         moving = d.begin + 2 * d.move + 2 * d.vote
         yield Call("update_weights", {"request": UpdateRequest({"version": version})}, moving)
-        yield Call("finish_weight_update", seconds=2 * d.commit)
+        committing = True
+        yield Call("finish_weight_update", seconds=3 * d.commit)  # workers say within two of them who is late
         workers = yield Call("collective_rpc", {"method": "weft_report"})
         installed = _one_version(workers)
         yield Call("update_weight_version", {"new_version": str(installed)})
         yield from forget_caches(installed, mode)
     except Exception as error:
-        yield from _fail(gate, f"{type(error).__name__}: {error}", writable, watching)
+        yield from _fail(gate, f"{type(error).__name__}: {error}", committing)
+        raise
+    except BaseException as error:  # an interruption: nobody can be asked, and the next refit gives this one up
+        _doubt(gate, f"{type(error).__name__}: {error}")
         raise
     gate.refused = None
     yield from resume(gate)
@@ -140,17 +146,17 @@ def resume(gate: Gate) -> Calls:
 
 
 def _fetched(deadline: Deadline) -> Calls:
-    """Wait until all workers have fetched one version, if they watch; returns whether they do. Raises
-    `RefitAbortedError` when fetching has failed: nothing has been paused for it.
+    """Wait until all workers have fetched one version, if they watch. Raises `RefitAbortedError` when fetching has
+    failed: nothing has been paused for it.
     """
     while True:
         workers = yield Call("collective_rpc", {"method": "weft_state"})
         watched = [worker["watched"] for worker in workers if worker["watched"] is not None]
         if not watched:
-            return False
+            return
         try:
             if ready(workers) is not None:
-                return True
+                return
         except RefitAbortedError as error:
             busy = [s for s in watched if s["version"] == error.version and s["stage"] in ("fetching", "ready")]
             if not busy:  # else the others are about to hear of it
@@ -162,14 +168,17 @@ def _fetched(deadline: Deadline) -> Calls:
         yield Call("pause", {"seconds": _POLL_SECONDS})
 
 
-def _fail(gate: Gate, reason: str, writable: bool, watching: bool) -> Calls:
+def _doubt(gate: Gate, reason: str) -> None:
+    gate.refuse(f"the last refit failed, and its weights may be mixed with older ones: {reason}")
+
+
+def _fail(gate: Gate, reason: str, committing: bool) -> Calls:
     """Give the update up. If what is served may be a mixture, nothing is scheduled until a whole version is in."""
     before = gate.refused
-    if writable:
-        gate.refuse(f"the last refit failed, and its weights may be mixed with older ones: {reason}")
+    _doubt(gate, reason)
     try:
         yield Call("collective_rpc", {"method": "weft_abort", "args": (reason,)})
-        if writable and watching:
+        if not committing:
             workers = yield Call("collective_rpc", {"method": "weft_state"})
             if not any(worker["touched"] for worker in workers):
                 gate.refused = before

@@ -107,8 +107,12 @@ class WeftTrainerEngine(compat.TrainerWeightTransferEngine[WeftTrainerInitInfo])
         return engine
 
     def send_weights(self) -> None:
-        """Send what the source yields now, and have the engine install it; returns once it has. The engine must be
-        paused, unless the policy lands in shadow memory. Raises `RefitAbortedError`, and what the client does.
+        """Send what the source yields now, and have the engine install it; returns once it has.
+
+        Neither this nor vLLM's clients pause: the caller does before (`pause_generation`, or `POST /pause`, with
+        `clear_cache` left as it is, so that caches of the old version are forgotten) and resumes after, whatever the
+        policy. A landing in shadow memory changes what is served in `update_weights`, too. Raises `RefitAbortedError`,
+        and what the client does; the engine must then stay paused until a later call succeeds.
         """
         self._kept.fill(self.source)
         self._version += 1

@@ -54,13 +54,14 @@ class Watcher:
 
     def stop(self, deadline: Deadline) -> Installation | None:
         """End the thread: the `Refit` belongs to the caller, and so does a version that is ready. What is being fetched
-        is given up. Raises `DeadlineError`.
+        is given up. Raises `DeadlineError`: the thread then still has the `Refit`, and `stop` may be called again.
         """
-        thread, self._thread = self._thread, None
+        thread = self._thread
         if thread is None:
             return None
         self._stopping.set()
         deadline.wait(lambda: not thread.is_alive(), "the end of the watcher", lambda: [f"{self.state}"])
+        self._thread = None
         fetched, self._fetched = self._fetched, None
         return fetched
 
@@ -76,7 +77,8 @@ class Watcher:
         if self.state.stage == "ready" and (fetched := self.stop(deadline)) is not None:
             return fetched
         failed = self.state  # perhaps while it was being taken
-        if self._thread is None:
+        if self._stopping.is_set():
+            self.stop(deadline)  # where an earlier call did not see the thread's end
             self.start()
         self.acknowledge(failed)
         raise RefitAbortedError(-1 if failed.version is None else failed.version, [failed.error or "it was given up"])
