@@ -155,6 +155,34 @@ def test_after_an_interruption_requests_are_refused_until_a_whole_version_is_in(
 
 
 @pytest.mark.trap(48)
+def test_an_interruption_between_two_calls_refuses_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FakeLLM()
+    control = weft_vllm.control(llm)
+
+    def interrupted(gate: Any, *_: Any) -> Any:
+        real = steps(gate, None, "abort", Deadlines())
+
+        class Calls:
+            def __next__(self) -> Any:
+                return next(real)
+
+            def send(self, answer: Any) -> Any:
+                if llm.calls[-1] == "update":
+                    raise KeyboardInterrupt
+                return real.send(answer)
+
+            close = staticmethod(real.close)
+
+        return Calls()
+
+    steps = weft_vllm.steps.refit
+    monkeypatch.setattr(weft_vllm.steps, "refit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        control.refit()
+    assert "mixed" in (control._gate.refused or "")
+
+
+@pytest.mark.trap(48)
 def test_a_failure_after_workers_have_committed_refuses_though_they_are_whole() -> None:
     llm = FakeLLM()
     llm.fail, llm.touched = "reset_prefix_cache", False

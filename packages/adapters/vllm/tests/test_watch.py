@@ -237,6 +237,7 @@ def test_a_watcher_that_ended_late_with_a_failure_goes_on_when_that_is_told(
     with pytest.raises(DeadlineError, match="the end of the watcher"):
         watcher.take(Deadline.after(0.05))
     refit.released.set()
+    Deadline.after(SECONDS).wait(lambda: watcher.state.stage == "failed", "failed", list)
     with pytest.raises(RefitAbortedError, match="gone meanwhile"):
         watcher.take(Deadline.after(SECONDS))
     assert watcher.state.stage == "waiting"
