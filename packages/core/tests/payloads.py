@@ -79,6 +79,8 @@ def payloads() -> dict[str, Payload]:
         ("announced", "of a member", Announced("rollout", "rollout/0", 2, 5)),
         ("roll", "of a fleet", Roll(3, {"rollout": 5}, (b"n" * 16,))),
         ("hello", "of a source", b"n" * 16),
+        ("opened", "of a fleet", 3),
+        ("at", "of a version", 3),
         ("heard", "of a source", 3),
     ):
         found[f"{kind} record {name}"] = _record(kind, made, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import count
 from threading import Barrier
@@ -312,3 +313,43 @@ def test_a_shadow_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert 'use landing "in_place"' in str(caught.value)
     monkeypatch.setattr(shadow, "_available_bytes", lambda device: shadow_bytes(layout))
     assert Shadow(layout, target.memory(), SHADOW).nbytes == shadow_bytes(layout)
+
+
+@pytest.mark.trap(48)
+def test_what_may_be_mixed_is_never_resumed(store_url: str) -> None:
+    """Version 2 fails while it is taken over; in version 3 the replica cannot even pause."""
+    left = [1]
+
+    def before(what: str, argument: object) -> None:
+        if (what, argument) == ("land", "layer1") and len(replica.log.entries("pause")) == 2 and left:
+            left.clear()
+            raise RuntimeError("half-way")
+
+    def pausing(what: str, argument: object) -> None:
+        if what == "pause" and len(replica.log.entries("pause")) == 2 and replica.log.entries("refuse"):
+            raise RuntimeError("no pause")
+
+    replica = Tolerant(store_url, before={"rollout/1": before, "control": pausing}, versions=3)
+    results = replica.run()
+    assert [isinstance(result, RefitAbortedError) for result in results["rollout/1"]] == [False, True, True]
+    assert "half-way" in str(results["rollout/1"][1])
+    assert "no pause" in str(results["rollout/1"][2])
+    assert [version for _, _, version in replica.log.entries("resume")] == [1]
+    assert replica.control.served is None
+    assert "no pause" in replica.control.refused
+
+
+def test_an_engine_serves_while_it_waits_for_an_offer(store_url: str) -> None:
+    replica = Tolerant(store_url, policy=Policy(), versions=1)
+    waited: list[int | None] = []
+    hold = replica.source.hold
+
+    def late(version: int) -> Any:
+        time.sleep(0.3)  # the engine waits by now; if not, it serves as well
+        waited.append(replica.control.served)
+        return hold(version)
+
+    replica.source.hold = late  # type: ignore[method-assign]
+    all_succeeded(replica.run())
+    assert waited == [-1]
+    assert replica.control.served == 1

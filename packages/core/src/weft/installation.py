@@ -105,8 +105,8 @@ class Installation:
         """
         self._expect(Stage.DECIDED, "commit")
         session = self._session
-        session.commit()
         try:
+            session.commit()
             # The leader waits for members, and members for the leader: it is the one to say who is late.
             patience = self._deadlines.commit if session.leader is not None else 2 * self._deadlines.commit
             self._until(Stage.INSTALLED, Deadline.after(patience), "commit")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, RefitAbortedError
+from weft.errors import ConfigError, RefitAbortedError, WeftError
 from weft.loop import Account, Loop
 from weft.report import Report
 from weft.session import SourceSession
@@ -106,6 +107,10 @@ class Offer:
 
     def withdraw(self, reason: str) -> None:
         """Give the version up in every replica that has not ended; the weights may change. Idempotent."""
+        if not self._session.done:
+            with contextlib.suppress(WeftError):
+                self._loop.wire.pump()
+                self._session.hear()  # what has been said by now counts
         if not self._session.done:
             self._session.give_up(reason)
         if self._loop.offered is self._session:

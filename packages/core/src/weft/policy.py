@@ -52,7 +52,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     least_cut_bytes: Annotated[int, msgspec.Meta(ge=1)] = _MIB
     """A copy may be divided between equally near senders, for balance, into parts of at least so many bytes."""
     digest_every: Annotated[int, msgspec.Meta(ge=1, extra={"unit": "buckets"})] = 1
-    """With digests, one bucket in so many has one, in turn from version to version. Above 1, versions have no digest
+    """With digests, one bucket in so many has one, in turn while versions grow by one. Above 1, versions have no digest
     of their own.
     """
 

@@ -23,7 +23,7 @@ from weft.policy import Policy
 from weft.rendezvous import Rendezvous
 from weft.report import Report
 from weft.roster import Expect
-from weft.serving import NoControl, receive
+from weft.serving import NoControl, Serving
 from weft.slices import Slice
 from weft.stores import CountedStore, open_store
 from weft.taking_part import TakingPart
@@ -83,7 +83,8 @@ class Refit:
         self._joined: tuple[Connection, Loop] | None = None
         self._offer: Offer | None = None
         self._installation: Installation | None = None
-        self._last_version = self._served = -1
+        self._last_version = -1
+        self._serving = Serving(control or NoControl(), self._deadlines.begin, self._policy.shadow)
 
     def __enter__(self) -> Refit:
         self.open()
@@ -298,11 +299,22 @@ class Refit:
         after a failure; the control has then been told to refuse, unless the old version is untouched: then it serves
         on.
         """
-        control, served = self._control or NoControl(), self._served
-        shadow = self._policy.shadow
-        report = receive(lambda: self.begin(version), control, self._deadlines.begin, served, shadow=shadow)
-        self._served = report.version
-        return report
+        if self._control is not None:
+            self._until_offered(version)  # what is served need not stand still for so long
+        return self._serving.receive(lambda: self.begin(version))
+
+    def _until_offered(self, version: int | None) -> None:
+        """Wait until `begin` has something to take, or to raise."""
+        connection, loop = self._connection
+        kind, sender = self._announcement(connection)
+
+        def there() -> bool:
+            newest = [loop.wire.newest(each) for each in (kind, "withdraw", "abort")]
+            return any(found is not None and found >= (version or found) for found in newest)
+
+        what = "an offer" if version is None else f"the offer of version {version}"
+        limit = Deadline.after(self._deadlines.offer)
+        loop.until(there, lambda: loop.wire.check(lambda: [sender]), limit, what, lambda: [sender])
 
     def run(self, version: int) -> Report:
         """One version in lock-step, whatever this member is: offer, receive, and wait for the others. Collective.

@@ -240,9 +240,9 @@ class Rendezvous:
         self._store.add(key, 1)
 
         def look() -> bool | None:
+            self._own_attempt()  # first: who has given up may have been counted
             if self._store.add(key, 0) >= len(lives):
                 return True
-            self._own_attempt()
             check()
             return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from weft.contracts import ReplicaControl
 from weft.deadline import Deadline
@@ -26,32 +27,49 @@ class NoControl:
         """Nothing."""
 
 
-def receive(
-    begin: Callable[[], Installation], control: ReplicaControl, pause_seconds: float, served: int, *, shadow: bool
-) -> Report:
-    """Pause, begin, update, commit and resume; with a shadow, pause only once the whole replica has every byte.
+@dataclass(slots=True)
+class Serving:
+    """What a replica serves, as the member beside its control knows."""
 
-    After a failure the control is told to refuse, unless the weights that it serves are still those of `served`: then
-    it goes on. Raises `RefitAbortedError` and the like.
+    control: ReplicaControl
+    pause_seconds: float
+    shadow: bool
+    version: int | None = None
+    """The version that is known to be whole; None before the first, and from a failure that may have left a mixture
+    until the next.
     """
-    installation, paused = None, not shadow
-    if not shadow:
-        control.pause("wait", Deadline.after(pause_seconds))
-    try:
-        installation = begin()
-        if shadow:
-            installation.fetch()
-            paused = True
-            control.pause("wait", Deadline.after(pause_seconds))
-        installation.update()
-        report = installation.commit()
-    except Exception as error:  # noqa: BLE001  # raised again, in the words of the protocol
-        failure = installation.failed(error) if installation is not None else error
-        if not shadow or (installation is not None and installation.touched):
-            control.refuse(f"{type(error).__name__}: {error}")
-        elif paused:
-            control.resume(served)
-        raise failure from (error if failure is not error else None)
-    control.invalidate_caches(report.version)
-    control.resume(report.version)
-    return report
+
+    def receive(self, begin: Callable[[], Installation]) -> Report:
+        """Pause, begin, update, commit and resume; with a shadow, pause only once the whole replica has every byte.
+
+        After a failure the control is told to refuse, unless nothing that is served has changed: then it goes on, with
+        the version that is known to be whole. Raises `RefitAbortedError` and the like.
+        """
+        served, self.version = self.version, None
+        installation, paused = None, not self.shadow
+        if not self.shadow:
+            self._pause()
+        try:
+            installation = begin()
+            if self.shadow:
+                installation.fetch()
+                paused = True
+                self._pause()
+            installation.update()
+            report = installation.commit()
+            self.control.invalidate_caches(report.version)
+            self.control.resume(report.version)
+        except Exception as error:  # noqa: BLE001  # raised again, in the words of the protocol
+            failure = installation.failed(error) if installation is not None else error
+            untouched = self.shadow and (installation is None or not installation.touched)
+            self.version = served if untouched else None
+            if paused and self.version is not None:
+                self.control.resume(self.version)
+            elif paused:
+                self.control.refuse(f"{type(error).__name__}: {error}")
+            raise failure from (error if failure is not error else None)
+        self.version = report.version
+        return report
+
+    def _pause(self) -> None:
+        self.control.pause("wait", Deadline.after(self.pause_seconds))

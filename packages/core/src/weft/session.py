@@ -79,6 +79,17 @@ class SourceSession:
 
     def step(self) -> None:
         """Do what can be done now; failures of one replica do not touch the others."""
+        self.hear()
+        for known in self._state.replicas:
+            if known.stage is source.Stage.SENDING and not known.ended:
+                self._advance(known.replica, self._sending[known.replica])
+        if self.released and self._lease is not None:
+            self._lease.release()
+        if not self.done:
+            self._wire.check(lambda: [self._leader_name])
+
+    def hear(self) -> None:
+        """Take in what has been said, and send nothing."""
         if self.leader is not None:
             self.leader.step()
         for peer, notice in self._wire.take(self.version, "credit"):
@@ -89,13 +100,6 @@ class SourceSession:
             for peer, notice in self._wire.take(self.version, kind):
                 self._event(f"{kind} {notice.replica}")
                 self._feed(heard(peer, notice))
-        for known in self._state.replicas:
-            if known.stage is source.Stage.SENDING and not known.ended:
-                self._advance(known.replica, self._sending[known.replica])
-        if self.released and self._lease is not None:
-            self._lease.release()
-        if not self.done:
-            self._wire.check(lambda: [self._leader_name])
 
     def _advance(self, replica: str, sender: Sender) -> None:
         try:

@@ -26,7 +26,7 @@ class Notice(msgspec.Struct, frozen=True, array_like=True):
     """The content of a control signal. New fields go to the end, with defaults."""
 
     kind: str
-    """Which step of the protocol (see `weft.session`)."""
+    """Which step of the protocol (see `weft.protocol`)."""
     replica: str = ""
     text: str = ""
     numbers: tuple[int, ...] = ()

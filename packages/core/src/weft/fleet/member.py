@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from weft.authentication import Secret
 from weft.contracts import ReplicaControl, Target
 from weft.deadline import Deadline, Deadlines
+from weft.errors import RendezvousError
 from weft.fleet.roll import Announcement
 from weft.job_store import JobStore
 from weft.policy import Policy
 from weft.refit import Refit
 from weft.roster import Expect
 from weft.stores import open_store
+
+_LOG = logging.getLogger(__name__)
+_AGAIN_SECONDS = 0.2
 
 
 def cell_of(job: str, replica: str) -> str:
@@ -45,15 +51,33 @@ class FleetMember(Refit):
         self._patience = (deadlines or Deadlines()).rendezvous
 
     def open(self) -> None:
-        """Wait to be admitted, and join this replica's cell. Raises as `Refit.open`."""
-        store = open_store(self._url, Deadline.after(self._patience))
+        """Wait to be admitted, and join this replica's cell. Raises as `Refit.open`.
+
+        What remains of the replica's former life in its cell may stand in the way until the sources have seen that it
+        is over: it is tried again until `Deadlines.rendezvous` has passed.
+        """
+        deadline = Deadline.after(self._patience)
+        store = open_store(self._url, deadline)
         try:
             announcement = Announcement(
                 JobStore(store, self._fleet, self._secret), self._replica, self.name, self._size
             )
             try:
-                super().open()
+                self._try(deadline)
             finally:
                 announcement.end()
+        except BaseException:
+            self.close()
+            raise
         finally:
             store.close()
+
+    def _try(self, deadline: Deadline) -> None:
+        while True:
+            try:
+                return super().open()
+            except RendezvousError as error:
+                if deadline.expired():
+                    raise
+                _LOG.info("%s tries again to join its cell: %s", self.name, error)
+                time.sleep(_AGAIN_SECONDS)

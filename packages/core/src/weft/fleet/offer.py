@@ -37,7 +37,7 @@ class FleetOffer:
     ) -> None:
         self.version = version
         self._offers, self._deadlines = offers, deadlines
-        self._operations, self._before = operations, operations()
+        self._operations = operations
 
     @property
     def outcomes(self) -> dict[str, str | None]:
@@ -55,10 +55,11 @@ class FleetOffer:
     def committed(self, replicas: str | int = "all", deadline: Deadline | None = None) -> FleetReport:
         """Serve until `replicas` ("all" that take part, "any", or a number) have committed.
 
-        Raises `RefitAbortedError` with every replica's reason when that cannot happen any more, and `DeadlineError`.
+        Those that have not ended then are given up by the next offer. Raises `RefitAbortedError` with every replica's
+        reason when that cannot happen any more, and `DeadlineError`.
         """
         there = len(self._offers)
-        wanted = {"all": there, "any": 1}.get(replicas) if isinstance(replicas, str) else replicas
+        wanted = {"all": there, "any": min(1, there)}.get(replicas) if isinstance(replicas, str) else replicas
         if wanted is None or wanted < 0:
             raise ConfigError(f'replicas is {replicas!r}, expected "all", "any" or a number')
 
@@ -77,7 +78,7 @@ class FleetOffer:
         return FleetReport(
             version=self.version, digest=next((o.digest for o in self._offers.values() if o.digest), ""),
             outcomes=outcomes, bytes=sum(offer.nbytes for offer in self._offers.values()),
-            store_operations=self._operations() - self._before,
+            store_operations=self._operations(),
         )  # fmt: skip
 
     def withdraw(self, reason: str) -> None:

@@ -5,26 +5,32 @@ Keys, below `weft/<job>/fleet/`:
 - `announcing`, `announcements`: counters of announcements begun and made; `announced/<replica>/<member>`: who waits to
   be admitted, a lease of its own;
 - `hello/<rank>`: a source of this life of the trainer; `opening`: the first roll, for exactly those sources;
-  `heard/<rank>`: that a source has read it;
-- `rolls`: counter; `roll/<n>`: who takes part from then on.
+  `heard/<rank>`: that a source has read it; `opened`: that all have;
+- `rolls`: counter; `roll/<n>`: who takes part from then on; `at/<version>`: the roll of a version, where
+  no cell is left over which it could be told.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
 from urllib.parse import quote
 
 import msgspec
 
 from weft.deadline import Deadline
-from weft.errors import StoreError
+from weft.errors import RecordError, StoreError
 from weft.job_store import JobStore
 
 _LOG = logging.getLogger(__name__)
 _NONCE_BYTES = 16
+_KEPT = 8
+"""Rolls that stay readable."""
 _LEASE_SECONDS = 20.0
 """After so long without a sign of life a member does not wait any more."""
 
@@ -58,6 +64,7 @@ class RollBook:
         self._root = f"{records.root}/fleet"
         self._nonce = os.urandom(_NONCE_BYTES)
         self._seen = -1
+        self._partial = False
         self._waiting: dict[str, int] = {}
         self._admitted: dict[str, int] = {}
 
@@ -66,19 +73,28 @@ class RollBook:
         announcements. One operation when nobody has come since the last call.
         """
         count = self._records.store.add(f"{self._root}/announcements", 0)
-        if count != self._seen:
-            members: defaultdict[str, list[Announced]] = defaultdict(list)
-            for key in self._records.store.keys(f"{self._root}/announced/"):
-                found = self._records.find("announced", key, Announced)
-                if found is not None and found.number > self._admitted.get(found.replica, 0):
-                    members[found.replica].append(found)
-            self._waiting = {
-                replica: max(member.number for member in found)
-                for replica, found in members.items()
-                if len(found) == found[0].size
-            }
+        if count != self._seen or self._partial:
+            members = self._announced()
+            self._waiting = {}
+            for replica, found in members.items():
+                newest = max(found, key=lambda member: member.number)
+                if sum(member.size == newest.size for member in found) == newest.size:
+                    self._waiting[replica] = newest.number
+            self._partial = len(self._waiting) < len(members)  # leases that run out do not count
             self._seen = count
         return self._waiting
+
+    def _announced(self) -> Mapping[str, list[Announced]]:
+        members: defaultdict[str, list[Announced]] = defaultdict(list)
+        for key in self._records.store.keys(f"{self._root}/announced/"):
+            try:
+                found = self._records.find("announced", key, Announced)
+            except RecordError as error:
+                _LOG.warning("somebody waits to be admitted who cannot be: %s", error)
+                continue
+            if found is not None and found.number > self._admitted.get(found.replica, 0):
+                members[found.replica].append(found)
+        return members
 
     def write(self, replicas: dict[str, int], sources: tuple[bytes, ...] = ()) -> Roll:
         """The next roll. By rank 0 alone."""
@@ -86,20 +102,25 @@ class RollBook:
         self._admitted.update(replicas)
         self._waiting = {name: number for name, number in self._waiting.items() if replicas.get(name) != number}
         self._records.put("roll", f"{self._root}/roll/{roll.number}", roll)
-        self._records.store.delete(f"{self._root}/roll/{roll.number - 8}")
+        self._records.store.delete(f"{self._root}/roll/{roll.number - _KEPT}")
         return roll
 
-    def wait(self, number: int, deadline: Deadline) -> Roll:
-        """A roll that rank 0 writes now or has written. Raises `DeadlineError`."""
-        found: list[Roll] = []
+    def read(self, number: int) -> Roll:
+        """A roll that rank 0 has told of. Raises `RecordError` when it is not there any more."""
+        roll = self._records.find("roll", f"{self._root}/roll/{number}", Roll)
+        if roll is None:
+            raise RecordError(f"roll {number} of the fleet is gone: this source is far behind that of rank 0")
+        return roll
 
-        def ready() -> bool:
-            roll = self._records.find("roll", f"{self._root}/roll/{number}", Roll)
-            found.extend([] if roll is None else [roll])
-            return bool(found)
+    def say(self, version: int, roll: Roll) -> None:
+        """Tell of a version's roll in the store. By rank 0, when it has no cell."""
+        self._records.put("at", f"{self._root}/at/{version}", roll.number)
+        self._records.store.delete(f"{self._root}/at/{version - _KEPT}")
 
-        deadline.wait(ready, f"roll {number} of the fleet", lambda: ["the source of rank 0"])
-        return found[0]
+    def told(self, version: int) -> Roll | None:
+        """The roll of a version as rank 0 has said, if it has."""
+        number = self._records.find("at", f"{self._root}/at/{version}", int)
+        return None if number is None else self.read(number)
 
     def open(self, replicas: int, deadline: Deadline) -> Roll:
         """Agree on the first roll with all sources of this life of the trainer, once so many replicas are whole.
@@ -110,17 +131,20 @@ class RollBook:
         return self._lead(replicas, deadline) if self._rank == 0 else self._follow(deadline)
 
     def _follow(self, deadline: Deadline) -> Roll:
-        found: list[Roll] = []
+        """Hear every opening that is for this life, since others may come later, until all have heard the same."""
+        heard: list[Roll] = []
 
         def ready() -> bool:
             roll = self._records.find("roll", f"{self._root}/opening", Roll)
             if roll is not None and self._rank < len(roll.sources) and roll.sources[self._rank] == self._nonce:
-                found.append(roll)
-            return bool(found)
+                if roll not in heard:
+                    heard.append(roll)
+                    self._records.put("heard", f"{self._root}/heard/{self._rank}", roll.number)
+                return self._records.find("opened", f"{self._root}/opened", int) == roll.number
+            return False
 
         deadline.wait(ready, "the opening of the fleet", lambda: ["the source of rank 0"])
-        self._records.put("heard", f"{self._root}/heard/{self._rank}", found[0].number)
-        return found[0]
+        return heard[-1]
 
     def _lead(self, replicas: int, deadline: Deadline) -> Roll:
         deadline.wait(lambda: len(self.waiting()) >= replicas, f"{replicas} replicas of the fleet", self._absent)
@@ -139,6 +163,7 @@ class RollBook:
 
         deadline.wait(agreed, "all sources of the fleet", lambda: self._late(roll))
         assert roll is not None, "agreed"
+        self._records.put("opened", f"{self._root}/opened", roll.number)
         return roll
 
     def _late(self, roll: Roll | None) -> list[str]:
@@ -167,8 +192,10 @@ class Announcement:
         number = records.store.add(f"{root}/announcing", 1)
         key = f"{root}/announced/{quote(replica, safe='')}/{quote(member, safe='')}"
         made = Announced(replica, member, size, number)
-        self._lease = records.lease("announced", key, made, _LEASE_SECONDS)
-        records.store.add(f"{root}/announcements", 1)  # last: whoever sees it finds the record
+        self._take = partial(records.lease, "announced", key, made, _LEASE_SECONDS)
+        self._count = partial(records.store.add, f"{root}/announcements", 1)
+        self._lease = self._take()
+        self._count()  # last: whoever sees it finds the record
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"announcement of {member}", daemon=True)
         self._thread.start()
@@ -178,11 +205,16 @@ class Announcement:
             try:
                 self._lease.renew()
             except StoreError as error:
-                _LOG.warning("nobody knows any more that this member waits to be admitted: %s", error)
-                return
+                _LOG.warning(
+                    "nobody knew any more that this member waits to be admitted, so it says so again: %s", error
+                )
+                with contextlib.suppress(StoreError):  # the next round tries again
+                    self._lease = self._take()
+                    self._count()
 
     def end(self) -> None:
         """The member waits no longer. Idempotent."""
         self._ended.set()
         self._thread.join()
-        self._lease.release()
+        with contextlib.suppress(StoreError):  # it runs out by itself
+            self._lease.release()

@@ -36,8 +36,8 @@ class Fleet:
     """One source of a job whose replicas come and go. Every source makes one, with its rank among them.
 
     Replicas are `FleetMember`s of the same job. They are admitted, and given up after a loss, between versions: in
-    `offer`, as the source of rank 0 decides for all. A replica that joins may hold an offer up by `Deadlines.begin` at
-    most. Use it as a context manager; for one thread.
+    `offer`, as the source of rank 0 decides for all. Each replica that joins may hold an offer up by `Deadlines.begin`
+    at most. Use it as a context manager; for one thread.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Fleet:
             for cell in self._cells.values():
                 stack.callback(cell.close)
             self._cells, self._store, self._book, self._shared = {}, None, None, None
+            self._roll, self._offer, self._failures = Roll(0, {}), None, {}
 
     def offer(self, version: int) -> FleetOffer:
         """Admit who has come, go on without who is lost, and offer this source's weights as `version`.
@@ -113,19 +114,37 @@ class Fleet:
         """
         if self._book is None or self._store is None:
             raise ConfigError("the fleet is not open: use `with Fleet(...) as fleet`, or call open() first")
+        store, own = self._store, self._store.operations
         self._settle(version)
         self._take(self._lead(self._book, version) if self._rank == 0 else self._follow(self._book, version))
         cells = list(self._cells.values())
+        before = own + sum(cell.store_operations for cell in cells)
         offers: dict[str, Offer] = {}
-        made = FleetOffer(version, offers, self._deadlines, lambda: sum(cell.store_operations for cell in cells))
+        made = FleetOffer(
+            version, offers, self._deadlines,
+            lambda: store.operations + sum(cell.store_operations for cell in cells) - before,
+        )  # fmt: skip
         try:
-            for name, cell in sorted(self._cells.items()):
-                offers[name] = cell.offer(version)
+            for name in sorted(self._cells):
+                self._offer_to(name, version, offers)
         except BaseException as error:
             made.withdraw(f"{type(error).__name__}: {error}")
             raise
         self._offer = made
         return made
+
+    def _offer_to(self, name: str, version: int, offers: dict[str, Offer]) -> None:
+        """What is wrong in one cell ends that one; what is wrong with the version ends the offer."""
+        try:
+            offers[name] = self._cells[name].offer(version)
+        except ConfigError:
+            raise
+        except WeftError as error:
+            self._spoil(name, error)
+
+    def _spoil(self, name: str, error: WeftError) -> None:
+        _LOG.warning("the fleet goes on without replica %s: %s", name, error)
+        self._failures[name] = _MOST_FAILURES
 
     def _settle(self, version: int) -> None:
         """Count who did not install the last version."""
@@ -137,14 +156,19 @@ class Fleet:
 
     def _lead(self, book: RollBook, version: int) -> Roll:
         """Decide who takes part, and tell the other sources."""
-        for cell in self._cells.values():
-            cell.loop.wire.pump()  # who has left since has said so
-        lost = [name for name, cell in self._cells.items() if cell.lost]
+        lost: set[str] = set()
+        for name, cell in self._cells.items():
+            self._pump(name)  # who has left since has said so
+            if sources := sorted(set(cell.lost).intersection(cell.roles.sources)):
+                raise RefitAbortedError(version, [f"{', '.join(sources)} is gone: restart the trainer"])
+            lost.update([name] if cell.lost else [])
         gone = {*lost, *(name for name, failed in self._failures.items() if failed >= _MOST_FAILURES)}
-        kept = {name: number for name, number in self._roll.replicas.items() if name not in gone}
+        kept = {name: number for name, number in self._roll.replicas.items() if name in self._cells.keys() - gone}
         came = book.waiting()
-        changes = gone or came or not self._cells  # without a cell the store is the only way to tell the others
+        changes = kept != self._roll.replicas or came
         roll = book.write({**kept, **came}) if changes else self._roll
+        if not self._cells:
+            book.say(version, roll)
         for name in sorted(self._cells)[:_ROLL_CALLS]:
             wire, roles = self._cells[name].loop.wire, self._cells[name].roles
             for source in roles.sources:
@@ -156,30 +180,56 @@ class Fleet:
         """Hear who takes part from rank 0, over whatever cell it comes."""
         deadline = Deadline.after(self._deadlines.begin)
         if not self._cells:
-            return book.wait(self._roll.number + 1, deadline)
+            return self._read(book, version, deadline)
         heard: list[int] = []
 
         def ready() -> bool:
-            for cell in self._cells.values():
-                wire = cell.loop.wire
-                wire.pump()
-                heard.extend(notice.numbers[0] for _, notice in wire.take(version, "roll"))
+            for name, cell in self._cells.items():
+                self._pump(name)
+                heard.extend(notice.numbers[0] for _, notice in cell.loop.wire.take(version, "roll"))
             if not heard and all(cell.loop.wire.lost([cell.roles.source_leader]) for cell in self._cells.values()):
                 raise RefitAbortedError(version, ["the source of rank 0 is gone: restart the trainer"])
             return bool(heard)
 
         deadline.wait(ready, f"the roll of version {version}", lambda: ["the source of rank 0"])
-        return self._roll if heard[0] == self._roll.number else book.wait(heard[0], deadline)
+        return self._roll if heard[0] == self._roll.number else book.read(heard[0])
+
+    def _read(self, book: RollBook, version: int, deadline: Deadline) -> Roll:
+        """Without a cell: what rank 0 says in the store. It says nothing there while it has cells that this source
+        could not join; then this one goes on without them, which rank 0 finds out.
+        """
+        found: list[Roll] = []
+
+        def ready() -> bool:
+            found.extend([roll] if (roll := book.told(version)) else [])
+            return bool(found) or bool(self._roll.replicas)
+
+        deadline.wait(ready, f"the roll of version {version}", lambda: ["the source of rank 0"])
+        return found[0] if found else self._roll
+
+    def _pump(self, name: str) -> None:
+        try:
+            self._cells[name].loop.wire.pump()
+        except WeftError as error:
+            self._spoil(name, error)
 
     def _take(self, roll: Roll) -> None:
         """Leave the cells of those who are gone or have come back, and join those of newcomers."""
         before, self._roll = self._roll, roll
         for name in sorted(before.replicas):
-            if roll.replicas.get(name) != before.replicas[name] and (cell := self._cells.pop(name, None)):
-                cell.close()
+            if roll.replicas.get(name) != before.replicas[name]:
                 self._failures.pop(name, None)
+                if cell := self._cells.pop(name, None):
+                    self._leave(name, cell)
         for name in sorted(roll.replicas.keys() - self._cells.keys()):
-            self._join(name, first=not before.number)
+            if before.replicas.get(name) != roll.replicas[name]:  # else it was tried
+                self._join(name, first=not before.number)
+
+    def _leave(self, name: str, cell: Refit) -> None:
+        try:
+            cell.close()
+        except WeftError as error:
+            _LOG.warning("leaving the cell of replica %s: %s", name, error)
 
     def _join(self, name: str, *, first: bool) -> None:
         deadlines = self._deadlines if first else self._joining
