@@ -124,7 +124,7 @@ def test_one_tensor_too_many_shows_in_every_thread(monkeypatch: pytest.MonkeyPat
     """A member's own thread, and one that its transport started."""
     on = threading.Event()
     seed(monkeypatch, on, weft_gloo.GlooTransport, "post", lambda _: MEMORY.clone())
-    seed(monkeypatch, on, weft_gloo.link.Link, "_receive_payload", lambda _: MEMORY.new_empty(70))
+    seed(monkeypatch, on, weft_gloo.link.Link, "_arrived", lambda _: MEMORY.new_empty(70))
     mine, transports = sorted(watched("gloo", tmp_path / "store", on=on).tensors)
     assert mine == f"other: aten.clone.default, {MEMORY.nbytes} bytes"
-    assert re.fullmatch(r"weft-gloo from (trainer|rollout)/0: aten.new_empty.default, 70 bytes", transports)
+    assert re.fullmatch(r"weft-gloo take from (trainer|rollout)/0: aten.new_empty.default, 70 bytes", transports)

@@ -159,23 +159,20 @@ class Link:
             self._threads[-1].start()
             for buffer in self._buffers():
                 self._receivable.put(buffer)
-            heads = deque(self._expect_head() for _ in range(self._depth))
+            made = [torch.empty(HEAD_BYTES, dtype=torch.uint8) for _ in range(self._depth)]
+            heads = deque((self._recv(head, _HEAD_TAG), head) for head in made)
             while not self._closing:
                 work, head = heads.popleft()
                 work.wait(_UNTIL_CLOSED)
-                heads.append(self._expect_head())
-                self._announced(self._envelope(head))
+                body, missing = read_head(head, self.peer)  # bytes of its own: the head may take the next one
+                heads.append((self._recv(head, _HEAD_TAG), head))
+                self._announced(self._envelope(body, missing))
         except (RuntimeError, WeftError) as error:
             self._arrivals.put(self._failing(error))
         self._arrivals.put(None)
 
-    def _expect_head(self) -> tuple[Any, torch.Tensor]:
-        head = torch.empty(HEAD_BYTES, dtype=torch.uint8)
-        return self._recv(head, _HEAD_TAG), head
-
-    def _envelope(self, head: torch.Tensor) -> Envelope | None:
+    def _envelope(self, body: bytes, missing: int) -> Envelope | None:
         """None is a farewell."""
-        body, missing = read_head(head, self.peer)
         if missing:
             rest = torch.empty(missing, dtype=torch.uint8)
             self._recv(rest, _REST_TAG).wait(_UNTIL_CLOSED)
