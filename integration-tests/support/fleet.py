@@ -24,7 +24,7 @@ from weft.fleet import Fleet, FleetMember
 from weft.member import Tag
 from weft.policy import Policy
 from weft.protocol.events import Step
-from weft.testing.faults import Script
+from weft.testing.faults import Script, install
 from weft.testing.members import MemoryControl, MemorySource, MemoryTarget
 from weft.testing.tiny import Tiny, mismatches
 from weft.wire import Notice
@@ -93,17 +93,9 @@ def play(role: Role, pipe: Connection) -> None:
         "deadlines": Deadlines(rendezvous=120, offer=120, **limits), "policy": Policy(landing=role.landing),
     }  # fmt: skip
     with TemporaryDirectory() as folder:
-        install_faulty(Path(folder))
+        install(Path(folder))
+        sys.path.insert(0, folder)
         (train if role.name in SOURCES else serve)(role, pipe, stop, common)
-
-
-def install_faulty(folder: Path) -> None:
-    """Installs `weft.testing.faults` under the name `faulty`, in this process."""
-    metadata = folder / "weft_faulty-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: weft-faulty\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[weft.transports]\nfaulty = weft.testing.faults:factory\n")
-    sys.path.insert(0, str(folder))
 
 
 def train(role: Role, pipe: Connection, stop: Stop, common: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from weft.store_server import serve_store
+from weft.testing.faults import install
 
 # An example that takes long says something about the machine, not about the code.
 settings.register_profile("weft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,8 +27,5 @@ def store_url() -> Iterator[str]:
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installs `weft.testing.faults` under the name `faulty`."""
-    metadata = tmp_path / "weft_faulty-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: weft-faulty\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[weft.transports]\nfaulty = weft.testing.faults:factory\n")
+    install(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -38,8 +38,11 @@ class Deadline:
         """Whether the instant has passed."""
         return time.monotonic() >= self.at
 
-    def wait(self, ready: Callable[[], bool], what: str, late: Callable[[], Sequence[str]]) -> None:
-        """Poll `ready` until it is true, sleeping a little longer each time (20 µs up to 2 ms).
+    def wait(
+        self, ready: Callable[[], bool], what: str, late: Callable[[], Sequence[str]],
+        longest_seconds: float = _LONGEST_SLEEP_SECONDS,
+    ) -> None:  # fmt: skip
+        """Poll `ready` until it is true, sleeping a little longer each time (20 µs up to `longest_seconds`).
 
         Raises `DeadlineError` that says `what` was awaited and names `late()`; errors of `ready` pass through.
         """
@@ -48,7 +51,7 @@ class Deadline:
             if self.expired():
                 raise DeadlineError(what, self.seconds, late())
             time.sleep(sleep_seconds)
-            sleep_seconds = min(2 * sleep_seconds, _LONGEST_SLEEP_SECONDS)
+            sleep_seconds = min(2 * sleep_seconds, longest_seconds)
 
 
 @dataclass(frozen=True, slots=True)

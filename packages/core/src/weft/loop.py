@@ -20,6 +20,35 @@ _LONGEST_WAIT_SECONDS = 10e-3
 """Between polls of a transport that says itself when something happens."""
 
 
+def step_until(
+    done: Callable[[], bool],
+    step: Callable[[], bool],
+    deadline: Deadline,
+    what: str,
+    late: Callable[[], Sequence[str]],
+    wait: Callable[[float], None] | None = None,
+) -> None:
+    """Step until `done`, resting a little longer each time that a step says that nothing has happened.
+
+    `wait`, if there is one, rests until something may have. Raises what `step` raises, and `DeadlineError` that names
+    `late()`.
+    """
+    sleep_seconds = _FIRST_SLEEP_SECONDS
+    while True:
+        busy = step()
+        if done():
+            return
+        if deadline.expired():
+            raise DeadlineError(what, deadline.seconds, late())
+        if busy:
+            sleep_seconds = _FIRST_SLEEP_SECONDS
+        elif wait is not None:
+            wait(_LONGEST_WAIT_SECONDS)
+        else:
+            time.sleep(sleep_seconds)
+            sleep_seconds = min(2 * sleep_seconds, _LONGEST_SLEEP_SECONDS)
+
+
 class Loop:
     """One member's waits."""
 
@@ -27,6 +56,15 @@ class Loop:
         self.wire = wire
         self.offered: SourceSession | None = None
         """The offer that is served while this member waits for anything at all."""
+
+    def serve(self) -> bool:
+        """One round of what is done for others: take in messages, and step the offer; whether anything happened."""
+        busy = self.wire.pump()
+        if self.offered is not None:
+            before = self.offered.nbytes
+            self.offered.step()
+            busy |= self.offered.nbytes != before  # what has left makes room for the next
+        return busy
 
     def until(
         self,
@@ -36,28 +74,16 @@ class Loop:
         what: str,
         late: Callable[[], Sequence[str]],
     ) -> None:
-        """Step until `done`. Raises what `step` raises, and `DeadlineError` that names `late()`."""
+        """Serve and step until `done`. Raises what `step` raises, and `DeadlineError` that names `late()`."""
         transport = self.wire.transport
-        wait = transport.wait if isinstance(transport, Waiting) else None
-        sleep_seconds = _FIRST_SLEEP_SECONDS
-        while True:
-            busy = self.wire.pump()
-            if self.offered is not None:
-                before = self.offered.nbytes
-                self.offered.step()
-                busy |= self.offered.nbytes != before  # what has left makes room for the next
+
+        def round() -> bool:
+            busy = self.serve()
             step()
-            if done():
-                return
-            if deadline.expired():
-                raise DeadlineError(what, deadline.seconds, late())
-            if busy or self.wire.told_itself:
-                sleep_seconds = _FIRST_SLEEP_SECONDS
-            elif wait is not None:
-                wait(_LONGEST_WAIT_SECONDS)
-            else:
-                time.sleep(sleep_seconds)
-                sleep_seconds = min(2 * sleep_seconds, _LONGEST_SLEEP_SECONDS)
+            return busy or self.wire.told_itself
+
+        wait = transport.wait if isinstance(transport, Waiting) else None
+        step_until(done, round, deadline, what, late, wait)
 
 
 class Account:

@@ -60,9 +60,7 @@ class Offer:
 
     def serve(self) -> bool:
         """One round of what `released` and `committed` do until they are done; says whether anything happened."""
-        arrived, before = self._loop.wire.pump(), self._session.nbytes
-        self._session.step()
-        return arrived or self._session.nbytes != before
+        return self._loop.serve()
 
     def released(self, deadline: Deadline | None = None) -> None:
         """Serve until no replica reads this source's weights any more: afterwards they may change.

@@ -232,14 +232,10 @@ class Refit:
         connection, loop = self._connection
         if self._target is None or connection.target is None:
             raise ConfigError(f"{self.name} has no target: only targets begin")
-        account, part = self._account(), self._part
-        try:
-            found = self._await(version, *self._announcement(connection))
-        except RefitAbortedError as error:
-            part.decline(error.version, error.reasons)
-            raise
+        account, found = self._account(), self._await(version)
+        loop.wire.take(found, self._announcement(connection)[0])
         loop.wire.finish(found - 1)
-        session = part.installing(self._target, found)
+        session = self._part.installing(self._target, found)
         buckets = len(connection.receives) + len(connection.passed_on)
         installation = Installation(loop, session, self._deadlines, account, buckets, connection.segments)
         self._installation = installation
@@ -268,9 +264,11 @@ class Refit:
         leader_name = connection.roles.replica_leaders[self._identity.replica or ""]
         return ("offer", connection.roles.source_leader) if leader_name == self.name else ("begin", leader_name)
 
-    def _await(self, version: int | None, kind: str, sender: str) -> int:
-        """The version to begin: as soon as the sender's notice of it is here."""
-        wire, found = self._connection[1].wire, -1
+    def _await(self, version: int | None) -> int:
+        """The version to begin, as soon as the notice of it is here; it stays there for `begin` to take."""
+        connection, loop = self._connection
+        wire, found = loop.wire, -1
+        kind, sender = self._announcement(connection)
 
         def step() -> None:
             nonlocal found
@@ -284,12 +282,15 @@ class Refit:
             if version is not None and newest > version:
                 raise ConfigError(f"{self.name} is to begin version {version}, but {newest} is offered already")
             if version is None or newest == version:
-                wire.take(newest, kind)
                 found = newest
 
         what = "an offer" if version is None else f"the offer of version {version}"
         limit = Deadline.after(self._deadlines.offer)
-        self._connection[1].until(lambda: found >= 0, step, limit, what, lambda: [sender])
+        try:
+            loop.until(lambda: found >= 0, step, limit, what, lambda: [sender])
+        except RefitAbortedError as error:
+            self._part.decline(error.version, error.reasons)
+            raise
         return found
 
     def receive(self, version: int | None = None) -> Report:
@@ -300,21 +301,8 @@ class Refit:
         on.
         """
         if self._control is not None:
-            self._until_offered(version)  # what is served need not stand still for so long
+            self._await(version)  # what is served need not stand still for so long
         return self._serving.receive(lambda: self.begin(version))
-
-    def _until_offered(self, version: int | None) -> None:
-        """Wait until `begin` has something to take, or to raise."""
-        connection, loop = self._connection
-        kind, sender = self._announcement(connection)
-
-        def there() -> bool:
-            newest = [loop.wire.newest(each) for each in (kind, "withdraw", "abort")]
-            return any(found is not None and found >= (version or found) for found in newest)
-
-        what = "an offer" if version is None else f"the offer of version {version}"
-        limit = Deadline.after(self._deadlines.offer)
-        loop.until(there, lambda: loop.wire.check(lambda: [sender]), limit, what, lambda: [sender])
 
     def run(self, version: int) -> Report:
         """One version in lock-step, whatever this member is: offer, receive, and wait for the others. Collective.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import msgspec
 
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError, RefitAbortedError, WeftError
+from weft.loop import step_until
 from weft.offer import Offer
-
-_FIRST_SLEEP_SECONDS = 20e-6
-_LONGEST_SLEEP_SECONDS = 1e-3
 
 
 class FleetReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,20 +84,18 @@ class FleetOffer:
             offer.withdraw(reason)
 
     def _until(self, done: Callable[[], bool], limit: Deadline, what: str) -> None:
-        sleep_seconds = _FIRST_SLEEP_SECONDS
-        while True:
-            arrived = [self._serve(offer) for offer in self._offers.values()]
-            if done():
-                return
-            if limit.expired():
-                late = [name for offer in self._offers.values() for name in offer.waiting_for()]
-                self.withdraw(f"{what} of version {self.version}: not within {limit.seconds:.1f} s")
-                raise DeadlineError(f"{what} of version {self.version}", limit.seconds, late)
-            if any(arrived):
-                sleep_seconds = _FIRST_SLEEP_SECONDS
-            else:
-                time.sleep(sleep_seconds)
-                sleep_seconds = min(2 * sleep_seconds, _LONGEST_SLEEP_SECONDS)
+        def serve() -> bool:
+            busy = [self._serve(offer) for offer in self._offers.values()]  # all of them, in every round
+            return any(busy)
+
+        def late() -> list[str]:
+            return [name for offer in self._offers.values() for name in offer.waiting_for()]
+
+        try:
+            step_until(done, serve, limit, f"{what} of version {self.version}", late)
+        except DeadlineError:
+            self.withdraw(f"{what} of version {self.version}: not within {limit.seconds:.1f} s")
+            raise
 
     def _serve(self, offer: Offer) -> bool:
         """One round in one cell, whose failure ends the version there alone."""

@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from urllib.parse import quote
 
@@ -31,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 _NONCE_BYTES = 16
 _KEPT = 8
 """Rolls that stay readable."""
+_LONGEST_SLEEP_SECONDS = 0.05
+"""Between looks at the store."""
 _LEASE_SECONDS = 20.0
 """After so long without a sign of life a member does not wait any more."""
 
@@ -117,6 +119,11 @@ class RollBook:
         self._records.put("at", f"{self._root}/at/{version}", roll.number)
         self._records.store.delete(f"{self._root}/at/{version - _KEPT}")
 
+    @staticmethod
+    def until(ready: Callable[[], bool], what: str, late: Callable[[], Sequence[str]], deadline: Deadline) -> None:
+        """Wait for something in the store, which all sources ask: less often than what is asked here."""
+        deadline.wait(ready, what, late, _LONGEST_SLEEP_SECONDS)
+
     def told(self, version: int) -> Roll | None:
         """The roll of a version as rank 0 has said, if it has."""
         number = self._records.find("at", f"{self._root}/at/{version}", int)
@@ -143,11 +150,11 @@ class RollBook:
                 return self._records.find("opened", f"{self._root}/opened", int) == roll.number
             return False
 
-        deadline.wait(ready, "the opening of the fleet", lambda: ["the source of rank 0"])
+        self.until(ready, "the opening of the fleet", lambda: ["the source of rank 0"], deadline)
         return heard[-1]
 
     def _lead(self, replicas: int, deadline: Deadline) -> Roll:
-        deadline.wait(lambda: len(self.waiting()) >= replicas, f"{replicas} replicas of the fleet", self._absent)
+        self.until(lambda: len(self.waiting()) >= replicas, f"{replicas} replicas of the fleet", self._absent, deadline)
         roll: Roll | None = None
 
         def agreed() -> bool:
@@ -161,7 +168,7 @@ class RollBook:
                 self._records.put("roll", f"{self._root}/opening", roll)
             return not self._late(roll)
 
-        deadline.wait(agreed, "all sources of the fleet", lambda: self._late(roll))
+        self.until(agreed, "all sources of the fleet", lambda: self._late(roll), deadline)
         assert roll is not None, "agreed"
         self._records.put("opened", f"{self._root}/opened", roll.number)
         return roll

@@ -204,7 +204,7 @@ class Fleet:
             found.extend([roll] if (roll := book.told(version)) else [])
             return bool(found) or bool(self._roll.replicas)
 
-        deadline.wait(ready, f"the roll of version {version}", lambda: ["the source of rank 0"])
+        book.until(ready, f"the roll of version {version}", lambda: ["the source of rank 0"], deadline)
         return found[0] if found else self._roll
 
     def _pump(self, name: str) -> None:

@@ -47,8 +47,6 @@ class Target:
     """Whether the weights that are served may be no whole old version any more, here or at another member: a replica
     that gives the version up then must refuse to serve.
     """
-    reasons: tuple[str, ...] = ()
-    """Why it was aborted, as far as the leader has said so."""
     digest: tuple[int, int] = (0, 0)
     """Of the version, once it is decided."""
 
@@ -86,7 +84,7 @@ def step(state: Target, event: Event) -> tuple[Target, Actions]:
     if state.stage in (Stage.INSTALLED, Stage.ABORTED):
         return state, ()
     if event.kind == "abort":
-        return replace(state, stage=Stage.ABORTED, reasons=tuple(event.text.splitlines())), _abandoned(state)
+        return replace(state, stage=Stage.ABORTED), _abandoned(state)
     if event.kind == "error":
         failed = Tell(state.leader, Notice("failed", state.replica, event.text))
         return replace(state, stage=Stage.ABORTED), (failed, *_abandoned(state))

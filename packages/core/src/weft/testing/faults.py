@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from weft.contracts import (
@@ -42,6 +43,14 @@ def make(options: Mapping[str, Any]) -> FaultyTransport:
     """Options: `transport`, name of the real one; `transport_options`, its options; `script`, a `Script`."""
     inner: Transport = load("weft.transports", options["transport"])(options["transport_options"])
     return FaultyTransport(inner, options["script"])
+
+
+def install(folder: Path) -> None:
+    """Make `folder`, when it is on `sys.path`, a place where `faulty` is installed as a third party's transport is."""
+    metadata = folder / "weft_faulty-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: weft-faulty\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[weft.transports]\nfaulty = {__name__}:factory\n")
 
 
 class FaultyTransport:
