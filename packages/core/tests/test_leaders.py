@@ -74,6 +74,15 @@ def test_a_replica_that_does_not_answer_ends_with_what_is_known(records: JobStor
     assert told == ["source trainer/0: lost rollout/2"]
 
 
+def test_a_store_that_is_gone_does_not_hold_a_version_up(records: JobStore, caplog: pytest.LogCaptureFixture) -> None:
+    case = Case(records)
+    records.store.close()
+    case.says("source-offered", "")
+    case.leader.step()
+    assert [(peer, notice.replica) for peer, notice in case.wire.take(1, "offer")] == [(NAME, "rollout")]
+    assert "the offer of version 1 is not in the store" in caplog.text
+
+
 @pytest.mark.parametrize(("kind", "numbers"), [("commit", (1,)), ("credit", ()), ("outcome", (1, 2)), ("roll", (1, 2))])
 def test_a_notice_that_lacks_numbers_is_refused(kind: str, numbers: tuple[int, ...]) -> None:
     hub = LocalHub()

@@ -5,16 +5,19 @@ The machines are `weft.protocol.sources` and `weft.protocol.replica`; here they 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from weft.deadline import Deadline, Deadlines
+from weft.errors import StoreError
 from weft.job_store import JobStore
 from weft.protocol import replica, sources
 from weft.protocol.events import Do, Event, heard, tell
 from weft.wire import Wire
 
+_LOG = logging.getLogger(__name__)
 KEPT_VERSIONS = 8
 """Records of so many versions stay in the store for people to look at."""
 _ANSWER_SECONDS = 10.0
@@ -89,8 +92,7 @@ class SourceLeader:
                 self._record()
 
     def _record(self) -> None:
-        self._records.put("offer", f"{self._prefix}/offer/{self._version}", OfferRecord(self._version))
-        self._records.store.delete(f"{self._prefix}/offer/{self._version - KEPT_VERSIONS}")
+        _show(self._records, "offer", f"{self._prefix}/offer", self._version, "", OfferRecord(self._version))
 
 
 class ReplicaLeader:
@@ -123,7 +125,15 @@ class ReplicaLeader:
             self._record(action)
 
     def _record(self, action: Do) -> None:
-        """For people to look at: nobody waits for it, so it comes last."""
+        """Comes last, since nobody waits for it."""
         record = OutcomeRecord(self._version, action.about, self._state.committed, action.text)
-        self._records.put("outcome", f"{self._prefix}/outcome/{self._version}/{action.about}", record)
-        self._records.store.delete(f"{self._prefix}/outcome/{self._version - KEPT_VERSIONS}/{action.about}")
+        _show(self._records, "outcome", f"{self._prefix}/outcome", self._version, f"/{action.about}", record)
+
+
+def _show(records: JobStore, kind: str, folder: str, version: int, rest: str, record: msgspec.Struct) -> None:
+    """Write a record for people to look at, without which every version goes on."""
+    try:
+        records.put(kind, f"{folder}/{version}{rest}", record)
+        records.store.delete(f"{folder}/{version - KEPT_VERSIONS}{rest}")
+    except StoreError as error:
+        _LOG.warning("the %s of version %d is not in the store for people to look at: %s", kind, version, error)
