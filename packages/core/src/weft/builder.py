@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from weft.box import Affine, Box, boxes_from_views, refines, row_major
 from weft.errors import LayoutError
+from weft.formats import CHECKPOINT, Acceptance, Format, format_fault
 from weft.layout import (
     ITEM_BYTES,
     Buffer,
@@ -42,19 +43,54 @@ class LayoutBuilder:
         self._ties: list[Tie] = []
         self._skipped: list[tuple[str, str]] = []
         self._scratch_slots = scratch_slots
+        self._formats: dict[str, Format] = {}
+        self._extra: dict[str, dict[str, str]] = {}
+        self._accepts: list[Acceptance] = []
         self._faults: list[str] = []
 
-    def tensor(self, name: str, shape: Sequence[int], dtype: str) -> None:
-        """Declare a logical tensor; declaring it again with the same shape and dtype is allowed."""
+    def tensor(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: str,
+        *,
+        format: Format = CHECKPOINT,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        """Declare a logical tensor; declaring it again with the same shape, dtype, format and extra is allowed.
+
+        `format` says how its elements lie (`Layout.formats`), `extra` is text that weft keeps (`Layout.extra`).
+        """
         tensor = LogicalTensor(name, tuple(int(n) for n in shape), dtype)
         known = self._tensors.setdefault(name, tensor)
         if known != tensor:
             self._faults.append(f"{name}: declared as {known.dtype}{known.shape} and as {dtype}{tensor.shape}")
+        self._describe(name, format, dict(extra or {}))
         if dtype not in ITEM_BYTES:
             self._faults.append(f"{name}: dtype {dtype!r} is none of {', '.join(ITEM_BYTES)}")
         if min(tensor.shape, default=0) < 0:
             self._faults.append(f"{name}: shape {tensor.shape} has a negative size")
         self._tensor_index.setdefault(name, len(self._tensor_index))
+
+    def _describe(self, name: str, format: Format, extra: dict[str, str]) -> None:
+        again = name in self._tensor_index
+        known, said = self._formats.get(name, CHECKPOINT), self._extra.get(name, {})
+        if again and known != format:
+            self._faults.append(f"{name}: declared in format {known} and in {format}")
+        if again and said != extra:
+            self._faults.append(f"{name}: declared with extra {said} and with {extra}")
+        if fault := format_fault(format):
+            self._faults.append(f"{name}: {fault}")
+        if format != CHECKPOINT:
+            self._formats[name] = format
+        if extra:
+            self._extra[name] = extra
+
+    def accept(self, format: str, metadata: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Of a target: say that tensors may come in this format, too. `metadata`: per key, which values; none: any."""
+        if not format:
+            self._faults.append("a format that is accepted needs a name")
+        self._accepts.append(Acceptance(format, {key: tuple(values) for key, values in (metadata or {}).items()}))
 
     def buffer(self, name: str, dtype: str, numel: int, *, group: str, kind: Kind = Kind.LIVE) -> None:
         """Declare a block of memory of `numel` elements. Groups move in the order in which they are first named."""
@@ -158,4 +194,5 @@ class LayoutBuilder:
         return Layout(
             tuple(names), tuple(self._groups), tuple(buffers), PieceTable.pack(self._rows), tuple(self._fills),
             tuple(sorted(self._ties, key=lambda tie: tie.alias)), tuple(self._skipped), self._scratch_slots,
+            self._formats, tuple(self._accepts), self._extra,
         )  # fmt: skip

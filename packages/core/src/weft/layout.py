@@ -21,10 +21,13 @@ import numpy.typing as npt
 
 from weft.box import Box, refines
 from weft.errors import RecordError
+from weft.formats import CHECKPOINT, Acceptance, Format, format_fault
 from weft.records import decoded
 
 Int64s = npt.NDArray[np.int64]
 FORMAT_VERSION = 1
+FORMATS_VERSION = 2
+"""Of records that speak of formats: a reader that would overlook them must not try."""
 
 ITEM_BYTES: Mapping[str, int] = {
     "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
@@ -201,6 +204,11 @@ class _LayoutRecord(msgspec.Struct, array_like=True):
     scratch_slots: int
     width: int
     columns: dict[str, bytes]
+    formats: list[tuple[Format, list[int]]] = []
+    """With the numbers of the tensors that have it; others are as on disk."""
+    accepts: list[Acceptance] = []
+    extra: list[tuple[int, dict[str, str]]] = []
+    """By number of a tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +226,16 @@ class Layout:
     """(name, reason) of local tensors that are left out on purpose, such as rotary caches."""
     scratch_slots: int = 1
     """Scratch groups in flight: scratch group g shares memory with scratch group g - scratch_slots."""
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    """By tensor, how its elements lie; of tensors that are not named they lie as on disk (`weft.formats.CHECKPOINT`).
+    Formats must agree between the sides.
+    """
+    accepts: tuple[Acceptance, ...] = ()
+    """Of a target: formats it takes its tensors in, besides those of `formats`."""
+    extra: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By tensor, what else is to be said of it: text to text, which weft keeps and never reads. It is part of the
+    address, so it belongs to the memory epoch and not to a version; sides need not agree about it.
+    """
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self.address == other.address
@@ -255,14 +273,22 @@ class Layout:
 
     @cached_property
     def encoded(self) -> bytes:
-        """The layout as a record: equal layouts give equal bytes."""
-        return msgspec.msgpack.encode(
-            _LayoutRecord(
-                FORMAT_VERSION, list(self.tensors), list(self.groups), list(self.buffers), list(self.fills),
-                list(self.ties), list(self.skipped), self.scratch_slots, self.pieces.factors.shape[1],
-                self.pieces.columns(),
-            )
-        )  # fmt: skip
+        """The layout as a record: equal layouts give equal bytes. What nobody says of any tensor takes none."""
+        numbers = {tensor.name: n for n, tensor in enumerate(self.tensors)} if self.formats or self.extra else {}
+        sharing: dict[Format, list[int]] = {}
+        for name in sorted(self.formats, key=numbers.__getitem__):
+            if self.formats[name] != CHECKPOINT:
+                sharing.setdefault(self.formats[name], []).append(numbers[name])
+        values = [
+            FORMATS_VERSION if sharing or self.accepts else FORMAT_VERSION, self.tensors, self.groups, self.buffers,
+            self.fills, self.ties, self.skipped, self.scratch_slots, self.pieces.factors.shape[1],
+            self.pieces.columns(), [(_sorted(format), where) for format, where in sharing.items()],
+            [_sorted(each) for each in self.accepts],
+            sorted((numbers[name], dict(sorted(said.items()))) for name, said in self.extra.items() if said),
+        ]  # fmt: skip
+        while not values[-1]:  # the columns are never empty
+            values.pop()
+        return msgspec.msgpack.encode(values)
 
     @cached_property
     def address(self) -> str:
@@ -271,14 +297,21 @@ class Layout:
 
     @classmethod
     def decode(cls, data: bytes) -> Layout:
-        """Inverse of `encoded`. Raises `RecordError` when the bytes are not a layout of this format version."""
+        """Inverse of `encoded`. Raises `RecordError` when the bytes are not a layout of a known format version."""
         record = decoded(_LayoutRecord, data, "not a layout record")
-        if record.format != FORMAT_VERSION:
-            raise RecordError(f"layout record has format {record.format}, this weft reads {FORMAT_VERSION}")
+        if record.format not in (FORMAT_VERSION, FORMATS_VERSION):
+            raise RecordError(f"layout record has format {record.format}, this weft reads {FORMATS_VERSION}")
+        numbers = [n for _, where in record.formats for n in where], [n for n, _ in record.extra]
+        if any(len(set(found)) < len(found) or not set(found) <= set(range(len(record.tensors))) for found in numbers):
+            raise RecordError(
+                "layout record is damaged: a format or an extra is of a tensor that is not there, or twice"
+            )
         layout = cls(
             tuple(record.tensors), tuple(record.groups), tuple(record.buffers),
             PieceTable.from_columns(record.columns, record.width), tuple(record.fills), tuple(record.ties),
             tuple(record.skipped), record.scratch_slots,
+            {record.tensors[n].name: format for format, where in record.formats for n in where},
+            tuple(record.accepts), {record.tensors[n].name: said for n, said in record.extra},
         )  # fmt: skip
         damage = _damage(layout)
         if damage:
@@ -300,6 +333,8 @@ def _damage(layout: Layout) -> str | None:
         return "a buffer has an unknown dtype, a negative size or no group"
     if layout.scratch_slots < 1 or any(fill_fault(fill, buffers) for fill in layout.fills):
         return "a fill leaves its buffer, or there is no scratch slot"
+    if any(map(format_fault, set(layout.formats.values()))) or not all(each.format for each in layout.accepts):
+        return "a format has no name, or metadata that it must not have"
     table = layout.pieces
     for column, count in ((table.tensor, len(layout.tensors)), (table.buffer, len(layout.buffers))):
         if len(column) and not 0 <= column.min() <= column.max() < count:
@@ -317,6 +352,11 @@ def _damage(layout: Layout) -> str | None:
     if not (within & (table.offset >= 0) & (reach < numel)).all() or not all(dtypes):
         return "a piece leaves its tensor or its buffer, or has another dtype than they"
     return None
+
+
+def _sorted(of: Format | Acceptance) -> Format | Acceptance:
+    """With its metadata in order."""
+    return msgspec.structs.replace(of, metadata=dict(sorted(of.metadata.items())))
 
 
 def buffer_fault(buffer: Buffer) -> str | None:

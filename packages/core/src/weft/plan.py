@@ -12,11 +12,10 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
+from weft.agreement import agree
 from weft.assign import Landing, assign
-from weft.catalog import build_catalog, memory_faults, unsupported
 from weft.copies import Copies, Loops, Parts, Routes, expand, loops_of
 from weft.errors import PlanError
-from weft.join import coverage_faults, join_sides, overlaps
 from weft.layout import ITEM_BYTES, Layout
 from weft.member import Member
 from weft.policy import Policy
@@ -154,7 +153,7 @@ def plan(
     arguments gets an equal plan. A member that is both appears in both sequences. `layouts` maps layout addresses to
     layouts.
 
-    Raises `PlanError` with every fault of both sides: names, shapes, dtypes, ties, memory claimed twice or by
+    Raises `PlanError` with every fault of both sides: names, shapes, dtypes, formats, ties, memory claimed twice or by
     nobody, elements that no source holds, plans without copies.
     """
     policy = policy or Policy()
@@ -167,25 +166,16 @@ def plan(
     if not held or not wanted:
         counts = [sum(getattr(m, side) is not None for m in members) for side in ("source_layout", "target_layout")]
         faults.append(f"there are {counts[0]} sources and {counts[1]} targets; both are needed")
-    for address, name in wanted.items():
-        layout = layouts[address]
-        faults += memory_faults(f"target {name}", layout) + unsupported(f"target {name}", layout, "target")
-    for address, name in held.items():
-        faults += unsupported(f"source {name}", layouts[address], "source")
-    catalog, mismatches = build_catalog(
-        {name: layouts[address] for address, name in held.items()},
-        {name: layouts[address] for address, name in wanted.items()},
+    source_addresses, target_addresses = sorted(held), sorted(wanted)
+    agreement = agree(
+        {held[address]: layouts[address] for address in source_addresses},
+        {wanted[address]: layouts[address] for address in target_addresses},
         policy,
     )
-    faults += mismatches
-    source_addresses, target_addresses = sorted(held), sorted(wanted)
-    joined = join_sides([layouts[a] for a in source_addresses], [layouts[a] for a in target_addresses], catalog)
-    found, classes = overlaps(joined)
-    faults += coverage_faults(joined, found, {n: wanted[a] for n, a in enumerate(target_addresses)}, catalog)
-    if not faults and not len(found.target):
-        faults.append("the plan would have no copies: no target wants anything that a source holds")
+    faults += agreement.faults
     if faults:
         raise PlanError(faults)
+    catalog, joined, found, classes = agreement.catalog, agreement.joined, agreement.found, agreement.classes
     tensors = tuple(map(PlannedTensor, catalog.names, catalog.shapes, catalog.source_dtypes, catalog.target_dtypes))
     landing = _landing([layouts[a] for a in target_addresses], joined.targets)
     item_bytes = np.array([ITEM_BYTES[tensor.target_dtype] for tensor in tensors], dtype=np.int64)
