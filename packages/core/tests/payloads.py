@@ -26,6 +26,7 @@ from weft.fleet.roll import Announced, Roll
 from weft.layout import Layout
 from weft.leaders import OfferRecord, OutcomeRecord
 from weft.member import Member, RemoteRegion, Tag
+from weft.orchestration.records import Doing, Presence, ReplicaState, Request, What
 from weft.passages import Arrived, Ask, Go, Grant, Invitation, Said, Signal, Withdrawn
 from weft.plan import plan
 from weft.policy import Policy
@@ -82,6 +83,11 @@ def payloads() -> dict[str, Payload]:
         ("opened", "of a fleet", 3),
         ("at", "of a version", 3),
         ("heard", "of a source", 3),
+        ("orchestrator", "of a job", Presence("node7", b"n" * 16, ("rollout",))),
+        ("request", "to pause", Request(5, What.PAUSE, 60.0, "wait")),
+        ("request", "to resume", Request(6, What.RESUME, 60.0, version=7, forget=True)),
+        ("request", "to refuse", Request(7, What.REFUSE, 60.0, reason="why")),
+        ("state", "of a replica", ReplicaState(7, Doing.REFUSING, 6, "why", "what failed")),
     ):
         found[f"{kind} record {name}"] = _record(kind, made, None)
         found[f"{kind} record {name}, with a secret"] = _record(kind, made, PLACE)
