@@ -6,12 +6,15 @@ constraints or the metadata of the packages they hold have changed (editable ent
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nox
@@ -37,8 +40,23 @@ nox.options.sessions = ["lint", "types", "tests"]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Waits until no other nox makes environment `name`: `tools/dev.py test` runs two."""
+    NOX.mkdir(exist_ok=True)
+    with (NOX / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def environment(session: nox.Session, name: str, constraints: str, packages: list[Package], extra: str = "") -> Path:
-    """The interpreter of environment `.nox/<name>`, which holds `packages`, editable, the last of them with `extra`.
+    """The interpreter of environment `.nox/<name>`, which holds `packages`, editable, the last of them with `extra`."""
+    with alone(name):
+        return made_environment(session, name, constraints, packages, extra)
+
+
+def made_environment(session: nox.Session, name: str, constraints: str, packages: list[Package], extra: str) -> Path:
+    """That interpreter, of an environment that is made unless it is there already.
 
     With constraints of its own (an engine's) everything in the file is installed first, as it stands: engines ask for
     what breaks them. With `light` pip installs what the packages declare and nothing else, at the file's versions.
@@ -81,10 +99,12 @@ def engines(session: nox.Session) -> Path:
 
 
 def pytest(session: nox.Session, python: Path, folder: Path) -> None:
-    """Runs the tests in `folder`; having none is an error."""
+    """Runs the tests in `folder`, or those of its files that are among the arguments; having none is an error."""
     if not any(folder.glob("**/test_*.py")):
         session.error(f"{folder.relative_to(ROOT)} has no tests")
-    session.run(str(python), "-m", "pytest", str(folder), *session.posargs, external=True)
+    named = any(argument.startswith(f"{folder.relative_to(ROOT)}/") for argument in session.posargs)
+    places = [] if named else [str(folder)]
+    session.run(str(python), "-m", "pytest", *places, *session.posargs, external=True)
 
 
 def older_vllm(session: nox.Session) -> None:
@@ -183,7 +203,7 @@ def tests(session: nox.Session, package: str) -> None:
 
 @nox.session(python=False)
 def integration(session: nox.Session) -> None:
-    """Real Megatron-Core, vLLM and NIXL together."""
+    """Real Megatron-Core, vLLM and NIXL together; after --, files and pytest's options, such as -k refit."""
     pytest(session, engines(session), ROOT / "integration-tests")
 
 

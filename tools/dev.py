@@ -2,7 +2,8 @@
 """One entry for everything: sets up what is needed on a machine with Python 3.11+, git and pip, then runs it.
 
 It makes its own tool environment (`.venv-tools`) with a pinned nox, installs the Debian packages that a session needs
-(as root; else it says which are missing), and runs nox sessions. Standard library only.
+(as root; else it says which are missing), and runs nox sessions: those of `test` two at a time (`side_by_side.py`), all
+others one after the other. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import side_by_side
+
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".venv-tools"
 PINS = ROOT / "constraints" / "tools.txt"
@@ -25,7 +28,7 @@ SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # no
 COMMANDS = {
     "demo": ("a Megatron-Core model learns while a vLLM engine serves each new version of its weights", ["demo"]),
     "test": (
-        "everything that runs without a GPU: all of the below but demo and gpu",
+        "everything that runs without a GPU: all of the below but demo and gpu, two sessions at a time",
         ["lint", "types", "tests", "integration", "wheels", "docs"],
     ),
     "lint": ("ruff, import contracts, lockstep versions, constraints up to date", ["lint"]),
@@ -133,8 +136,11 @@ def main(arguments: list[str]) -> int:
             fail(f"unknown command {name!r}; one of: {', '.join(COMMANDS)}")
         sessions += COMMANDS[name][1] if name in COMMANDS else [name]
     ensure_debian(sessions)
-    python = ensure_tools()
-    return run(python, "-m", "nox", "-f", ROOT / "noxfile.py", "-s", *dict.fromkeys(sessions), *passed)
+    nox = [str(ensure_tools()), "-m", "nox", "-f", str(ROOT / "noxfile.py")]
+    if names == ["test"] and not passed:
+        files = sorted(file.relative_to(ROOT) for file in (ROOT / "integration-tests").glob("test_*.py"))
+        return side_by_side.run_all(nox, side_by_side.jobs(side_by_side.listed(nox, sessions, ROOT), files), ROOT)
+    return run(*nox, "-s", *dict.fromkeys(sessions), *passed)
 
 
 if __name__ == "__main__":
