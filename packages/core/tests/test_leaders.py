@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from weft.board import Board
 from weft.deadline import Deadline, Deadlines
-from weft.errors import RecordError
+from weft.errors import RecordError, StoreError
 from weft.job_store import JobStore
-from weft.leaders import SourceLeader
+from weft.leaders import OfferRecord, SourceLeader
 from weft.local import LocalHub, factory
 from weft.member import Member
 from weft.stores import open_store
@@ -30,9 +32,10 @@ class Case:
     """A leader of sources that leads the replica `rollout`, too, so that every notice comes back here."""
 
     def __init__(self, records: JobStore, begin_seconds: float = 60.0) -> None:
+        self.board = Board(records, "p")
         self.wire = Wire(factory({"hub": LocalHub()}), Member(NAME, None, None, None, 0, "h", "h", "cpu"), [])
         deadlines = Deadlines(begin=begin_seconds)
-        self.leader = SourceLeader(self.wire, records, "p", [NAME], {"rollout": NAME}, deadlines, 1)
+        self.leader = SourceLeader(self.wire, self.board, [NAME], {"rollout": NAME}, deadlines, 1)
 
     def says(self, kind: str, text: str) -> None:
         self.wire.tell(NAME, 1, Notice(kind, "rollout", text, (0,)))
@@ -74,13 +77,33 @@ def test_a_replica_that_does_not_answer_ends_with_what_is_known(records: JobStor
     assert told == ["source trainer/0: lost rollout/2"]
 
 
-def test_a_store_that_is_gone_does_not_hold_a_version_up(records: JobStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_leaders_write_is_in_the_store_afterwards(records: JobStore) -> None:
     case = Case(records)
-    records.store.close()
+    case.says("source-offered", "")
+    case.leader.step()
+    case.board.close()
+    assert records.find("offer", "p/offer/1", OfferRecord) == OfferRecord(1)
+    assert case.board.operations == 2
+
+
+@pytest.mark.trap(40)
+def test_no_version_waits_for_a_store(
+    records: JobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+
+    def hang(*_: object) -> None:
+        assert answers.wait(60)
+        raise StoreError("gone")
+
+    monkeypatch.setattr(records, "put", hang)
+    case = Case(records)
     case.says("source-offered", "")
     case.leader.step()
     assert [(peer, notice.replica) for peer, notice in case.wire.take(1, "offer")] == [(NAME, "rollout")]
-    assert "the offer of version 1 is not in the store" in caplog.text
+    answers.set()
+    case.board.close()
+    assert "the offer of version 1 is not in the store for people to look at: gone" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "numbers"), [("commit", (1,)), ("credit", ()), ("outcome", (1, 2)), ("roll", (1, 2))])

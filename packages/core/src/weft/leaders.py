@@ -5,21 +5,16 @@ The machines are `weft.protocol.sources` and `weft.protocol.replica`; here they 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from weft.board import Board
 from weft.deadline import Deadline, Deadlines
-from weft.errors import StoreError
-from weft.job_store import JobStore
 from weft.protocol import replica, sources
-from weft.protocol.events import Do, Event, heard, tell
+from weft.protocol.events import Event, heard, tell
 from weft.wire import Wire
 
-_LOG = logging.getLogger(__name__)
-KEPT_VERSIONS = 8
-"""Records of so many versions stay in the store for people to look at."""
 _ANSWER_SECONDS = 10.0
 """A replica's leader may take so long to say why its replica does not install a version that is withdrawn."""
 
@@ -45,10 +40,10 @@ class SourceLeader:
     """
 
     def __init__(
-        self, wire: Wire, records: JobStore, prefix: str, members: Sequence[str], leaders: Mapping[str, str],
-        deadlines: Deadlines, version: int,
+        self, wire: Wire, board: Board, members: Sequence[str], leaders: Mapping[str, str], deadlines: Deadlines,
+        version: int,
     ) -> None:  # fmt: skip
-        self._wire, self._records, self._prefix, self._version = wire, records, prefix, version
+        self._wire, self._board, self._version = wire, board, version
         self._seconds = {
             "begin": deadlines.begin,
             "rest": deadlines.move + deadlines.vote + deadlines.commit,
@@ -89,10 +84,7 @@ class SourceLeader:
             if action.what == "wait":
                 self._limit[action.about] = Deadline.after(self._seconds[action.text])
             else:
-                self._record()
-
-    def _record(self) -> None:
-        _show(self._records, "offer", f"{self._prefix}/offer", self._version, "", OfferRecord(self._version))
+                self._board.show("offer", self._version, "", OfferRecord(self._version))
 
 
 class ReplicaLeader:
@@ -101,10 +93,10 @@ class ReplicaLeader:
     """
 
     def __init__(
-        self, wire: Wire, records: JobStore, prefix: str, name: str, members: Sequence[str], source_leader: str,
-        version: int, *, shadow: bool,
+        self, wire: Wire, board: Board, name: str, members: Sequence[str], source_leader: str, version: int, *,
+        shadow: bool,
     ) -> None:  # fmt: skip
-        self._wire, self._records, self._prefix, self._version = wire, records, prefix, version
+        self._wire, self._board, self._version = wire, board, version
         self._state = replica.Replica(name, tuple(members), source_leader, shadow)
 
     def step(self) -> None:
@@ -122,18 +114,5 @@ class ReplicaLeader:
     def _feed(self, event: Event) -> None:
         self._state, actions = replica.step(self._state, event)
         for action in tell(self._wire, self._version, actions):
-            self._record(action)
-
-    def _record(self, action: Do) -> None:
-        """Comes last, since nobody waits for it."""
-        record = OutcomeRecord(self._version, action.about, self._state.committed, action.text)
-        _show(self._records, "outcome", f"{self._prefix}/outcome", self._version, f"/{action.about}", record)
-
-
-def _show(records: JobStore, kind: str, folder: str, version: int, rest: str, record: msgspec.Struct) -> None:
-    """Write a record for people to look at, without which every version goes on."""
-    try:
-        records.put(kind, f"{folder}/{version}{rest}", record)
-        records.store.delete(f"{folder}/{version - KEPT_VERSIONS}{rest}")
-    except StoreError as error:
-        _LOG.warning("the %s of version %d is not in the store for people to look at: %s", kind, version, error)
+            record = OutcomeRecord(self._version, action.about, self._state.committed, action.text)
+            self._board.show("outcome", self._version, f"/{action.about}", record)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from weft.authentication import Secret
+from weft.board import Board
 from weft.connection import Connection, Identity, Roles, host_identity, join
 from weft.contracts import ReplicaControl, Source, Target, Transport
 from weft.deadline import Deadline, Deadlines
@@ -79,6 +80,7 @@ class Refit:
         self._identity = Identity(name, replica, replica_size, host, domain or host)
         self._transport: Transport | None = None
         self._store: CountedStore | None = None
+        self._board: Board | None = None
         self._rendezvous: Rendezvous | None = None
         self._joined: tuple[Connection, Loop] | None = None
         self._offer: Offer | None = None
@@ -140,7 +142,8 @@ class Refit:
     @property
     def store_operations(self) -> int:
         """Operations on the store so far. Raises `ConfigError` before `open`."""
-        return self._counted.operations
+        store, board = self._counted
+        return store.operations + board.operations
 
     @property
     def _connection(self) -> tuple[Connection, Loop]:
@@ -159,7 +162,9 @@ class Refit:
         transport: Transport = load("weft.transports", self._transport_name)(self._transport_options)
         try:
             self._transport = transport
-            self._store = CountedStore(open_store(self._store_url, deadline))
+            store = open_store(self._store_url, deadline)
+            self._store = CountedStore(store)
+            self._board = Board(JobStore(store, self._job, self._secret), f"weft/{self._job}/refit")
             self._rendezvous = Rendezvous(self._store, self._job, self._expect, deadline, self._secret)
             connection = join(
                 self._rendezvous,
@@ -189,6 +194,8 @@ class Refit:
         with ExitStack() as stack:
             if self._store is not None:
                 stack.callback(self._store.close)
+            if self._board is not None:
+                stack.callback(self._board.close)
             if self._transport is not None:
                 stack.callback(self._transport.close)
             if self._rendezvous is not None and self._joined is not None:
@@ -198,7 +205,7 @@ class Refit:
             if self._installation is not None:
                 stack.callback(self._installation.abort, ConfigError(f"{self.name} has closed before its commit"))
             self._offer = self._installation = self._rendezvous = None
-            self._joined = self._transport = self._store = None
+            self._joined = self._transport = self._store = self._board = None
 
     def offer(self, version: int) -> Offer:
         """Offer this source's weights as `version`; returns at once. Versions grow; all sources offer the same ones.
@@ -319,23 +326,18 @@ class Refit:
         return received or sent
 
     @property
-    def _counted(self) -> CountedStore:
-        if self._store is None:
+    def _counted(self) -> tuple[CountedStore, Board]:
+        if self._store is None or self._board is None:
             raise ConfigError(f"{self.name} is not open")
-        return self._store
-
-    @property
-    def _records(self) -> JobStore:
-        return JobStore(self._counted, self._job, self._secret)
+        return self._store, self._board
 
     @property
     def _part(self) -> TakingPart:
-        prefix = f"weft/{self._job}/refit"
-        return TakingPart(self._connection[0], self._records, prefix, self._deadlines, self._policy)
+        return TakingPart(self._connection[0], self._counted[1], self._deadlines, self._policy)
 
     def _account(self) -> Account:
-        store = self._counted
-        return Account(lambda: store.operations)
+        store, board = self._counted
+        return Account(lambda: store.operations + board.operations)
 
     def _check_version(self, version: int) -> None:
         if version <= self._last_version:

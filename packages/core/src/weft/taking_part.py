@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from weft.board import Board
 from weft.connection import Connection
 from weft.contracts import Target
 from weft.deadline import Deadlines
-from weft.job_store import JobStore
 from weft.leaders import ReplicaLeader, SourceLeader
 from weft.policy import Policy
 from weft.prepare import Step
@@ -22,9 +22,7 @@ class TakingPart:
     """What the sessions of all versions have in common."""
 
     connection: Connection
-    records: JobStore
-    prefix: str
-    """Of what leaders write in the store."""
+    board: Board
     deadlines: Deadlines
     policy: Policy
 
@@ -35,7 +33,7 @@ class TakingPart:
         leader = None
         if roles.source_leader == me.name:
             leaders = roles.replica_leaders
-            leader = SourceLeader(wire, self.records, self.prefix, roles.sources, leaders, self.deadlines, version)
+            leader = SourceLeader(wire, self.board, roles.sources, leaders, self.deadlines, version)
         senders = {replica: self._sender(names, version, clock) for replica, names in roles.replicas.items()}
         own_replica = me.replica if connection.local else None
         return SourceSession(wire, version, senders, roles.source_leader, leader, clock, own_replica)
@@ -61,9 +59,8 @@ class TakingPart:
                 if member != me.name:
                     wire.tell(member, version, Notice("begin", replica))
             leader = ReplicaLeader(
-                wire, self.records, self.prefix, replica, members, roles.source_leader, version,
-                shadow=self.policy.shadow,
-            )  # fmt: skip
+                wire, self.board, replica, members, roles.source_leader, version, shadow=self.policy.shadow
+            )
         assert connection.target is not None, "only members with a target install"
         receiver = Receiver(
             wire, connection.prepared, connection.receives, connection.local, target, *connection.target, version,
