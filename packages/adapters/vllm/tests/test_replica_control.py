@@ -10,6 +10,7 @@ import pytest
 import weft_vllm
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError, RefitAbortedError
+from weft_vllm import limits
 
 
 class FakeCore:
@@ -310,7 +311,8 @@ def test_a_failure_to_fetch_is_raised_once_all_know_of_it_and_pauses_nothing() -
 
 
 @pytest.mark.trap(40)
-def test_waiting_for_workers_to_fetch_ends() -> None:
+def test_waiting_for_workers_to_fetch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_ON_THE_WAY_SECONDS", 0.01)
     llm = FakeLLM()
     llm.watched = [fetched("waiting"), fetched("waiting")]
     brief = Deadlines(offer=0.01, begin=0.01, move=0.01, vote=0.01)

@@ -15,12 +15,13 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 
 from weft.builder import LayoutBuilder
 from weft.deadline import Deadlines
-from weft.errors import ConfigError, LayoutError, RefitAbortedError
+from weft.errors import ConfigError, DeadlineError, LayoutError, RefitAbortedError
 from weft.live import LiveTarget
 from weft.local import LocalHub
 from weft.refit import Refit
 from weft.roster import Expect
 from weft.store_server import serve_store
+from weft_vllm import limits
 from weft_vllm.trainer import WeftTrainerInitInfo
 
 DEADLINES = {"rendezvous": 30.0, "offer": 30.0, "begin": 30.0, "move": 30.0, "vote": 30.0, "commit": 30.0}
@@ -140,6 +141,24 @@ def test_what_the_engine_says_is_raised_and_the_next_version_is_sent(url: str) -
     sender.send_weights()
     assert engine.holds(trained)
     assert engine.weight_version == "2"
+    sender.shutdown()
+    engine.refit.close()
+
+
+@pytest.mark.trap(40)
+def test_an_engine_that_does_not_answer_hides_nothing_that_went_wrong_here(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, trained = Engine(), module(1)
+    sender = start(url, engine, trained, deadlines={**DEADLINES, "begin": 0.2})
+    monkeypatch.setattr(limits, "refitted", lambda deadlines: 0.01)
+    asked = threading.Event()
+    monkeypatch.setattr(engine, "start_weight_update", lambda: asked.wait(60.0))
+    with pytest.raises(ExceptionGroup) as caught:
+        sender.send_weights()
+    asked.set()
+    assert caught.group_contains(RefitAbortedError)
+    assert caught.group_contains(DeadlineError, match="the engine's answer to the commit")
     sender.shutdown()
     engine.refit.close()
 

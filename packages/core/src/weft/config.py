@@ -58,6 +58,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "transport_options": 'options stand beside the name of their transport: {"name": …, option: value}'
     }
 
+    def __repr__(self) -> str:
+        given = msgspec.structs.asdict(self)
+        told = {**given, "store": None if self.store is None else shown(self.store)}  # it may have a password in it
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
 
 SECTIONS: Mapping[str, type] = {"": Settings, "expect": Expect, "policy": Policy, "deadlines": Deadlines}
 """What is the same for every transport."""

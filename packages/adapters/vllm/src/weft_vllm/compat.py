@@ -136,18 +136,34 @@ def cpu_linear_policy(config: VllmConfig) -> str:
 
 
 def check_parallelism(config: VllmConfig) -> None:
-    """Raise `NotSupportedError`, with all reasons, for an engine whose experts weft cannot follow."""
-    parallel = config.parallel_config
-    faults = []
-    if parallel.enable_eplb:
-        faults.append("enable_eplb moves experts between ranks while it serves; leave it off")
-    if config.model_config.is_moe and parallel.data_parallel_size > 1:
-        faults.append(
-            f"data_parallel_size={parallel.data_parallel_size}: engines that share experts share one forward pass, and "
-            "weft takes each for a replica of its own; use tensor_parallel_size"
+    """Raise `NotSupportedError` for an engine whose experts weft cannot follow."""
+    if config.parallel_config.enable_eplb:
+        raise NotSupportedError(
+            "weft cannot refit this engine: enable_eplb moves experts between ranks while it serves; leave it off"
         )
-    if faults:
-        raise NotSupportedError("weft cannot refit this engine: " + "; ".join(faults))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker is among those that share its forward pass."""
+
+    replica: str
+    rank: int
+    size: int
+
+
+def place(parallel: Any, replica: str) -> Place:
+    """A worker's place, by its `ParallelConfig`, in the replica of this name.
+
+    Data-parallel engines of a mixture share a forward pass, since they share experts. Those of a dense model do not,
+    and vLLM makes each of them one of its own (`v1/engine/core.py`, `run_engine_core`): only their index tells them
+    apart.
+    """
+    if parallel.data_parallel_size > 1:
+        rank = parallel.data_parallel_rank * parallel.world_size + parallel.rank
+        return Place(replica, rank, parallel.data_parallel_size * parallel.world_size)
+    index = parallel.data_parallel_index
+    return Place(f"{replica}.dp{index}" if index else replica, parallel.rank, parallel.world_size)
 
 
 def install_hooks() -> None:

@@ -25,7 +25,7 @@ from weft.protocol.target import Stage
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
-from weft_vllm import compat
+from weft_vllm import compat, limits
 from weft_vllm.comparison import verify_worker
 from weft_vllm.target import VllmTarget
 from weft_vllm.watch import Watcher
@@ -39,16 +39,19 @@ class WeftInitInfo(compat.WeightTransferInitInfo):
     or `WEFT_SECRET`).
     """
 
-    store: str
+    store: str = field(repr=False)
     """URL of the store, such as `tcp://10.0.0.1:29511`."""
     job: str
     """Name of the refit job; sources use the same."""
     replica: str
-    """Name of this engine, unique in the job; its workers are the members `<replica>/0`, `<replica>/1` …"""
+    """Name of this engine, unique in the job; its workers are the members `<replica>/0`, `<replica>/1` … Data-parallel
+    engines that share experts are one replica; others are one each: the first has this name, the next are
+    `<replica>.dp1`, `<replica>.dp2` …
+    """
     sources: int
     """How many sources the job has."""
     replicas: int = 1
-    """How many engines the job has."""
+    """How many replicas the job has."""
     transport: str = "nixl"
     """Name of an installed transport plug-in."""
     transport_options: dict[str, Any] = field(default_factory=dict)
@@ -100,10 +103,7 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         unknown = sorted(init_info.policy.keys() - set(Policy.__struct_fields__))
         if unknown:
             raise ConfigError(f"init_info of the weft backend: policy has no {', '.join(unknown)}")
-        parallel = self.parallel_config
-        replica = init_info.replica
-        if parallel.data_parallel_size > 1:
-            replica = f"{replica}.dp{parallel.data_parallel_index}"
+        place = compat.place(self.parallel_config, init_info.replica)
         self._target = VllmTarget.from_worker(self.model, self.vllm_config, scratch_slots=init_info.scratch_slots)
         refit = Refit(
             target=self._target,
@@ -111,9 +111,9 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             transport_options=init_info.transport_options,
             store=init_info.store,
             job=init_info.job,
-            name=f"{replica}/{parallel.rank}",
-            replica=replica,
-            replica_size=parallel.world_size,
+            name=f"{place.replica}/{place.rank}",
+            replica=place.replica,
+            replica_size=place.size,
             expect=Expect(sources=init_info.sources, replicas=init_info.replicas),
             deadlines=deadlines,
             policy=policy,
@@ -140,8 +140,7 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         if self._watcher is None:
             self._installation = self._refit.begin()
         else:
-            d = self._deadlines
-            self._installation = self._watcher.take(Deadline.after(d.offer + d.begin + 2 * d.move + d.vote))
+            self._installation = self._watcher.take(Deadline.after(limits.fetched(self._deadlines)))
         self._latest = self._installation
 
     def receive_weights(self, update_info: WeftUpdateInfo) -> None:

@@ -60,8 +60,10 @@ class VllmControl:
         self._perform(steps.forget_caches(version, self._mode))
 
     def resume(self, version: int) -> None:
-        """Schedule again. An engine that refuses keeps refusing until a whole version is in (`refit`)."""
-        self._perform(steps.resume(self._gate))
+        """Schedule again. Raises `RefusedError` where the engine refuses and not all workers have `version` whole: then
+        it goes on refusing, and requests that were kept wait on, until a whole version is in (`refit`).
+        """
+        self._perform(steps.resume(self._gate, version))
 
     def refuse(self, reason: str) -> None:
         """Take no requests until a whole version is in; they raise `RefusedError` with the reason."""
@@ -174,8 +176,10 @@ class AsyncVllmControl:
         await self._perform(steps.forget_caches(version, self._mode))
 
     async def resume(self, version: int) -> None:
-        """Schedule again. An engine that refuses keeps refusing until a whole version is in (`refit`)."""
-        await self._perform(steps.resume(self._gate))
+        """Schedule again. Raises `RefusedError` where the engine refuses and not all workers have `version` whole: then
+        it goes on refusing, and requests that were kept wait on, until a whole version is in (`refit`).
+        """
+        await self._perform(steps.resume(self._gate, version))
 
     def refuse(self, reason: str) -> None:
         """Take no requests until a whole version is in; they raise `RefusedError` with the reason."""

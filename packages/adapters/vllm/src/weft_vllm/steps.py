@@ -9,6 +9,7 @@ from typing import Any
 
 from weft.deadline import Deadline, Deadlines
 from weft.errors import DeadlineError, RefitAbortedError, WeftError
+from weft_vllm import limits
 
 _POLL_SECONDS = 10e-3
 """Between questions whether workers have fetched a version."""
@@ -42,7 +43,7 @@ class Call:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 60.0
-    """How long it may take, where the engine's call can be given up."""
+    """How long it may take, where the engine's call can be given up (`weft_vllm.limits`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +88,16 @@ def refit(gate: Gate, version: int | None, mode: str, deadlines: Deadlines) -> C
     Whatever ends it once workers may have begun, an interruption too, the gate refuses, unless they say that nothing
     that is served has changed.
     """
-    d = deadlines
-    fetching = d.offer + d.begin + 2 * d.move + d.vote
-    yield from _fetched(Deadline.after(fetching))
+    yield from _fetched(Deadline.after(limits.fetched(deadlines)))
     started = time.perf_counter()
-    yield from pause(gate, mode, d.begin)
+    yield from pause(gate, mode, deadlines.begin)
     committing = False
     try:
-        yield Call("start_weight_update", seconds=fetching)
-        moving = d.begin + 2 * d.move + 2 * d.vote
-        yield Call("update_weights", {"request": UpdateRequest({"version": version})}, moving)
+        yield Call("start_weight_update", seconds=limits.begun(deadlines))
+        request = UpdateRequest({"version": version})
+        yield Call("update_weights", {"request": request}, limits.updated(deadlines))
         committing = True
-        yield Call("finish_weight_update", seconds=3 * d.commit)  # workers say within two of them who is late
+        yield Call("finish_weight_update", seconds=limits.committed(deadlines))
         workers = yield Call("collective_rpc", {"method": "weft_report"})
         installed = _one_version(workers)
         yield Call("update_weight_version", {"new_version": str(installed)})
@@ -110,7 +109,7 @@ def refit(gate: Gate, version: int | None, mode: str, deadlines: Deadlines) -> C
         _doubt(gate, f"{type(error).__name__}: {error}")
         raise
     gate.refused = None
-    yield from resume(gate)
+    yield from _open(gate)
     return _summary(workers, installed, time.perf_counter() - started)
 
 
@@ -124,7 +123,7 @@ def pause(gate: Gate, mode: str, seconds: float) -> Calls:
             raise DeadlineError("pausing the engine", seconds, ["the scheduler"])
     except Exception as error:
         if isinstance(error, DeadlineError):
-            yield from resume(gate)
+            yield from _open(gate)
         gate.paused = None
         raise
 
@@ -139,9 +138,24 @@ def forget_caches(version: int, mode: str) -> Calls:
     yield Call("reset_encoder_cache")
 
 
-def resume(gate: Gate) -> Calls:
-    """Schedule again."""
-    yield Call("wake_up", {"tags": ["scheduling"]})
+def resume(gate: Gate, version: int) -> Calls:
+    """Schedule again. Where the gate refuses, only if all workers have `version` whole, and once what was computed with
+    other weights is forgotten; else raises `RefusedError`: requests that were kept stay where they are.
+    """
+    if gate.refused is not None:
+        reports = yield Call("collective_rpc", {"method": "weft_report"})
+        states = yield Call("collective_rpc", {"method": "weft_state"})
+        if any(state["touched"] for state in states) or {report["version"] for report in reports} != {version}:
+            raise RefusedError(f"version {version} is not whole, nothing is scheduled until one is: {gate.refused}")
+        yield from forget_caches(version, "keep")
+        gate.refused = None
+    yield from _open(gate)
+
+
+def _open(gate: Gate) -> Calls:
+    """Schedule again, unless the gate refuses: a mixture must not be served to what was kept either."""
+    if gate.refused is None:
+        yield Call("wake_up", {"tags": ["scheduling"]})
     gate.paused = None
 
 
@@ -183,7 +197,7 @@ def _fail(gate: Gate, reason: str, committing: bool) -> Calls:
             if not any(worker["touched"] for worker in workers):
                 gate.refused = before
         if gate.refused is None:
-            yield from resume(gate)
+            yield from _open(gate)
         else:
             yield Call("sleep", {"level": 0, "mode": "abort"})
     except Exception as error:  # noqa: BLE001 - the first error is the one to raise; the engine may be gone altogether

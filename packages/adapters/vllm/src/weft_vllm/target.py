@@ -13,7 +13,7 @@ from weft.layout import ITEM_BYTES, Kind, Layout
 from weft.streams import Finished
 from weft_vllm.binding import RecordedLayout, record_layout
 from weft_vllm.checkpoint import logical_tensors
-from weft_vllm.compat import VllmConfig, check_parallelism
+from weft_vllm.compat import VllmConfig, check_parallelism, support
 from weft_vllm.landing import Landing
 
 _ALIGNMENT_BYTES = 64
@@ -26,6 +26,8 @@ class VllmTarget:
     change; `prepare_commit` checks that (trap 53). After `abort` the weights may be mixed. Called from the worker's own
     thread.
     """
+
+    framework = ("vllm", support.version)
 
     def __init__(self, model: torch.nn.Module, recorded: RecordedLayout, config: VllmConfig) -> None:
         self.recorded = recorded

@@ -18,13 +18,13 @@ import torch
 from weft.authentication import Secret
 from weft.builder import LayoutBuilder
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, LayoutError
+from weft.errors import ConfigError, DeadlineError, LayoutError
 from weft.live import LiveSource
 from weft.policy import Policy
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
-from weft_vllm import compat
+from weft_vllm import compat, limits
 
 
 @dataclass
@@ -35,8 +35,8 @@ class WeftTrainerInitInfo(compat.TrainerInitInfo):
     """
 
     backend: ClassVar[str] = compat.BACKEND
-    store: str
-    """URL of the store, such as `tcp://10.0.0.1:29511`."""
+    store: str = field(repr=False)
+    """URL of the store, such as `tcp://10.0.0.1:29511`; a password may be in it."""
     job: str
     """Name of the refit job."""
     ranks: int = 1
@@ -150,9 +150,12 @@ class WeftTrainerEngine(compat.TrainerWeightTransferEngine[WeftTrainerInitInfo])
             act()
         except Exception as error:  # noqa: BLE001 - the client's own words come first
             faults.append(error)
-        d = self._deadlines
-        limit = Deadline.after(d.rendezvous if what == "rendezvous" else d.begin + d.move + d.vote + d.commit)
-        limit.wait(lambda: not thread.is_alive(), f"the engine's answer to the {what}", lambda: ["the client"])
+        seconds = limits.connected if what == "rendezvous" else limits.refitted
+        limit = Deadline.after(seconds(self._deadlines))
+        try:
+            limit.wait(lambda: not thread.is_alive(), f"the engine's answer to the {what}", lambda: ["the client"])
+        except DeadlineError as error:  # beside what went wrong here
+            faults.append(error)
         if faults:
             raise faults[-1] if len(faults) == 1 else ExceptionGroup(f"{what} with the engine failed", faults)
 
