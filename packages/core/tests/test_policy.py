@@ -12,7 +12,6 @@ import weft
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"drive": "published"}, 'drive "published" is not built yet: use drive "lock_step"'),
         ({"encodings": ("fp8_block",)}, "encodings fp8_block are not built yet"),
     ],
 )

@@ -33,6 +33,7 @@ from weft.names import NameMap
 from weft.offer import Offer
 from weft.plan import Plan, plan
 from weft.policy import Policy
+from weft.publication import Holder, Publisher, Subscriber
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
@@ -53,6 +54,7 @@ __all__ = [
     "FleetMember",
     "FleetOffer",
     "FleetReport",
+    "Holder",
     "Installation",
     "Kind",
     "Layout",
@@ -67,6 +69,7 @@ __all__ = [
     "PlanError",
     "PluginError",
     "Policy",
+    "Publisher",
     "RecordError",
     "Refit",
     "RefitAbortedError",
@@ -77,6 +80,7 @@ __all__ = [
     "Source",
     "StoreError",
     "StoreServer",
+    "Subscriber",
     "Target",
     "Transport",
     "TransportError",

@@ -8,11 +8,13 @@ store can keep members from meeting, but not make them believe anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import quote
 
 from weft.authentication import Secret
 from weft.contracts import Store, StoreLease
+from weft.deadline import Deadline
 from weft.errors import RecordError
 from weft.records import open_record, seal
 
@@ -49,6 +51,20 @@ class JobStore:
         """
         data = self.store.get(key)
         return None if data is None else self.opened(kind, key, type, data)
+
+    def await_record(
+        self, kind: str, key: str, type: type[T], wanted: Callable[[T], bool], deadline: Deadline
+    ) -> T | None:
+        """The record at a key as soon as there is one that is wanted; None when there is none by the deadline. Watches,
+        so that nobody asks again and again; raises as `find` does.
+        """
+        known: bytes | None = None
+        while True:
+            known = self.store.watch(key, known, deadline)
+            if known is not None and wanted(found := self.opened(kind, key, type, known)):
+                return found
+            if deadline.expired():
+                return None
 
     def opened(self, kind: str, key: str, type: type[T], data: bytes) -> T:
         """The record in bytes that the store gave for a key; raises as `find` does."""

@@ -32,7 +32,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     encodings: tuple[str, ...] = ()
     """Encodings other than `casts`."""
     drive: Annotated[str, one_of("lock_step", "published")] = "lock_step"
-    """`lock_step`: sources push a version and wait until it is installed. `published` is not built yet."""
+    """`lock_step`: sources push a version and wait until it is installed. `published`: they go on, and replicas read
+    it in their own time; set by `weft.Publisher` and `weft.Subscriber`, and for them alone.
+    """
     relay: Annotated[str, one_of("never", "host", "domain", "auto")] = "never"
     """`host`: what several targets of a replica on one host want comes there once and is passed on among them;
     `domain`: the same within a fabric domain, whatever its hosts; `never`: sources send to every target themselves;
@@ -68,8 +70,6 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         faults += bound_faults(self)
         if faults:
             raise ConfigError("policy: " + "; ".join(faults))
-        if self.drive == "published":
-            raise NotSupportedError('drive "published" is not built yet: use drive "lock_step"')
         if self.encodings:
             raise NotSupportedError(f"encodings {', '.join(self.encodings)} are not built yet: only declared casts are")
 

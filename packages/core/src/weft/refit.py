@@ -39,7 +39,8 @@ class Refit:
     `transport` is the name of an installed plug-in; `store` a URL such as `tcp://10.0.0.1:29511`; `name` is unique
     in the job and stable over restarts; targets also name their replica and say how many members it has. `host` and
     `domain` override what is found out about this machine. `control` is used by `receive` and `run`. Members of a
-    job with a `secret`, at least 16 bytes and the same on all of them, believe nobody else.
+    job with a `secret`, at least 16 bytes and the same on all of them, believe nobody else. `served` is the version
+    that a target serves already, whole, if it does.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Refit:
         host: str | None = None,
         domain: str | None = None,
         secret: Secret | bytes | str | None = None,
+        served: int | None = None,
     ) -> None:
         faults = []
         if source is None and target is None:
@@ -86,7 +88,7 @@ class Refit:
         self._offer: Offer | None = None
         self._installation: Installation | None = None
         self._last_version = -1
-        self._serving = Serving(control or NoControl(), self._deadlines.begin, self._policy.shadow)
+        self._serving = Serving(control or NoControl(), self._deadlines.begin, self._policy.shadow, served)
 
     def __enter__(self) -> Refit:
         self.open()
@@ -126,6 +128,11 @@ class Refit:
     def roles(self) -> Roles:
         """Who takes part. Raises `ConfigError` before `open`."""
         return self._connection[0].roles
+
+    @property
+    def served(self) -> int | None:
+        """The version that `receive` knows this target to serve, whole; None when it is none."""
+        return self._serving.version
 
     @property
     def loop(self) -> Loop:

@@ -27,20 +27,14 @@ class Shadow:
 
     def __init__(self, layout: Layout, served: Memory, policy: Policy) -> None:
         """Allocates. Raises `ConfigError` when the memory is not there."""
-        sizes = _sizes(layout)
-        nbytes = sum(sizes)
+        self.nbytes = shadow_bytes(layout)
+        """Size of the allocation."""
         device = torch.device("cpu")
         if policy.landing == "shadow" and served:
             device = next(iter(served.values())).device
-        _check(nbytes, device)
+        _check(self.nbytes, device)
         pinned = device.type == "cpu" and any(memory.is_cuda for memory in served.values())
-        self.nbytes = nbytes
-        """Size of the allocation."""
-        arena = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-        self.memory: Memory = {
-            b.name: arena[start : start + b.numel * ITEM_BYTES[b.dtype]].view(torch_dtype(b.dtype))
-            for b, start in zip(layout.buffers, accumulate([0, *sizes[:-1]]), strict=True)
-        }
+        self.memory: Memory = beside(layout, device, pinned=pinned)
         """Where a version lands: by buffer, as `Target.memory` gives those that are served."""
         self._flips = self._views(layout, served, policy)
 
@@ -64,6 +58,16 @@ class Shadow:
                 else _piecewise(moved, served, self.memory)
             )
         return flips
+
+
+def beside(layout: Layout, device: torch.device, *, pinned: bool) -> dict[str, torch.Tensor]:
+    """Memory for every buffer of a layout, by name: parts of one allocation of `shadow_bytes(layout)`, all apart."""
+    sizes = _sizes(layout)
+    arena = torch.empty(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pinned)
+    return {
+        b.name: arena[start : start + b.numel * ITEM_BYTES[b.dtype]].view(torch_dtype(b.dtype))
+        for b, start in zip(layout.buffers, accumulate([0, *sizes[:-1]]), strict=True)
+    }
 
 
 def shadow_bytes(layout: Layout) -> int:

@@ -40,12 +40,13 @@ class FleetMember(Refit):
         self, *, target: Target, replica: str, replica_size: int = 1, sources: int, store: str, job: str, name: str,
         transport: str, transport_options: Mapping[str, Any] | None = None, control: ReplicaControl | None = None,
         deadlines: Deadlines | None = None, policy: Policy | None = None, host: str | None = None,
-        domain: str | None = None, secret: Secret | bytes | str | None = None,
+        domain: str | None = None, secret: Secret | bytes | str | None = None, served: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             target=target, control=control, transport=transport, transport_options=transport_options, store=store,
             job=cell_of(job, replica), name=name, replica=replica, replica_size=replica_size,
             expect=Expect(sources, 1), deadlines=deadlines, policy=policy, host=host, domain=domain, secret=secret,
+            served=served,
         )  # fmt: skip
         self._fleet, self._replica, self._size, self._url = job, replica, replica_size, store
         self._patience = (deadlines or Deadlines()).rendezvous

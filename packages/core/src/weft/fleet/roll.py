@@ -7,7 +7,8 @@ Keys, below `weft/<job>/fleet/`:
 - `hello/<rank>`: a source of this life of the trainer; `opening`: the first roll, for exactly those sources;
   `heard/<rank>`: that a source has read it; `opened`: that all have;
 - `rolls`: counter; `roll/<n>`: who takes part from then on; `at/<version>`: the roll of a version, where
-  no cell is left over which it could be told.
+  no cell is left over which it could be told;
+- `bell`: changes when a member has come, for those who do not look by themselves (`weft.publication`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ _LONGEST_SLEEP_SECONDS = 0.05
 """Between looks at the store."""
 _LEASE_SECONDS = 20.0
 """After so long without a sign of life a member does not wait any more."""
+
+
+def bell(records: JobStore) -> str:
+    """The key of a fleet whose value changes whenever there is something new to look for."""
+    return f"{records.root}/fleet/bell"
 
 
 class Announced(msgspec.Struct, frozen=True, array_like=True):
@@ -202,7 +208,8 @@ class Announcement:
         self._take = partial(records.lease, "announced", key, made, _LEASE_SECONDS)
         self._count = partial(records.store.add, f"{root}/announcements", 1)
         self._lease = self._take()
-        self._count()  # last: whoever sees it finds the record
+        self._count()  # after the record: whoever sees it finds that
+        records.store.set(bell(records), os.urandom(_NONCE_BYTES))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"announcement of {member}", daemon=True)
         self._thread.start()

@@ -1,0 +1,135 @@
+"""Who holds which version of a job, and whom a replica reads from.
+
+Keys, below `weft/<job>/`:
+
+- `holder/<name>`: a lease per holder; `news`: changes whenever one of them says something new;
+- `chosen/<replica>`: from whom the replica reads next, as its first member has chosen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from urllib.parse import quote
+
+import msgspec
+
+from weft.contracts import StoreLease
+from weft.deadline import Deadline
+from weft.errors import DeadlineError
+from weft.job_store import JobStore
+
+LEASE_SECONDS = 20.0
+"""After so long without a sign of life a holder is not asked any more."""
+_LOOK_SECONDS = 1.0
+"""Between looks at holders that say nothing new: a lease ends in silence."""
+_NONCE_BYTES = 8
+
+
+class Holder(msgspec.Struct, frozen=True, array_like=True):
+    """What a holder says of itself. New fields go to the end, with defaults."""
+
+    name: str
+    job: str
+    """The fleet in which it serves."""
+    members: int
+    version: int
+    """The newest that it serves; -1 before the first."""
+    digest: str = ""
+    """Of that version, once somebody has read it: 32 hexadecimal digits."""
+    host: str = ""
+    domain: str = ""
+    """Of its first member."""
+    original: bool = True
+    """Whether it is the trainer itself, and not a replica that has read the version elsewhere."""
+    readers: int = 0
+    """Replicas that it serves."""
+
+
+class Chosen(msgspec.Struct, frozen=True, array_like=True):
+    """Whom a replica reads from next. New fields go to the end, with defaults."""
+
+    number: int
+    """Grows with every choice."""
+    holder: Holder
+    anew: bool
+    """Whether members join the holder's fleet anew, since one of them has left it."""
+
+
+Prefer = Callable[[Sequence[Holder]], Holder]
+"""Chooses among holders of the newest version; there is at least one."""
+
+
+class Directory:
+    """A job's holders, in the store."""
+
+    def __init__(self, records: JobStore) -> None:
+        self._records = records
+        self._news = f"{records.root}/news"
+        self._known: bytes | None = None
+
+    def ring(self) -> None:
+        """Say that there is something new."""
+        self._records.store.set(self._news, os.urandom(_NONCE_BYTES))
+
+    def say(self, holder: Holder) -> StoreLease:
+        """Say what a holder holds; renew the lease in time."""
+        key = f"{self._records.root}/holder/{quote(holder.name, safe='')}"
+        lease = self._records.lease("holder", key, holder, LEASE_SECONDS)
+        self.ring()
+        return lease
+
+    def holders(self) -> list[Holder]:
+        """All that are alive, by name."""
+        keys = self._records.store.keys(f"{self._records.root}/holder/")
+        found = [self._records.find("holder", key, Holder) for key in keys]
+        return [holder for holder in found if holder is not None]
+
+    def newest(self, have: int, refused: Callable[[Holder], bool], deadline: Deadline) -> list[Holder]:
+        """Those with the newest version, as soon as there is one newer than `have`. Raises `DeadlineError`."""
+        while True:
+            known = self._known
+            all_of_them = self.holders()
+            able = [holder for holder in all_of_them if holder.version > have and not refused(holder)]
+            if able:
+                newest = max(holder.version for holder in able)
+                return [holder for holder in able if holder.version == newest]
+            if deadline.expired():
+                late = [f"{holder.name} has {holder.version}" for holder in all_of_them]
+                raise DeadlineError(f"a version newer than {have}", deadline.seconds, late or ["nobody holds any"])
+            limit = Deadline.after(min(_LOOK_SECONDS, max(0.0, deadline.remaining())))
+            self._known = self._records.store.watch(self._news, known, limit)
+
+    def choose(self, replica: str, chosen: Chosen) -> None:
+        """Tell the other members of a replica."""
+        self._records.put("chosen", self._chosen(replica), chosen)
+
+    def chosen(self, replica: str) -> Chosen | None:
+        """The last choice, if there was one."""
+        return self._records.find("chosen", self._chosen(replica), Chosen)
+
+    def await_choice(self, replica: str, after: int, deadline: Deadline) -> Chosen:
+        """The first choice after a number. Raises `DeadlineError`."""
+        found = self._records.await_record(
+            "chosen", self._chosen(replica), Chosen, lambda chosen: chosen.number > after, deadline
+        )
+        if found is None:
+            raise DeadlineError(f"a choice of replica {replica}", deadline.seconds, ["its member of rank 0"])
+        return found
+
+    def _chosen(self, replica: str) -> str:
+        return f"{self._records.root}/chosen/{quote(replica, safe='')}"
+
+
+def fleet_of(job: str, holder: str) -> str:
+    """The job of the fleet in which a holder serves."""
+    return f"{job}/from/{quote(holder, safe='')}"
+
+
+def nearest(host: str, domain: str) -> Prefer:
+    """Whoever is on this host, else in this fabric domain, else has the fewest readers; replicas before the trainer."""
+
+    def prefer(holders: Sequence[Holder]) -> Holder:
+        return min(holders, key=lambda h: (h.host != host, h.domain != domain, h.original, h.readers, h.name))
+
+    return prefer

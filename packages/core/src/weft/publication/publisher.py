@@ -1,0 +1,295 @@
+"""One member of a holder of versions: it publishes, and goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from weft.authentication import Secret
+from weft.connection import host_identity
+from weft.contracts import Source, Store, StoreLease
+from weft.deadline import Deadline, Deadlines
+from weft.errors import ConfigError, DeadlineError, StoreError, WeftError
+from weft.fleet.member import cell_of
+from weft.fleet.roll import Roll, RollBook, bell
+from weft.job_store import JobStore
+from weft.policy import Policy
+from weft.publication.cell import Cell
+from weft.publication.copies import Copies
+from weft.publication.holders import LEASE_SECONDS, Directory, Holder, fleet_of
+from weft.refit import Refit
+from weft.roster import Expect
+from weft.stores import open_store
+
+_LOG = logging.getLogger(__name__)
+_LOOK_SECONDS = 1.0
+"""Between looks at what nobody rings for."""
+_NONCE_BYTES = 8
+
+
+class Coming(msgspec.Struct, frozen=True, array_like=True):
+    """What rank 0 publishes next. New fields go to the end, with defaults."""
+
+    life: int
+    version: int
+    served: int
+    """What it serves until `version` is complete: whoever does not yet takes it over first."""
+
+
+class Turn(msgspec.Struct, frozen=True, array_like=True):
+    """What rank 0 serves, and whom. New fields go to the end, with defaults."""
+
+    life: int
+    version: int
+    roll: int
+
+
+class Publisher:
+    """One member of a holder: the trainer, or a replica that passes on what it has read. Every member makes one.
+
+    `publish` copies the weights into host memory and returns; threads serve the newest whole version to every
+    `Subscriber` that asks, while training runs on. A version is served once all members have published it. Memory on
+    the host: twice the source's bytes. Use it as a context manager; `publish` is for one thread.
+    """
+
+    def __init__(
+        self, *, source: Source, rank: int, members: int, store: str, job: str, name: str, holder: str = "trainer",
+        transport: str, transport_options: Mapping[str, Any] | None = None, deadlines: Deadlines | None = None,
+        policy: Policy | None = None, host: str | None = None, domain: str | None = None,
+        secret: Secret | bytes | str | None = None, original: bool = True,
+    ) -> None:  # fmt: skip
+        """`holder` is the name by which subscribers know all members together; `original` says that the versions are
+        its own, and not read from another holder.
+        """
+        if not 0 <= rank < members:
+            raise ConfigError(f"Publisher: rank is {rank}, expected 0 to {members - 1}")
+        host = host or host_identity()
+        self._source, self._rank, self._members = source, rank, members
+        self._store_url, self._name, self._job = store, name, job
+        self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)
+        self._deadlines = deadlines or Deadlines()
+        self._fleet = fleet_of(job, holder)
+        self._holder = Holder(holder, self._fleet, members, -1, "", host, domain or host, original)
+        self._options: dict[str, Any] = {
+            "transport": transport, "transport_options": transport_options, "store": store, "name": name,
+            "expect": Expect(members, 1), "policy": published(policy), "host": host, "domain": domain,
+            "deadlines": replace(self._deadlines, rendezvous=self._deadlines.begin), "secret": self._secret,
+        }  # fmt: skip
+        self._stack = ExitStack()
+        self._stopping = threading.Event()
+        self._filling = threading.Lock()
+        self._cells: dict[str, Cell] = {}
+        self._roll = Roll(0, {})
+        self._digests: dict[int, str] = {}
+        self._lease: StoreLease | None = None
+        self._failure: BaseException | None = None
+        self._last = -1
+
+    def __enter__(self) -> Publisher:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def version(self) -> int:
+        """The version that this member serves; -1 before the first."""
+        return self._copies.version
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """Those that it serves now, sorted."""
+        return tuple(sorted(name for name, cell in list(self._cells.items()) if cell.alive))
+
+    def open(self) -> None:
+        """Allocate, and meet the other members. Collective. Raises `DeadlineError` that names who did not come."""
+        deadline = Deadline.after(self._deadlines.rendezvous)
+        try:
+            self._copies = Copies(self._source)
+            self._store = self._opened(deadline)
+            self._ringing = self._opened(deadline)  # a watch occupies its connection
+            self._records = JobStore(self._store, self._fleet, self._secret)
+            self._book = RollBook(self._records, self._rank, self._members)
+            first = self._book.open(0, deadline)
+            self._life, self._root = first.number, f"{self._records.root}/published"
+            self._attendant = threading.Thread(target=self._run, name=f"attendant of {self._name}", daemon=True)
+            self._stack.callback(self._leave)
+            self._take(first)
+            self._attendant.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Serve nobody any more: replicas in the middle of a version abort it and read from another holder.
+
+        Waits for a replica that is just joining, for `Deadlines.begin` at most. Idempotent.
+        """
+        self._stack.close()
+
+    def publish(self, version: int) -> None:
+        """Copy the weights as they are now, to be served once every member has published them. They may change then.
+
+        Versions grow; all members publish the same. Other members wait for that of rank 0, and for replicas that still
+        read what is to be replaced, and raise `DeadlineError` when that takes longer than `begin` and `move`. When rank
+        0 has gone on to another version meanwhile, this one is left out.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if version <= self._last:
+            raise ConfigError(f"version {version} is published after {self._last}: versions must grow")
+        self._last = version
+        with self._filling:
+            if self._rank == 0:
+                coming = Coming(self._life, version, self._copies.stay())
+                self._records.put("coming", f"{self._root}/coming", coming)
+            elif not self._ready(version):
+                return
+            self._copies.fill(version)
+        if self._store.add(self._filled(version), 1) == self._members:
+            self._store.delete(self._filled(version - 2))
+            self._ring()
+
+    def _ready(self, version: int) -> bool:
+        """Wait until the next copy may be replaced; False when the version is left out."""
+        limit = Deadline.after(self._deadlines.begin + self._deadlines.move)
+        coming = self._records.await_record(
+            "coming", f"{self._root}/coming", Coming, lambda c: c.life == self._life and c.version >= version, limit
+        )
+        if coming is None:
+            raise DeadlineError(f"version {version} of the member of rank 0", limit.seconds, ["rank 0"])
+        if coming.version > version:
+            return False
+        if coming.served == self._copies.coming:
+            self._copies.turn()
+        if coming.served >= self._copies.coming:
+            self._copies.await_version(coming.served, limit)
+        return True
+
+    def _run(self) -> None:
+        try:
+            self._lead() if self._rank == 0 else self._follow()
+        except BaseException as error:  # noqa: BLE001  # for the next `publish`
+            if not self._stopping.is_set():
+                _LOG.error("%s does not serve any more: %s", self._name, error)
+                self._failure = error
+
+    def _lead(self) -> None:
+        """Take over what is complete, admit who has come, and say what is held."""
+        directory = Directory(JobStore(self._store, self._job, self._secret))
+        said: Holder | None = None
+        turned, known, renewed = Turn(self._life, -1, self._life), None, 0.0
+        while not self._stopping.is_set():
+            with self._filling:
+                if self._store.add(self._filled(self._copies.coming), 0) == self._members:
+                    self._copies.turn()
+            alive = self.replicas
+            came = self._book.waiting()
+            members = {name: number for name, number in self._roll.replicas.items() if name in alive}
+            if came or members != self._roll.replicas:
+                self._take(self._book.write({**members, **came}))
+            turn = Turn(self._life, self._copies.version, self._roll.number)
+            if turn != turned:
+                self._records.put("turn", f"{self._root}/turn", turn)
+                turned = turn
+            version = self._copies.version
+            holder = msgspec.structs.replace(
+                self._holder, version=version, digest=self._digests.get(version, ""), readers=len(self._roll.replicas)
+            )
+            if holder != said:
+                self._lease, said, renewed = directory.say(holder), holder, time.monotonic()
+            elif self._lease is not None and time.monotonic() - renewed > LEASE_SECONDS / 4:
+                try:
+                    self._lease.renew()
+                    renewed = time.monotonic()
+                except StoreError as error:
+                    _LOG.warning(
+                        "nobody knew any more that %s holds anything, so it says so again: %s", self._name, error
+                    )
+                    said = None
+            known = self._ringing.watch(bell(self._records), known, Deadline.after(_LOOK_SECONDS))
+
+    def _follow(self) -> None:
+        """Serve what rank 0 serves, and whom it admits."""
+        key, known = f"{self._root}/turn", None
+        while not self._stopping.is_set():
+            known = self._ringing.watch(key, known, Deadline.after(_LOOK_SECONDS))
+            turn = None if known is None else self._records.opened("turn", key, Turn, known)
+            if turn is None or turn.life != self._life:
+                continue
+            if turn.version == self._copies.coming:
+                self._copies.turn()
+            if turn.roll != self._roll.number:
+                self._take(self._book.read(turn.roll))
+
+    def _take(self, roll: Roll) -> None:
+        """Leave the cells of those who are gone or have come back, and join those of newcomers."""
+        before, self._roll = self._roll, roll
+        for name in before.replicas:
+            if roll.replicas.get(name) != before.replicas[name] and (cell := self._cells.pop(name, None)):
+                cell.stop()
+                cell.join()
+        for name in roll.replicas:
+            if before.replicas.get(name) != roll.replicas[name]:
+                refit = Refit(source=self._copies, job=cell_of(self._fleet, name), **self._options)
+                self._cells[name] = Cell(
+                    name, refit, self._copies, self._deadlines, leads=self._rank == 0, ended=self._let_rank_0_look,
+                    served=self._note,
+                )  # fmt: skip
+
+    def _note(self, version: int, digest: str) -> None:
+        """What a replica has read, and its digest."""
+        if self._digests.setdefault(version, digest) != digest:
+            self._failure = WeftError(
+                f"version {version} of {self._holder.name} has digest {self._digests[version]}, but {digest} in a "
+                "replica that has read it later: the copy has changed while it was served"
+            )
+        for old in [each for each in self._digests if each < version]:
+            del self._digests[old]
+        self._let_rank_0_look()
+
+    def _let_rank_0_look(self) -> None:
+        if self._rank == 0:
+            with suppress(StoreError):  # it looks by itself soon
+                self._ring()
+
+    def _ring(self) -> None:
+        self._store.set(bell(self._records), os.urandom(_NONCE_BYTES))
+
+    def _filled(self, version: int) -> str:
+        return f"{self._root}/filled/{self._life}/{version}"
+
+    def _opened(self, deadline: Deadline) -> Store:
+        store = open_store(self._store_url, deadline)
+        self._stack.callback(store.close)
+        return store
+
+    def _leave(self) -> None:
+        self._stopping.set()
+        for cell in self._cells.values():
+            cell.stop()
+        for cell in self._cells.values():
+            cell.join()
+        if self._attendant.is_alive():
+            self._attendant.join()
+        self._cells.clear()
+        if self._lease is not None:
+            with suppress(StoreError):  # it runs out by itself
+                self._lease.release()
+
+
+def published(policy: Policy | None) -> Policy:
+    """The policy, with the drive that publishers and subscribers agree on."""
+    return msgspec.structs.replace(policy or Policy(), drive="published")

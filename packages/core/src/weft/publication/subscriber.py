@@ -1,0 +1,199 @@
+"""One member of a replica that reads versions in its own time, from whoever holds them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from weft.authentication import Secret
+from weft.connection import host_identity
+from weft.contracts import ReplicaControl, Target
+from weft.deadline import Deadline, Deadlines
+from weft.errors import (
+    ConfigError,
+    DeadlineError,
+    PeerLostError,
+    RefitAbortedError,
+    RendezvousError,
+    StoreError,
+    TransportError,
+)
+from weft.fleet.member import FleetMember
+from weft.job_store import JobStore
+from weft.live import LiveSource
+from weft.policy import Policy
+from weft.publication.holders import Chosen, Directory, Holder, Prefer, nearest
+from weft.publication.publisher import Publisher, published
+from weft.report import Report
+from weft.stores import open_store
+from weft.wire import Notice
+
+_LOG = logging.getLogger(__name__)
+
+
+class Subscriber:
+    """One member of a replica of a job whose versions are published. Every member makes one, with its rank.
+
+    `receive` reads the newest version from whoever holds it: the trainer, or with `relay` on their side other
+    replicas. A holder that dies in the middle is replaced by another. With `relay` this replica serves what it has
+    installed to others, from a copy in host memory (see `Publisher`). Use it as a context manager; for one thread.
+    """
+
+    def __init__(
+        self, *, target: Target, control: ReplicaControl | None = None, replica: str, rank: int = 0,
+        replica_size: int = 1, relay: bool = False, prefer: Prefer | None = None, store: str, job: str, name: str,
+        transport: str, transport_options: Mapping[str, Any] | None = None, deadlines: Deadlines | None = None,
+        policy: Policy | None = None, host: str | None = None, domain: str | None = None,
+        secret: Secret | bytes | str | None = None,
+    ) -> None:  # fmt: skip
+        """`prefer` chooses among those that hold the newest version, at the member of rank 0; without it the nearest
+        is taken.
+        """
+        if not 0 <= rank < replica_size:
+            raise ConfigError(f"Subscriber: rank is {rank}, expected 0 to {replica_size - 1}")
+        host = host or host_identity()
+        self._target, self._control, self._replica, self._rank = target, control, replica, rank
+        self._prefer = prefer or nearest(host, domain or host)
+        self._size, self._relay, self._store_url, self._job, self._name = replica_size, relay, store, job, name
+        self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)
+        d = self._deadlines = deadlines or Deadlines()
+        self._options: dict[str, Any] = {
+            "store": store, "name": name, "transport": transport, "transport_options": transport_options,
+            "policy": published(policy), "host": host, "domain": domain, "secret": self._secret,
+        }  # fmt: skip
+        # Who is chosen holds a newer version already: it admits and offers at once, or when others have read.
+        self._reading = replace(d, rendezvous=d.begin, offer=d.begin + d.move)
+        self._stack = ExitStack()
+        self._publisher: Publisher | None = None
+        self._member: FleetMember | None = None
+        self._holder: Holder | None = None
+        self._served: int | None = None
+        self._number, self._version = 0, -1
+
+    def __enter__(self) -> Subscriber:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def version(self) -> int:
+        """The version that was installed last; -1 before the first."""
+        return self._version
+
+    @property
+    def holder(self) -> str:
+        """The name of whom this replica reads from; empty when it is nobody."""
+        return self._holder.name if self._holder is not None else ""
+
+    def open(self) -> None:
+        """With `relay`, meet the other members of this replica. Raises `DeadlineError` that names who did not come."""
+        try:
+            store = open_store(self._store_url, Deadline.after(self._deadlines.rendezvous))
+            self._stack.callback(store.close)
+            self._directory = Directory(JobStore(store, self._job, self._secret))
+            self._stack.callback(self._detach)
+            if self._relay:
+                self._publisher = self._stack.enter_context(self._relaying())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave whom this replica reads from, and serve nobody any more. Idempotent."""
+        self._stack.close()
+
+    def receive(self, deadline: Deadline | None = None) -> Report:
+        """Install the newest version as soon as somebody holds one newer than that of this replica. Collective.
+
+        Pauses and resumes as `Refit.receive` does. When a holder is lost, or gives the version up, another is asked
+        until the deadline (`Deadlines.offer` without one), then the last error is raised. Raises `DeadlineError` when
+        nobody has anything newer.
+        """
+        limit = deadline or Deadline.after(self._deadlines.offer)
+        failed: set[str] = set()
+        while True:
+            chosen = self._choose(failed, limit) if self._rank == 0 else self._hear(limit)
+            try:
+                report = self._read(chosen)
+                break
+            except (PeerLostError, RefitAbortedError, RendezvousError, TransportError, DeadlineError) as error:
+                self._detach()
+                if limit.expired():
+                    raise
+                failed.add(chosen.holder.name)
+                _LOG.warning("%s reads from another holder than %s: %s", self._name, chosen.holder.name, error)
+        self._version = report.version
+        if self._publisher is not None:
+            self._pass_on(self._publisher, report.version)
+        return report
+
+    def _choose(self, failed: set[str], limit: Deadline) -> Chosen:
+        """Choose for all members, and tell them."""
+        have = -1 if self._served is None else self._served
+        holders = self._directory.newest(have, lambda holder: holder.name == self._replica, limit)
+        holder = self._prefer([each for each in holders if each.name not in failed] or holders)
+        if not self._number and (last := self._directory.chosen(self._replica)) is not None:
+            self._number = last.number
+        anew = self._member is None or self._holder is None or self._holder.job != holder.job
+        self._number += 1
+        chosen = Chosen(self._number, holder, anew)
+        if self._size > 1:
+            self._directory.choose(self._replica, chosen)
+        return chosen
+
+    def _hear(self, limit: Deadline) -> Chosen:
+        chosen = self._directory.await_choice(self._replica, self._number, limit)
+        self._number = chosen.number
+        return chosen
+
+    def _read(self, chosen: Chosen) -> Report:
+        if chosen.anew or self._member is None:
+            self._detach()
+            self._attach(chosen.holder)
+        member = self._member
+        assert member is not None, "attached"
+        if self._rank == 0:
+            have = -1 if self._served is None else self._served
+            member.loop.wire.tell(member.roles.source_leader, have + 1, Notice("want", numbers=(have,)))
+        try:
+            return member.receive()
+        finally:
+            self._served = member.served
+
+    def _attach(self, holder: Holder) -> None:
+        member = FleetMember(
+            target=self._target, control=self._control, replica=self._replica, replica_size=self._size,
+            sources=holder.members, job=holder.job, served=self._served, deadlines=self._reading,
+            **self._options,
+        )  # fmt: skip
+        member.open()
+        self._member, self._holder = member, holder
+        if (leader := member.roles.replica_leaders[self._replica]) == self._name and self._rank != 0:
+            raise ConfigError(f"the member of rank 0 must be the first by name, but that is {leader}")
+
+    def _detach(self) -> None:
+        member, self._member, self._holder = self._member, None, None
+        if member is not None:
+            member.close()
+
+    def _relaying(self) -> Publisher:
+        source = LiveSource(self._target.layout(), self._target.memory(), lambda: None)
+        return Publisher(
+            source=source, rank=self._rank, members=self._size, job=self._job, holder=self._replica, original=False,
+            deadlines=self._deadlines, **self._options,
+        )  # fmt: skip
+
+    def _pass_on(self, publisher: Publisher, version: int) -> None:
+        """What goes wrong here is no reason not to serve the version."""
+        try:
+            publisher.publish(version)
+        except (DeadlineError, StoreError) as error:
+            _LOG.warning("%s does not pass version %d on: %s", self._name, version, error)
