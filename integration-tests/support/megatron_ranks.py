@@ -34,11 +34,16 @@ Config = dict[str, Any]
 
 
 @contextmanager
-def mesh(**sizes: Any) -> Iterator[None]:
-    """Megatron's groups of these sizes, over the same processes."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(**sizes)
-    yield
+def mesh(rank: int, world: int, rendezvous: str, sizes: Config) -> Iterator[None]:
+    """Megatron's groups of these sizes, in a job of their own.
+
+    Megatron forgets its groups without ending them: hundreds, with two threads each, would slow down the next mesh.
+    """
+    start_job(rank, world, f"{rendezvous} {sizes}", **sizes)
+    try:
+        yield
+    finally:
+        end_job()
 
 
 def fill(layout: Layout, memory: Mapping[str, torch.Tensor], state: State) -> None:
@@ -66,27 +71,26 @@ def inspect(
     `experts` is the config of a model with experts, for a mesh of `expert_sizes`, and `delta` one with linear
     attention.
     """
-    start_job(rank, world, rendezvous)
-    try:
-        answers: dict[str, Any] = {}
-        for case, (config, sizes, kind) in cases.items():
-            with mesh(**sizes):
-                answers[case] = _describe(config, padded, kind)
-        config = next(iter(cases.values()))[0]
-        with mesh():
-            answers |= {f"spoiled: {name}": _faults(config, padded, spoil) for name, spoil in SPOIL.items()}
-            answers |= {f"spoiled delta: {name}": _faults(delta, padded, spoil) for name, spoil in DELTA_SPOIL.items()}
-            answers["moved"] = _moved(config, padded)
-            answers["readme"] = _readme(config, padded)
-            answers["gathers"] = _gathers(config, padded)
-        with mesh(**expert_sizes):
-            for name, spoil in EXPERT_SPOIL.items():
-                answers[f"spoiled experts: {name}"] = _faults(experts, padded, spoil)
-            answers["gathers of experts"] = _gathers(experts, padded)
-            answers["dtypes of a float32 router"] = _float32_router(experts, padded)
-        return answers
-    finally:
-        end_job()
+    answers: dict[str, Any] = {}
+    meshes = [sizes for _, sizes, _ in cases.values()]
+    for sizes in [sizes for number, sizes in enumerate(meshes) if sizes not in meshes[:number]]:
+        with mesh(rank, world, f"{rendezvous} of cases", sizes):
+            for case, (config, wanted, kind) in cases.items():
+                if wanted == sizes:
+                    answers[case] = _describe(config, padded, kind)
+    config = next(iter(cases.values()))[0]
+    with mesh(rank, world, rendezvous, {}):
+        answers |= {f"spoiled: {name}": _faults(config, padded, spoil) for name, spoil in SPOIL.items()}
+        answers |= {f"spoiled delta: {name}": _faults(delta, padded, spoil) for name, spoil in DELTA_SPOIL.items()}
+        answers["moved"] = _moved(config, padded)
+        answers["readme"] = _readme(config, padded)
+        answers["gathers"] = _gathers(config, padded)
+    with mesh(rank, world, rendezvous, expert_sizes):
+        for name, spoil in EXPERT_SPOIL.items():
+            answers[f"spoiled experts: {name}"] = _faults(experts, padded, spoil)
+        answers["gathers of experts"] = _gathers(experts, padded)
+        answers["dtypes of a float32 router"] = _float32_router(experts, padded)
+    return answers
 
 
 def _describe(config: Config, padded: int, kind: str) -> dict[str, Any]:
@@ -207,22 +211,18 @@ def compute_logits(
 
     Each model is filled through the layout of a target.
     """
-    start_job(rank, world, rendezvous)
-    try:
-        answers = {}
-        for name, sizes in meshes.items():
-            with mesh(**sizes):
-                for model_name in [model for model, place in runs if place == name]:
-                    path = checkpoints[model_name]
-                    config = json.loads((Path(path) / "config.json").read_text())
-                    model = build_model(config, padded_vocabulary=padded)
-                    target = MegatronTarget(model, config)
-                    fill(target.layout(), target.memory(), load_file(Path(path) / "model.safetensors"))
-                    with torch.no_grad():
-                        stage = stage_logits if "pipeline_model_parallel_size" in sizes else logits_of
-                        logits = stage(model, torch.tensor(tokens), config["vocab_size"])
-                    if logits is not None:
-                        answers[model_name, name] = logits.numpy()
-        return answers
-    finally:
-        end_job()
+    answers = {}
+    for name, sizes in meshes.items():
+        with mesh(rank, world, rendezvous, sizes):
+            for model_name in [model for model, place in runs if place == name]:
+                path = checkpoints[model_name]
+                config = json.loads((Path(path) / "config.json").read_text())
+                model = build_model(config, padded_vocabulary=padded)
+                target = MegatronTarget(model, config)
+                fill(target.layout(), target.memory(), load_file(Path(path) / "model.safetensors"))
+                with torch.no_grad():
+                    stage = stage_logits if "pipeline_model_parallel_size" in sizes else logits_of
+                    logits = stage(model, torch.tensor(tokens), config["vocab_size"])
+                if logits is not None:
+                    answers[model_name, name] = logits.numpy()
+    return answers
