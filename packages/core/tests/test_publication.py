@@ -283,3 +283,20 @@ def test_what_cannot_be_published_is_refused(stage: Stage) -> None:
         Publisher(source=source, rank=2, members=2, **stage.options("trainer/0"))
     with pytest.raises(ConfigError, match="rank is 1, expected 0 to 0"):
         Subscriber(target=MemoryTarget("r", TINY.target(0, 1)), replica="r", rank=1, **stage.options("r"))
+
+
+def test_a_holder_whose_layouts_do_not_fit_is_not_read_from(stage: Stage, stack: ExitStack) -> None:
+    sources, publishers = stage.publishers(stack)
+    publish(sources, publishers, 1)
+    wider = Tiny(hidden=64)
+    stranger = MemorySource("stranger/0", wider.source(0, 1))
+    other = Publisher(source=stranger, rank=0, members=1, holder="stranger", **stage.options("stranger/0"))
+    stack.enter_context(other)
+    stranger.load(wider.tensors(2))
+    other.publish(2)  # newer, but of another model
+    replica = stage.subscribers(stack, "replica", 2)
+    assert receive(replica).version == 1
+    with pytest.raises(
+        DeadlineError, match=r"stranger has 2, which does not fit: .*0\.down.* and \d+ more.*trainer has 1"
+    ):
+        replica[0].receive(Deadline.after(2))

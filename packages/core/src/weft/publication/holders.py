@@ -3,7 +3,8 @@
 Keys, below `weft/<job>/`:
 
 - `holder/<name>`: a lease per holder; `news`: changes whenever one of them says something new;
-- `chosen/<replica>`: from whom the replica reads next, as its first member has chosen.
+- `chosen/<replica>`: from whom the replica reads next, as its first member has chosen;
+- `wants/<replica>/<rank>`: the address of what a member of a replica wants; `layouts`: contents, by their addresses.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from urllib.parse import quote
 
 import msgspec
 
+from weft.content import get_content, put_content
 from weft.contracts import StoreLease
 from weft.deadline import Deadline
 from weft.errors import DeadlineError
+from weft.facts import Facts
 from weft.job_store import JobStore
+from weft.layout import Layout
+from weft.records import decoded
 
 LEASE_SECONDS = 20.0
 """After so long without a sign of life a holder is not asked any more."""
 _LOOK_SECONDS = 1.0
 """Between looks at holders that say nothing new: a lease ends in silence."""
 _NONCE_BYTES = 8
+_SHOWN_FAULTS = 5
 
 
 class Holder(msgspec.Struct, frozen=True, array_like=True):
@@ -44,6 +50,10 @@ class Holder(msgspec.Struct, frozen=True, array_like=True):
     """Whether it is the trainer itself, and not a replica that has read the version elsewhere."""
     readers: int = 0
     """Replicas that it serves."""
+    layouts: str = ""
+    """Address of the list of its members' layouts."""
+    facts: Facts = Facts()
+    """What its first member runs on."""
 
 
 class Chosen(msgspec.Struct, frozen=True, array_like=True):
@@ -65,7 +75,7 @@ class Directory:
 
     def __init__(self, records: JobStore) -> None:
         self._records = records
-        self._news = f"{records.root}/news"
+        self._news, self._contents = f"{records.root}/news", f"{records.root}/layouts"
         self._known: bytes | None = None
 
     def ring(self) -> None:
@@ -85,20 +95,48 @@ class Directory:
         found = [self._records.find("holder", key, Holder) for key in keys]
         return [holder for holder in found if holder is not None]
 
-    def newest(self, have: int, refused: Callable[[Holder], bool], deadline: Deadline) -> list[Holder]:
-        """Those with the newest version, as soon as there is one newer than `have`. Raises `DeadlineError`."""
+    def newest(self, have: int, faults: Callable[[Holder], Sequence[str]], deadline: Deadline) -> list[Holder]:
+        """Those with the newest version, as soon as there is one newer than `have` among those without faults. Raises
+        `DeadlineError` that names everybody's version, and faults.
+        """
         while True:
-            known = self._known
-            all_of_them = self.holders()
-            able = [holder for holder in all_of_them if holder.version > have and not refused(holder)]
-            if able:
+            known, found = self._known, self.holders()
+            wrong = {holder.name: faults(holder) for holder in found if holder.version > have}
+            if able := [holder for holder in found if holder.name in wrong and not wrong[holder.name]]:
                 newest = max(holder.version for holder in able)
                 return [holder for holder in able if holder.version == newest]
             if deadline.expired():
-                late = [f"{holder.name} has {holder.version}" for holder in all_of_them]
+                late = [f"{h.name} has {h.version}{_but(wrong.get(h.name, ()))}" for h in found]
                 raise DeadlineError(f"a version newer than {have}", deadline.seconds, late or ["nobody holds any"])
             limit = Deadline.after(min(_LOOK_SECONDS, max(0.0, deadline.remaining())))
             self._known = self._records.store.watch(self._news, known, limit)
+
+    def keep(self, data: bytes) -> str:
+        """Keep content that many read; returns its address."""
+        return put_content(self._records.store, self._contents, data)
+
+    def layouts(self, addresses: Sequence[str]) -> dict[str, Layout]:
+        """What was kept, by address. Raises `RecordError`."""
+        return {each: Layout.decode(get_content(self._records.store, self._contents, each)) for each in addresses}
+
+    def held(self, holder: Holder) -> dict[str, Layout]:
+        """The layouts of a holder, by address; equal ones once."""
+        listed = get_content(self._records.store, self._contents, holder.layouts)
+        return self.layouts(decoded(list[str], listed, f"list of layouts of {holder.name}"))
+
+    def want(self, replica: str, rank: int, layout: Layout) -> None:
+        """Say what a member of a replica wants."""
+        self._records.put("wants", self._wants(replica, rank), self.keep(layout.encoded))
+
+    def wanted(self, replica: str, size: int, deadline: Deadline) -> tuple[str, ...]:
+        """The addresses of what all members of a replica want. Raises `DeadlineError` that names who has not come."""
+        found: list[str] = []
+        for rank in range(size):
+            address = self._records.await_record("wants", self._wants(replica, rank), str, bool, deadline)
+            if address is None:
+                raise DeadlineError(f"all members of replica {replica}", deadline.seconds, [f"rank {rank}"])
+            found.append(address)
+        return tuple(found)
 
     def choose(self, replica: str, chosen: Chosen) -> None:
         """Tell the other members of a replica."""
@@ -117,6 +155,9 @@ class Directory:
             raise DeadlineError(f"a choice of replica {replica}", deadline.seconds, ["its member of rank 0"])
         return found
 
+    def _wants(self, replica: str, rank: int) -> str:
+        return f"{self._records.root}/wants/{quote(replica, safe='')}/{rank}"
+
     def _chosen(self, replica: str) -> str:
         return f"{self._records.root}/chosen/{quote(replica, safe='')}"
 
@@ -133,3 +174,8 @@ def nearest(host: str, domain: str) -> Prefer:
         return min(holders, key=lambda h: (h.host != host, h.domain != domain, h.original, h.readers, h.name))
 
     return prefer
+
+
+def _but(faults: Sequence[str]) -> str:
+    more = f" and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
+    return f", which does not fit: {'; '.join(faults[:_SHOWN_FAULTS])}{more}" if faults else ""

@@ -13,12 +13,14 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+import torch
 
 from weft.authentication import Secret
 from weft.connection import host_identity
 from weft.contracts import Source, Store, StoreLease
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError, StoreError, WeftError
+from weft.facts import Facts, facts_of
 from weft.fleet.member import cell_of
 from weft.fleet.roll import Roll, RollBook, bell
 from weft.job_store import JobStore
@@ -122,7 +124,11 @@ class Publisher:
             self._ringing = self._opened(deadline)  # a watch occupies its connection
             self._records = JobStore(self._store, self._fleet, self._secret)
             self._book = RollBook(self._records, self._rank, self._members)
+            self._directory = Directory(JobStore(self._store, self._job, self._secret))
+            address = self._directory.keep(self._copies.layout().encoded)
+            self._records.put("layout", f"{self._records.root}/layout/{self._rank}", address)
             first = self._book.open(0, deadline)
+            self._holder = msgspec.structs.replace(self._holder, layouts=self._layouts(), facts=self._facts())
             self._life, self._root = first.number, f"{self._records.root}/published"
             self._attendant = threading.Thread(target=self._run, name=f"attendant of {self._name}", daemon=True)
             self._stack.callback(self._leave)
@@ -188,7 +194,6 @@ class Publisher:
 
     def _lead(self) -> None:
         """Take over what is complete, admit who has come, and say what is held."""
-        directory = Directory(JobStore(self._store, self._job, self._secret))
         said: Holder | None = None
         turned, known, renewed = Turn(self._life, -1, self._life), None, 0.0
         while not self._stopping.is_set():
@@ -209,7 +214,7 @@ class Publisher:
                 self._holder, version=version, digest=self._digests.get(version, ""), readers=len(self._roll.replicas)
             )
             if holder != said:
-                self._lease, said, renewed = directory.say(holder), holder, time.monotonic()
+                self._lease, said, renewed = self._directory.say(holder), holder, time.monotonic()
             elif self._lease is not None and time.monotonic() - renewed > LEASE_SECONDS / 4:
                 try:
                     self._lease.renew()
@@ -248,6 +253,19 @@ class Publisher:
                     name, refit, self._copies, self._deadlines, leads=self._rank == 0, ended=self._let_rank_0_look,
                     served=self._note,
                 )  # fmt: skip
+
+    def _layouts(self) -> str:
+        """The address of the list of all members' layouts; at the others nobody asks for it."""
+        if self._rank:
+            return ""
+        keys = [f"{self._records.root}/layout/{rank}" for rank in range(self._members)]
+        return self._directory.keep(
+            msgspec.msgpack.encode(sorted({self._records.find("layout", key, str) or "" for key in keys}))
+        )
+
+    def _facts(self) -> Facts:
+        devices = {memory.device for memory in self._source.memory().values()}
+        return facts_of(min(devices, key=str, default=torch.device("cpu")))
 
     def _note(self, version: int, digest: str) -> None:
         """What a replica has read, and its digest."""

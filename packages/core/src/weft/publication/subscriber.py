@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from weft.agreement import agree
 from weft.authentication import Secret
 from weft.connection import host_identity
 from weft.contracts import ReplicaControl, Target
@@ -61,9 +62,10 @@ class Subscriber:
         self._size, self._relay, self._store_url, self._job, self._name = replica_size, relay, store, job, name
         self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)
         d = self._deadlines = deadlines or Deadlines()
+        self._policy = published(policy)
         self._options: dict[str, Any] = {
             "store": store, "name": name, "transport": transport, "transport_options": transport_options,
-            "policy": published(policy), "host": host, "domain": domain, "secret": self._secret,
+            "policy": self._policy, "host": host, "domain": domain, "secret": self._secret,
         }  # fmt: skip
         # Who is chosen holds a newer version already: it admits and offers at once, or when others have read.
         self._reading = replace(d, rendezvous=d.begin, offer=d.begin + d.move)
@@ -71,6 +73,7 @@ class Subscriber:
         self._publisher: Publisher | None = None
         self._member: FleetMember | None = None
         self._holder: Holder | None = None
+        self._judged: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
         self._served: int | None = None
         self._number, self._version = 0, -1
 
@@ -99,6 +102,7 @@ class Subscriber:
             store = open_store(self._store_url, Deadline.after(self._deadlines.rendezvous))
             self._stack.callback(store.close)
             self._directory = Directory(JobStore(store, self._job, self._secret))
+            self._directory.want(self._replica, self._rank, self._target.layout())
             self._stack.callback(self._detach)
             if self._relay:
                 self._publisher = self._stack.enter_context(self._relaying())
@@ -138,7 +142,7 @@ class Subscriber:
     def _choose(self, failed: set[str], limit: Deadline) -> Chosen:
         """Choose for all members, and tell them."""
         have = -1 if self._served is None else self._served
-        holders = self._directory.newest(have, lambda holder: holder.name == self._replica, limit)
+        holders = self._directory.newest(have, lambda holder: self._faults(holder, limit), limit)
         holder = self._prefer([each for each in holders if each.name not in failed] or holders)
         if not self._number and (last := self._directory.chosen(self._replica)) is not None:
             self._number = last.number
@@ -148,6 +152,20 @@ class Subscriber:
         if self._size > 1:
             self._directory.choose(self._replica, chosen)
         return chosen
+
+    def _faults(self, holder: Holder, limit: Deadline) -> tuple[str, ...]:
+        """Why a holder's versions are not for this replica; empty when they are."""
+        if holder.name == self._replica:
+            return ("it is this replica",)
+        if self._holder is not None and (holder.job, holder.layouts) == (self._holder.job, self._holder.layouts):
+            return ()
+        wanted = self._directory.wanted(self._replica, self._size, limit)
+        if (holder.layouts, wanted) not in self._judged:
+            held, wants = self._directory.held(holder), self._directory.layouts(wanted)
+            faults = self._judged[holder.layouts, wanted] = agree(held, wants, self._policy).faults
+            if faults:
+                _LOG.warning("%s does not read from %s: %s", self._name, holder.name, "; ".join(faults))
+        return self._judged[holder.layouts, wanted]
 
     def _hear(self, limit: Deadline) -> Chosen:
         chosen = self._directory.await_choice(self._replica, self._number, limit)
