@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.box import row_major
-from weft.digest import _BLOCK, _TABLE, Digest, Runs, _block_keys, digest_array, tensor_seed
+from weft.digest import BLOCK, TABLE, Digest, Runs, _block_keys, digest_array, tensor_seed
 
 Words = npt.NDArray[np.uint64]
 MASK = (1 << 64) - 1
@@ -25,8 +25,8 @@ def naive(name: str, values: npt.NDArray[np.unsignedinteger], positions: list[in
     for value, position in zip(values.tolist(), positions, strict=True):
         word, byte = divmod(position * width, 8)
         for lane in (0, 1):
-            block = np.array([word // _BLOCK], dtype=np.uint64)
-            key = int(_TABLE[lane][word % _BLOCK]) * int(_block_keys(tensor_seed(name), lane, block)[0])
+            block = np.array([word // BLOCK], dtype=np.uint64)
+            key = int(TABLE[lane][word % BLOCK]) * int(_block_keys(tensor_seed(name), lane, block)[0])
             bits = value << 8 * byte
             lanes[lane] = (lanes[lane] + key * (bits >> 32 if lane else bits)) & MASK
     return Digest((lanes[0], lanes[1]))

@@ -11,16 +11,26 @@ import msgspec
 
 from weft.contracts import Prepared, Source, Target, Transport
 from weft.deadline import Deadline
-from weft.errors import ConfigError, NotSupportedError, RecordError
+from weft.digesters import Digesters, refuse_devices
+from weft.errors import ConfigError, RecordError
 from weft.gates import gates
 from weft.layout import Layout
 from weft.lower import MemberProgram, lower
 from weft.member import Member, Region
 from weft.plan import fingerprint, plan
 from weft.policy import Policy
-from weft.prepare import Endpoint, Step, endpoint_record, local_moves, make_endpoint, make_steps, transfer_program
+from weft.prepare import (
+    Endpoint,
+    LocalMoves,
+    Step,
+    endpoint_record,
+    local_moves,
+    make_endpoint,
+    make_steps,
+    transfer_program,
+)
 from weft.rendezvous import Rendezvous
-from weft.replay import Clock, LocalMove
+from weft.replay import Clock
 from weft.shadow import Shadow
 from weft.slices import Slice, prove, slice_of
 from weft.views import Memory
@@ -66,7 +76,7 @@ class Connection:
     gates: Mapping[int, frozenset[int]]
     """Per bucket that it passes on, those it must have taken before."""
     receives: tuple[Step, ...]
-    local: Mapping[int, list[LocalMove]]
+    local: Mapping[int, LocalMoves]
     source: tuple[Layout, Memory] | None
     target: tuple[Layout, Memory] | None
     """What is served."""
@@ -74,6 +84,8 @@ class Connection:
     """Where versions land, if not there."""
     scratch_slots: Mapping[str, int]
     """Per target: scratch groups in flight."""
+    digested_by: str
+    """As in `Report`."""
     segments: int
     """Of all its buckets."""
     registrations: int
@@ -113,7 +125,9 @@ def join(
     """
     try:
         sides = [(side.layout(), side.memory()) if side is not None else None for side in (source, target)]
-        _check_devices(sides, policy)
+        memories = [tensor for side in sides if side for tensor in side[1].values()]
+        if policy.digests:
+            refuse_devices({tensor.device for tensor in memories})
         return _join(rendezvous, transport, identity, sides[0], sides[1], policy, deadline)
     except Exception as error:
         rendezvous.fail(identity.name, f"{type(error).__name__}: {error}")
@@ -130,17 +144,6 @@ def register(transport: Transport, regions: Sequence[Region], deadline: Deadline
             refused.append(str(error))
     if refused:
         raise ConfigError("; ".join(refused))
-
-
-def _check_devices(sides: Sequence[tuple[Layout, Memory] | None], policy: Policy) -> None:
-    """Digests are computed by the processor so far. Raises `NotSupportedError` for memory that it cannot read."""
-    others = {
-        str(tensor.device) for side in sides if side for tensor in side[1].values() if tensor.device.type != "cpu"
-    }
-    if policy.digests and others:
-        raise NotSupportedError(
-            f"digests of memory on {', '.join(sorted(others))} are not built yet: use Policy(digests=False)"
-        )
 
 
 def _join(
@@ -180,7 +183,8 @@ def _join(
     transfers = transfer_program(made, program, endpoint, endpoints, members)
     prepared = transport.prepare(transfers, deadline)
     held = source or landing
-    local = local_moves(made, program, source, landing) if source and landing else {}
+    digesters = Digesters({region.device for region in endpoint.regions}) if policy.digests else None
+    local = local_moves(made, program, source, landing, digesters) if source and landing else {}
     wire = Wire(transport, announced, members, rendezvous.guard(endpoints))
 
     def check() -> None:
@@ -191,11 +195,12 @@ def _join(
     return Connection(
         me=announced, roles=roles, slice=made, program=program, endpoint=endpoint,
         wire=wire, prepared=prepared,
-        sends=tuple(make_steps(made, program, endpoint, held, True)) if held else (),
+        sends=tuple(make_steps(made, program, endpoint, held, True, digesters)) if held else (),
         gates={} if source else gates(program, frozenset(roles.sources)),
-        receives=tuple(make_steps(made, program, endpoint, landing, False)) if landing else (),
+        receives=tuple(make_steps(made, program, endpoint, landing, False, digesters)) if landing else (),
         local=local, source=source, target=target, shadow=shadow,
         scratch_slots={m.name: n for m, n in zip(made.members, made.scratch_slots, strict=True)},
+        digested_by=" and ".join(digesters.ways) if digesters else "",
         segments=sum(len(bucket.segments) for bucket in (*transfers.sends, *transfers.receives)),
         registrations=len(endpoint.regions), seconds=clock.seconds,
     )  # fmt: skip

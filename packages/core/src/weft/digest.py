@@ -26,9 +26,9 @@ Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 
-_LANES = 2
-_BLOCK = 1024
-"""Words per block."""
+LANES = 2
+BLOCK = 1024
+"""Words per block of keys."""
 _CHUNK = 64
 """Blocks handled at once: half a megabyte, few calls, and still near the core for the second lane."""
 _MASK = (1 << 64) - 1
@@ -63,7 +63,8 @@ def _mix(values: UInt64s) -> UInt64s:
     return values ^ (values >> np.uint64(31))
 
 
-_TABLE: UInt64s = _mix(np.arange(1, _LANES * _BLOCK + 1, dtype=np.uint64).reshape(_LANES, _BLOCK)) | np.uint64(1)
+TABLE: UInt64s = _mix(np.arange(1, LANES * BLOCK + 1, dtype=np.uint64).reshape(LANES, BLOCK)) | np.uint64(1)
+"""[lanes, words of a block]."""
 
 
 def tensor_seed(name: str) -> int:
@@ -71,8 +72,13 @@ def tensor_seed(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
+def block_offset(seed: int, lane: int) -> int:
+    """What block keys of a tensor are mixed with in a lane: 64 bits."""
+    return (seed + (lane + 1) * 0x9E3779B97F4A7C15) & _MASK
+
+
 def _block_keys(seed: int, lane: int, blocks: UInt64s) -> UInt64s:
-    offset = np.uint64((seed + (lane + 1) * 0x9E3779B97F4A7C15) & _MASK)
+    offset = np.uint64(block_offset(seed, lane))
     return _mix(_mix(blocks + offset) + offset) | np.uint64(1)
 
 
@@ -148,16 +154,16 @@ class Runs:
         """A matrix whose rows do not consist of whole words, element by element."""
         total = Digest()
         within = np.arange(self.length, dtype=np.int64) * self.stride
-        most = max(1, _CHUNK * _BLOCK // self.length)
+        most = max(1, _CHUNK * BLOCK // self.length)
         for first in range(0, self.rows, most):
             index = np.arange(first, min(first + most, self.rows), dtype=np.int64)[:, None]
             data = memory[offset + index * self.row_bytes + np.arange(self.length * self.itemsize, dtype=np.int64)]
             values = data.view(f"<u{self.itemsize}").astype(np.uint64)
             at = (start + index * self.row_distance + within) * self.itemsize
             values <<= ((at % 8) * 8).astype(np.uint64)
-            blocks, places = np.divmod(at // 8, _BLOCK)
+            blocks, places = np.divmod(at // 8, BLOCK)
             lanes = [
-                int((part * (_TABLE[lane][places] * _block_keys(self.seed, lane, blocks.astype(np.uint64)))).sum())
+                int((part * (TABLE[lane][places] * _block_keys(self.seed, lane, blocks.astype(np.uint64)))).sum())
                 for lane, part in enumerate((values, values >> np.uint64(32)))
             ]
             total += Digest((lanes[0], lanes[1]))
@@ -167,14 +173,14 @@ class Runs:
 def _matrix(words: UInt64s, first: int, distance: int, seed: int) -> Digest:
     """Rows of words, each beginning `distance` words after the one before; the first at word `first` of its tensor."""
     rows, length = words.shape
-    period = _BLOCK // math.gcd(distance, _BLOCK)
+    period = BLOCK // math.gcd(distance, BLOCK)
     total = Digest()
     for row in range(min(period, rows)):
         alike = words[row::period]
-        block, place = divmod(first + row * distance, _BLOCK)
-        step, at = period * distance // _BLOCK, 0
+        block, place = divmod(first + row * distance, BLOCK)
+        step, at = period * distance // BLOCK, 0
         while at < length:
-            count = min(_BLOCK - place, length - at)
+            count = min(BLOCK - place, length - at)
             total += _sums(alike[:, at : at + count], place, block, step, seed)
             at, place, block = at + count, 0, block + 1
     return total
@@ -190,10 +196,10 @@ def _dense(data: Bytes, position: int, seed: int) -> Digest:
     words = data.view("<u8")
     first, total, at = position // 8, Digest(), 0
     while at < len(words):
-        block, place = divmod(first + at, _BLOCK)
+        block, place = divmod(first + at, BLOCK)
         left = len(words) - at
-        count = left - left % _BLOCK if place == 0 and left >= _BLOCK else min(_BLOCK - place, left)
-        total += _sums(words[at : at + count].reshape(-1, min(count, _BLOCK)), place, block, 1, seed)
+        count = left - left % BLOCK if place == 0 and left >= BLOCK else min(BLOCK - place, left)
+        total += _sums(words[at : at + count].reshape(-1, min(count, BLOCK)), place, block, 1, seed)
         at += count
     return total
 
@@ -201,15 +207,15 @@ def _dense(data: Bytes, position: int, seed: int) -> Digest:
 def _sums(words: UInt64s, place: int, block: int, step: int, seed: int) -> Digest:
     """Rows of words, all at `place` of their block; the first row's is `block`, and each next one `step` further."""
     rows, length = words.shape
-    sums = np.empty((_LANES, rows), dtype=np.uint64)
-    most = max(1, _CHUNK * _BLOCK // length)
+    sums = np.empty((LANES, rows), dtype=np.uint64)
+    most = max(1, _CHUNK * BLOCK // length)
     for first in range(0, rows, most):
         part = words[first : first + most]
         halves = part.view("<u4")[:, 1::2]  # little-endian: the upper ones
         for lane, values in enumerate((part, halves)):
-            np.einsum("ij,j->i", values, _TABLE[lane, place : place + length], out=sums[lane, first : first + most])
+            np.einsum("ij,j->i", values, TABLE[lane, place : place + length], out=sums[lane, first : first + most])
     blocks = np.uint64(block) + np.arange(rows, dtype=np.uint64) * np.uint64(step)
-    lanes = [int((sums[lane] * _block_keys(seed, lane, blocks)).sum()) for lane in range(_LANES)]
+    lanes = [int((sums[lane] * _block_keys(seed, lane, blocks)).sum()) for lane in range(LANES)]
     return Digest((lanes[0], lanes[1]))
 
 

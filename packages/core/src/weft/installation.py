@@ -115,10 +115,10 @@ class Installation:
         seconds = self._account.seconds(session.clock.seconds)
         seconds["pause"] = time.perf_counter() - self._paused_seconds
         return Report(
-            version=self.version, digest=session.digest, bytes=session.receiver.nbytes, seconds=seconds,
-            buckets=self._buckets, segments=self._segments, registrations=0, allocations=0,
-            store_operations=self._account.store_operations(), relayed_bytes=session.relay.nbytes,
-            events=tuple(session.events),
+            version=self.version, digest=session.digest, digested_by=self._account.digested_by,
+            bytes=session.receiver.nbytes, seconds=seconds, buckets=self._buckets, segments=self._segments,
+            registrations=0, allocations=0, store_operations=self._account.store_operations(),
+            relayed_bytes=session.relay.nbytes, events=tuple(session.events),
         )  # fmt: skip
 
     def abort(self, error: BaseException) -> None:

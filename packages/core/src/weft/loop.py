@@ -89,7 +89,9 @@ class Loop:
 class Account:
     """What a refit costs in this member, counted from its beginning."""
 
-    def __init__(self, operations: Callable[[], int]) -> None:
+    def __init__(self, operations: Callable[[], int], digested_by: str) -> None:
+        self.digested_by = digested_by
+        """As in `Report`."""
         self._operations = operations
         self._operations_before = operations()
         self._begin_seconds = time.perf_counter()

@@ -97,7 +97,7 @@ class Offer:
         if session.done and self._loop.offered is session:
             self._loop.offered = None
         return Report(
-            version=self.version, digest=session.digest, bytes=session.nbytes,
+            version=self.version, digest=session.digest, digested_by=self._account.digested_by, bytes=session.nbytes,
             seconds=self._account.seconds(session.clock.seconds), buckets=self._buckets, segments=self._segments,
             registrations=0, allocations=0, store_operations=self._account.store_operations(),
             outcomes=outcomes, events=tuple(session.events),

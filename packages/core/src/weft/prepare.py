@@ -15,7 +15,8 @@ import torch
 
 from weft.contracts import Bucket, TransferProgram
 from weft.copies import Copies
-from weft.digest import Bytes, Runs, tensor_seed
+from weft.digest import Runs, tensor_seed
+from weft.digesters import Digester, Digesters, Held
 from weft.errors import LayoutError, RecordError
 from weft.layout import ITEM_BYTES, Layout
 from weft.lower import SLOTS, LoweredBucket, MemberProgram
@@ -23,7 +24,7 @@ from weft.member import Member, Region, RemoteRegion, regions_of
 from weft.rendezvous import EndpointRecord
 from weft.segments import Binding, packed_segments, segments
 from weft.slices import Slice
-from weft.views import Memory, byte_view, source_view, target_view, torch_dtype
+from weft.views import Memory, source_view, target_view, torch_dtype
 
 Move = tuple[torch.Tensor, torch.Tensor]
 """(destination, source) views of equal shape."""
@@ -36,8 +37,17 @@ class Step:
     bucket: LoweredBucket
     moves: tuple[Move, ...]
     """Buffers → slot at the source, slot → buffers at the target; empty for direct buckets."""
-    runs: tuple[tuple[Bytes, Runs], ...]
-    """Where its digest is computed, over the bits that travel; empty when digests are off."""
+    digest: Digester | None
+    """Computes its digest, over the bits that travel; None when digests are off."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalMoves:
+    """The copies within a member of one group of its target layout."""
+
+    moves: tuple[Move, ...]
+    digest: Digester | None
+    """Of those that count, once they are done; None when none does, or digests are off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,38 +190,43 @@ def _columns(region: bytes, offset: bytes) -> Binding:
 
 
 def make_steps(
-    own: Slice, program: MemberProgram, endpoint: Endpoint, side: tuple[Layout, Memory], sending: bool
-) -> list[Step]:
+    own: Slice, program: MemberProgram, endpoint: Endpoint, side: tuple[Layout, Memory], sending: bool,
+    digesters: Digesters | None,
+) -> list[Step]:  # fmt: skip
     """The views and digest tables of every bucket that this member sends (or receives).
 
-    `side` is what it sends from (its source or, without one, its target) or receives into.
+    `side` is what it sends from (its source or, without one, its target) or receives into; without `digesters` nothing
+    is digested.
     """
     layout, memory = side
     steps: list[Step] = []
     for bucket in program.sends if sending else program.receives:
         if bucket.slot is None:
-            steps.append(Step(bucket, (), _direct_runs(own, bucket.copies, layout, memory, sending)))
+            copies = bucket.copies
+            held = (copy_runs(own, copies, n, layout, memory, sending) for n in range(len(copies)))
+            steps.append(Step(bucket, (), digesters.of([*held]) if digesters else None))
             continue
         region, offset = (endpoint.outgoing if sending else endpoint.incoming)[bucket.peer]
         begin = offset + bucket.slot * program.slot_bytes
         slot = endpoint.regions[region].memory[begin : begin + program.slot_bytes]
-        steps.append(_packed_step(own, bucket, layout, memory, slot, sending))
+        steps.append(_packed_step(own, bucket, layout, memory, slot, sending, digesters))
     return steps
 
 
 def _packed_step(
-    own: Slice, bucket: LoweredBucket, layout: Layout, memory: Memory, slot: torch.Tensor, sending: bool
-) -> Step:
+    own: Slice, bucket: LoweredBucket, layout: Layout, memory: Memory, slot: torch.Tensor, sending: bool,
+    digesters: Digesters | None,
+) -> Step:  # fmt: skip
     """Only what passes through the slot at this end is moved here; all is digested where it travels to or from."""
     copies = bucket.copies
     moves: list[Move] = []
-    runs: list[tuple[Bytes, Runs]] = []
+    held: list[Held] = []
     staged = bucket.gathered if sending else bucket.scattered
     buffers = copies.source_buffer if sending else copies.target_buffer
     for n, offset in enumerate(bucket.offsets.tolist()):
         if not staged[n]:
-            if own.policy.digests:
-                runs.append(copy_runs(own, copies, n, layout, memory, sending))
+            if digesters:
+                held.append(copy_runs(own, copies, n, layout, memory, sending))
             continue
         tensor = own.tensors[copies.tensor[n]]
         itemsize = ITEM_BYTES[tensor.target_dtype]
@@ -220,25 +235,17 @@ def _packed_step(
         dense = slot[offset : offset + nbytes].view(torch_dtype(tensor.target_dtype)).view(sizes)
         view = (source_view if sending else target_view)(copies, n, memory[layout.buffers[buffers[n]].name])
         moves.append((dense, view) if sending else (view, dense))
-        if own.policy.digests:
+        if digesters:
             strides = [1] * len(sizes)
             for axis in range(len(sizes) - 2, -1, -1):
                 strides[axis] = strides[axis + 1] * sizes[axis + 1]
             start, distance = int(copies.logical_start[n]), copies.logical_strides[n].tolist()
             nest = Runs.of_nest(tensor_seed(tensor.name), itemsize, offset, start, sizes, strides, distance)
-            runs.append((byte_view(slot), nest))
-    return Step(bucket, tuple(moves), tuple(runs))
+            held.append((slot, nest))
+    return Step(bucket, tuple(moves), digesters.of(held) if digesters else None)
 
 
-def _direct_runs(
-    own: Slice, copies: Copies, layout: Layout, memory: Memory, sending: bool
-) -> tuple[tuple[Bytes, Runs], ...]:
-    if not own.policy.digests:
-        return ()
-    return tuple(copy_runs(own, copies, n, layout, memory, sending) for n in range(len(copies)))
-
-
-def copy_runs(own: Slice, copies: Copies, n: int, layout: Layout, memory: Memory, sending: bool) -> tuple[Bytes, Runs]:
+def copy_runs(own: Slice, copies: Copies, n: int, layout: Layout, memory: Memory, sending: bool) -> Held:
     """Where copy n's digest is computed in the sender's (or target's) own buffer, which has the bits that travel."""
     tensor = own.tensors[copies.tensor[n]]
     itemsize = ITEM_BYTES[tensor.target_dtype]
@@ -251,20 +258,25 @@ def copy_runs(own: Slice, copies: Copies, n: int, layout: Layout, memory: Memory
         tensor_seed(tensor.name), itemsize, int(offset[n]) * itemsize, int(copies.logical_start[n]),
         copies.sizes[n].tolist(), strides[n].tolist(), copies.logical_strides[n].tolist(),
     )  # fmt: skip
-    return byte_view(memory[layout.buffers[buffer[n]].name]), nest
+    return memory[layout.buffers[buffer[n]].name], nest
 
 
 def local_moves(
-    own: Slice, program: MemberProgram, source: tuple[Layout, Memory], target: tuple[Layout, Memory]
-) -> dict[int, list[tuple[Move, tuple[Bytes, Runs] | None]]]:
-    """Copies within this member by group of its target layout; those that count bring the runs of their digest."""
+    own: Slice, program: MemberProgram, source: tuple[Layout, Memory], target: tuple[Layout, Memory],
+    digesters: Digesters | None,
+) -> dict[int, LocalMoves]:  # fmt: skip
+    """Copies within this member by group of its target layout."""
     copies = program.local
-    moves: dict[int, list[tuple[Move, tuple[Bytes, Runs] | None]]] = {}
+    moves: dict[int, list[Move]] = {}
+    held: dict[int, list[Held]] = {}
     for n in range(len(copies)):
-        held = source[1][source[0].buffers[copies.source_buffer[n]].name]
+        given = source[1][source[0].buffers[copies.source_buffer[n]].name]
         wanted = target[1][target[0].buffers[copies.target_buffer[n]].name]
-        counted = own.policy.digests and bool(copies.counted[n])
-        runs = copy_runs(own, copies, n, target[0], target[1], False) if counted else None
-        move = (target_view(copies, n, wanted), source_view(copies, n, held))
-        moves.setdefault(int(copies.group[n]), []).append((move, runs))
-    return moves
+        group = int(copies.group[n])
+        moves.setdefault(group, []).append((target_view(copies, n, wanted), source_view(copies, n, given)))
+        if copies.counted[n]:
+            held.setdefault(group, []).append(copy_runs(own, copies, n, target[0], target[1], False))
+    return {
+        group: LocalMoves(tuple(each), digesters.of(held[group]) if digesters and group in held else None)
+        for group, each in moves.items()
+    }

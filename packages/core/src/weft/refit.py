@@ -344,7 +344,7 @@ class Refit:
 
     def _account(self) -> Account:
         store, board = self._counted
-        return Account(lambda: store.operations + board.operations)
+        return Account(lambda: store.operations + board.operations, self._connection[0].digested_by)
 
     def _check_version(self, version: int) -> None:
         if version <= self._last_version:

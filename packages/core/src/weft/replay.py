@@ -10,18 +10,16 @@ from dataclasses import dataclass, field
 
 from weft.cast import encoding
 from weft.contracts import Group, Prepared, Target, Work
-from weft.digest import Bytes, Digest, Runs
+from weft.digest import Digest
+from weft.digesters import Digester
 from weft.errors import TransportError
 from weft.layout import Kind, Layout
 from weft.lower import SLOTS
-from weft.prepare import Move, Step
+from weft.prepare import LocalMoves, Step
 from weft.shadow import Shadow
 from weft.streams import settle, written
 from weft.views import Memory, apply_fills
 from weft.wire import Notice, Wire
-
-LocalMove = tuple[Move, tuple[Bytes, Runs] | None]
-"""One copy within a member and, where it counts, the runs of its digest."""
 
 POSTED_PER_PEER = 4
 """Buckets in flight to one receiver: enough to fill the wire while the next one is gathered."""
@@ -43,17 +41,9 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
-def digest_of(runs: Sequence[tuple[Bytes, Runs]]) -> Digest:
-    """Sum over the runs of a bucket."""
-    total = Digest()
-    for memory, run in runs:
-        total += run.digest(memory)
-    return total
-
-
-def is_digested(step: Step, version: int, every: int) -> bool:
-    """Whether this bucket is digested in this version: one in `every`, another one in the next version."""
-    return bool(step.runs) and (step.bucket.index + version) % every == 0
+def digester_of(step: Step, version: int, every: int) -> Digester | None:
+    """What computes a bucket's digest in this version: one bucket in `every` has one, another in the next version."""
+    return step.digest if (step.bucket.index + version) % every == 0 else None
 
 
 class Sender:
@@ -127,9 +117,10 @@ class Sender:
             for destination, source in step.moves:
                 encoding.encode(source, destination)
         note = b""
-        if is_digested(step, self._version, self._digest_every):
+        digest = digester_of(step, self._version, self._digest_every)
+        if digest is not None:
             with self._clock.phase("digest"):
-                note = digest_of(step.runs).hex().encode()
+                note = digest().hex().encode()
         note = self._wire.note(bucket.peer, self._version, bucket.index, note)
         self.nbytes += bucket.nbytes
         tag = self._wire.tag(self._version)
@@ -151,7 +142,7 @@ class Receiver:
     """Takes one target's buckets of one version, checks their digests and lands their groups in order."""
 
     def __init__(
-        self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, Sequence[LocalMove]],
+        self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, LocalMoves],
         target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, sources: Collection[str], *,
         partial: bool, digest_every: int, shadow: Shadow | None = None,
     ) -> None:  # fmt: skip
@@ -174,7 +165,7 @@ class Receiver:
                 scratch.add(buffer.group)
         self._groups = [Group(n, name, tuple(names[n])) for n, name in enumerate(layout.groups)]
         self._scratch = scratch
-        moved = {step.bucket.group for step in steps} | {group for group, moves in local.items() if moves}
+        moved = {step.bucket.group for step in steps} | local.keys()
         self._kept = set(range(len(layout.groups))) - moved if partial else set()
         self._next = 0
         self._landed_scratch = 0
@@ -227,9 +218,10 @@ class Receiver:
         bucket = step.bucket
         assert self._prepared is not None, "buckets only arrive at members that have prepared for them"
         self._wire.transport.fence(self._prepared, bucket.index, self._wire.tag(self._version), None)
-        if is_digested(step, self._version, self._digest_every):
+        digester = digester_of(step, self._version, self._digest_every)
+        if digester is not None:
             with self._clock.phase("digest"):
-                digest = digest_of(step.runs)
+                digest = digester()
             if digest.hex().encode() != note:
                 group = self._groups[bucket.group].name
                 raise TransportError(
@@ -266,11 +258,12 @@ class Receiver:
 
     def _install(self, group: int) -> None:
         with self._clock.phase("land"):
-            for (destination, source), runs in self._local.get(group, ()):
+            local = self._local.get(group, LocalMoves((), None))
+            for destination, source in local.moves:
                 encoding.encode(source, destination)
                 self.nbytes += destination.numel() * destination.element_size()
-                if runs is not None and self._digest_every == 1:
-                    self.digest += digest_of([runs])
+            if local.digest is not None and self._digest_every == 1:
+                self.digest += local.digest()
             if self._shadow is None:
                 self._finish(group)
 

@@ -11,6 +11,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     digest: str
     """Of the whole version: 32 hexadecimal digits, equal on every replica; zeros when digests are off or sampled."""
+    digested_by: str
+    """What computed this member's digests: `numpy` in memory of the processor, `triton` or, where it is not installed,
+    `torch` on GPUs; empty when digests are off.
+    """
     bytes: int
     """Bytes this member sent (a source) or wrote (a target)."""
     seconds: dict[str, float]

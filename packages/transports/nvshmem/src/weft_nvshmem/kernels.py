@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +11,9 @@ _BLOCKS_PER_PIECE = 8
 _ELEMENTS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
+# Its parameters have no annotations but constexpr: Triton's compiler, unlike its interpreter, looks them up.
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy(p_table: Any, p_slot: Any, PACK: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _copy(p_table, p_slot, PACK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     # p_table: [pieces, 3] int64, p_slot: [elements]; program (piece, share of it)
     i_piece = tl.program_id(0)
     address = tl.load(p_table + 3 * i_piece)
