@@ -22,7 +22,9 @@ import numpy as np
 from weft.authentication import Secret
 from weft.control import Hello
 from weft.endpoint import Envelope
+from weft.facts import Facts
 from weft.fleet.roll import Announced, Roll
+from weft.formats import Acceptance, Format
 from weft.layout import Layout
 from weft.leaders import OfferRecord, OutcomeRecord
 from weft.member import Member, RemoteRegion, Tag
@@ -53,11 +55,13 @@ class Payload:
 def payloads() -> dict[str, Payload]:
     """By name."""
     member, layout, part = _made()
-    join = Event(Action.JOIN, "trainer/0", 2, record=MemberRecord(member, b"\x80", "0.1.0", 3, 1, 1))
+    facts = Facts("0.1.0", "3.11.7", "2.13.0", "13.0", "sm_90", {"megatron-core": "0.16.1"})
+    join = Event(Action.JOIN, "trainer/0", 2, record=MemberRecord(member, b"\x80", "0.1.0", 3, 1, 1, facts))
     tag = Tag(7, "trainer/0", 2, 1)
     envelope = Envelope(tag, 3, b"note", b"k" * 32)
     found = {
         "layout": Payload(layout.encoded, Layout.decode),
+        "layout with formats": Payload(_with_formats(layout).encoded, Layout.decode),
         "slice": Payload(part.encoded, Slice.decode),
         "notice": _plain(Notice("replica-outcome", "rollout", "words", (1, 2, 3)), Notice),
         "envelope of a bucket": _plain(envelope, Envelope),
@@ -131,6 +135,14 @@ def _made() -> tuple[Member, Layout, Slice]:
     target = Member("rollout/0", None, wanted.address, "rollout", 1, "h", "d", "cpu")
     whole = plan([source], [target], {each.address: each for each in (held, wanted)}, Policy(relay="never"))
     return source, wanted, slice_of(whole, "rollout/0")
+
+
+def _with_formats(layout: Layout) -> Layout:
+    first, second, *_ = [tensor.name for tensor in layout.tensors]
+    return dataclasses.replace(
+        layout, formats={first: Format("packed", {"isa": "avx512"})}, extra={second: {"note": "kept"}},
+        accepts=(Acceptance("packed", {"isa": ("avx2", "avx512"), "block": ()}),),
+    )  # fmt: skip
 
 
 def _endpoint() -> EndpointRecord:

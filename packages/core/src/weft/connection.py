@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import torch
 
-from weft.contracts import Prepared, Source, Target, Transport
+from weft.contracts import OfFramework, Prepared, Source, Target, Transport
 from weft.deadline import Deadline
 from weft.digesters import Digesters, refuse_devices
 from weft.errors import ConfigError, RecordError
+from weft.facts import Facts, facts_of
 from weft.gates import gates
 from weft.layout import Layout
 from weft.lower import MemberProgram, lower
@@ -65,6 +67,8 @@ class Connection:
 
     me: Member
     roles: Roles
+    facts: Mapping[str, Facts]
+    """What everybody runs on, by name."""
     slice: Slice
     """Its part of the plan, proven."""
     program: MemberProgram
@@ -128,7 +132,9 @@ def join(
         memories = [tensor for side in sides if side for tensor in side[1].values()]
         if policy.digests:
             refuse_devices({tensor.device for tensor in memories})
-        return _join(rendezvous, transport, identity, sides[0], sides[1], policy, deadline)
+        framed: tuple[object, ...] = (source, target)
+        frameworks = dict(side.framework for side in framed if isinstance(side, OfFramework))
+        return _join(rendezvous, transport, identity, frameworks, sides[0], sides[1], policy, deadline)
     except Exception as error:
         rendezvous.fail(identity.name, f"{type(error).__name__}: {error}")
         raise
@@ -147,18 +153,19 @@ def register(transport: Transport, regions: Sequence[Region], deadline: Deadline
 
 
 def _join(
-    rendezvous: Rendezvous, transport: Transport, identity: Identity, source: tuple[Layout, Memory] | None,
-    target: tuple[Layout, Memory] | None, policy: Policy, deadline: Deadline,
+    rendezvous: Rendezvous, transport: Transport, identity: Identity, frameworks: Mapping[str, str],
+    source: tuple[Layout, Memory] | None, target: tuple[Layout, Memory] | None, policy: Policy, deadline: Deadline,
 ) -> Connection:  # fmt: skip
     memories = [tensor for side in (source, target) if side for tensor in side[1].values()]
+    device = memories[0].device if memories else torch.device("cpu")
     own = {side[0].address: side[0] for side in (source, target) if side}
     announced = Member(
         name=identity.name, source_layout=source[0].address if source else None,
         target_layout=target[0].address if target else None, replica=identity.replica if target else None,
         replica_size=identity.replica_size, host=identity.host, domain=identity.domain,
-        device=str(memories[0].device) if memories else "cpu", incarnation=rendezvous.incarnation(identity.name),
+        device=str(device), incarnation=rendezvous.incarnation(identity.name),
     )  # fmt: skip
-    rendezvous.announce(announced, own, msgspec.msgpack.encode(policy))
+    rendezvous.announce(announced, own, msgspec.msgpack.encode(policy), facts_of(device, frameworks))
     members = rendezvous.members()
     roles = roles_of(members)
     made = _slice(rendezvous, identity.name, roles.source_leader, members, own, policy)
@@ -193,7 +200,7 @@ def _join(
 
     rendezvous.ready(check)
     return Connection(
-        me=announced, roles=roles, slice=made, program=program, endpoint=endpoint,
+        me=announced, roles=roles, facts=rendezvous.facts(), slice=made, program=program, endpoint=endpoint,
         wire=wire, prepared=prepared,
         sends=tuple(make_steps(made, program, endpoint, held, True, digesters)) if held else (),
         gates={} if source else gates(program, frozenset(roles.sources)),

@@ -139,6 +139,16 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
+class OfFramework(Protocol):
+    """A source or target that says whose weights it has. Others have no framework among their facts."""
+
+    @property
+    def framework(self) -> tuple[str, str]:
+        """Name and version, such as `("vllm", "0.32.0")`."""
+        ...
+
+
 class ReplicaControl(Protocol):
     """Once per replica, beside its scheduler."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 
 import msgspec
@@ -20,25 +21,22 @@ class Facts(msgspec.Struct, frozen=True, array_like=True):
     """That torch was built for."""
     architecture: str = ""
     """Of the GPU that holds the weights, such as `sm_90`; empty on CPU."""
-    framework: str = ""
-    """Whose weights they are, such as `vllm`."""
-    framework_version: str = ""
+    frameworks: dict[str, str] = {}
+    """By name, such as `vllm`, the version of every framework whose weights the member has."""
 
     def __str__(self) -> str:
         """In one line, without what is not known."""
         named = {
-            self.framework: self.framework_version, "weft": self.weft, "torch": self.torch, "CUDA": self.cuda,
-            "GPU": self.architecture, "Python": self.python,
+            **self.frameworks, "weft": self.weft, "torch": self.torch, "CUDA": self.cuda, "GPU": self.architecture,
+            "Python": self.python,
         }  # fmt: skip
-        return ", ".join(
-            f"{name} {found}".strip() for name, found in named.items() if name and (found or name == self.framework)
-        )
+        return ", ".join(f"{name} {version}" for name, version in named.items() if version)
 
 
-def facts_of(device: torch.device, framework: tuple[str, str] = ("", "")) -> Facts:
-    """What this process runs on; its weights are on `device`, and of a framework of this name and version.
+def facts_of(device: torch.device, frameworks: Mapping[str, str] | None = None) -> Facts:
+    """What this process runs on; its weights are on `device`, and of `frameworks` (version by name).
 
-    Touches no GPU but the one that holds weights already, and raises nothing.
+    Touches no GPU but the one that holds the weights already, and raises nothing.
     """
     try:
         weft = metadata.version("weft-core")
@@ -46,7 +44,7 @@ def facts_of(device: torch.device, framework: tuple[str, str] = ("", "")) -> Fac
         weft = ""
     return Facts(
         weft, platform.python_version(), str(torch.__version__), torch.version.cuda or "", _architecture(device),
-        *framework,
+        dict(frameworks or {}),
     )  # fmt: skip
 
 
@@ -55,6 +53,6 @@ def _architecture(device: torch.device) -> str:
         return ""
     try:
         major, minor = torch.cuda.get_device_capability(device)
-    except (RuntimeError, AssertionError):  # no driver, or torch without CUDA
+    except (RuntimeError, AssertionError):  # no driver, or none that this torch can use
         return ""
     return f"sm_{major}{minor}"

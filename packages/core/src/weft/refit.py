@@ -15,6 +15,7 @@ from weft.connection import Connection, Identity, Roles, host_identity, join
 from weft.contracts import ReplicaControl, Source, Target, Transport
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
+from weft.facts import Facts
 from weft.installation import Installation
 from weft.job_store import JobStore
 from weft.loop import Account, Loop
@@ -133,6 +134,11 @@ class Refit:
     def served(self) -> int | None:
         """The version that `receive` knows this target to serve, whole; None when it is none."""
         return self._serving.version
+
+    @property
+    def facts(self) -> Mapping[str, Facts]:
+        """What every member runs on, by name: versions, GPU. Raises `ConfigError` before `open`."""
+        return self._connection[0].facts
 
     @property
     def loop(self) -> Loop:

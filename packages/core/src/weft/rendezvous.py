@@ -34,6 +34,7 @@ from weft.content import get_content, put_content
 from weft.contracts import Store
 from weft.deadline import Deadline
 from weft.errors import ConfigError, DeadlineError, RecordError, RendezvousError
+from weft.facts import Facts
 from weft.job_store import JobStore
 from weft.layout import Layout
 from weft.member import Member, RemoteRegion
@@ -125,6 +126,7 @@ class Rendezvous:
         member: Member,
         layouts: Mapping[str, Layout],
         policy: bytes,
+        facts: Facts | None = None,
         *,
         weft_version: str | None = None,
         planner_version: int = PLANNER_VERSION,
@@ -137,7 +139,9 @@ class Rendezvous:
         for address in {member.source_layout, member.target_layout} - {None}:
             put_content(self._store, f"{self._root}/layout", layouts[str(address)].encoded)
         found = version("weft-core") if weft_version is None else weft_version
-        record = MemberRecord(member, policy, found, planner_version, self._expect.sources, self._expect.replicas)
+        record = MemberRecord(
+            member, policy, found, planner_version, self._expect.sources, self._expect.replicas, facts or Facts()
+        )
         self._append(Action.JOIN, record=record)
 
     def members(self) -> tuple[Member, ...]:
@@ -148,6 +152,11 @@ class Rendezvous:
         one's name.
         """
         return self._complete().members()
+
+    def facts(self) -> dict[str, Facts]:
+        """What everybody of `members` runs on, by name. Raises what `members` raises."""
+        records = self._complete().records
+        return {name: records[name].facts for name in sorted(records)}
 
     def layout(self, address: str) -> Layout:
         """A layout that some member announced. Raises `RecordError` when it is missing or damaged."""

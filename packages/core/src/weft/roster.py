@@ -16,6 +16,7 @@ from typing import Annotated
 import msgspec
 
 from weft.errors import ConfigError
+from weft.facts import Facts
 from weft.member import Member
 
 
@@ -45,6 +46,8 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     """`Expect.sources` of this member."""
     replicas: int
     """`Expect.replicas` of this member."""
+    facts: Facts = Facts()
+    """What it runs on; members need not agree about it."""
 
 
 class Action(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from weft.live import LiveSource, LiveTarget
@@ -27,6 +28,8 @@ class ModuleSource(LiveSource):
     unsharded, or every tensor that has moved.
     """
 
+    framework = ("torch", str(torch.__version__))
+
     def __init__(self, module: nn.Module, names: NameMap | None = None) -> None:
         found = inspect_module(module, names, written=False)
         super().__init__(found.layout, found.memory, found.settle)
@@ -39,6 +42,8 @@ class ModuleTarget(LiveTarget):
     and not shared by different tensors. `reload` is called in `prepare_commit` when the new bytes are in, to refresh
     what is derived from them. While a version is moving, nothing may run the module.
     """
+
+    framework = ("torch", str(torch.__version__))
 
     def __init__(
         self, module: nn.Module, names: NameMap | None = None, *, reload: Callable[[], object] | None = None

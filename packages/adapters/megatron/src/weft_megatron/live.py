@@ -8,7 +8,7 @@ from typing import Any
 from weft.live import LiveSource, LiveTarget
 from weft.streams import settle
 from weft_megatron.inspection import HasToDict, Inspection, inspect_model
-from weft_megatron.upstream import finish_parameter_gathers, global_rank
+from weft_megatron.upstream import FRAMEWORK, finish_parameter_gathers, global_rank
 
 
 class MegatronSource(LiveSource):
@@ -24,6 +24,8 @@ class MegatronSource(LiveSource):
     `LayoutError` when parameters have moved.
     """
 
+    framework = FRAMEWORK
+
     def __init__(self, model: Any, hf_config: Mapping[str, Any] | HasToDict) -> None:
         found = inspect_model(model, hf_config)
         super().__init__(found.layout, found.memory, lambda: _settle(found))
@@ -37,6 +39,8 @@ class MegatronTarget(LiveTarget):
     fp32 copies, or its next step writes the old weights back. While a version is moving, nothing may run the model. Its
     layout has both copies of a tied embedding under pipeline parallelism.
     """
+
+    framework = FRAMEWORK
 
     def __init__(
         self,

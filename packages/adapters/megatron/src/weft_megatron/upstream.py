@@ -36,6 +36,8 @@ if not str(megatron_core.__version__).startswith("0.16."):
     raise PluginError(f"weft-megatron knows megatron-core 0.16, found {megatron_core.__version__}: {_INSTALL}")
 
 
+FRAMEWORK = ("megatron-core", str(megatron_core.__version__))
+"""For the facts of members (`weft.contracts.OfFramework`)."""
 GATE_OF_GPT_OSS: Any = quick_gelu
 """Activation of its gates: a sigmoid with a gain of 1.702."""
 ACTIVATION_OF_HYBRIDS: Any = squared_relu

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from weft.box import Box
-from weft.contracts import Group
+from weft.contracts import Group, OfFramework, Source, Target
+from weft.formats import format_fault
 from weft.layout import Layout
 from weft.views import Memory, piece_view, torch_dtype
 
@@ -17,6 +18,28 @@ def check_layouts(one: Layout, again: Layout, other: Layout) -> None:
     assert again.address == one.address, "the layout has changed since it was asked first"
     assert other.address == one.address, "equal ranks have different layouts: names or sizes depend on the process"
     assert Layout.decode(one.encoded) == one
+
+
+def check_description(side: Source | Target) -> None:
+    """What is said of tensors is about the layout's own and well-formed, and so is whose weights they are. The error
+    lists everything.
+    """
+    layout = side.layout()
+    named = {tensor.name for tensor in layout.tensors}
+    faults = [f"{name}: a format of no tensor" for name in sorted(layout.formats.keys() - named)]
+    faults += [f"{name}: an extra of no tensor" for name in sorted(layout.extra.keys() - named)]
+    faults += [f"{name}: {why}" for name, each in layout.formats.items() if (why := format_fault(each))]
+    texts: list[object] = [
+        text for each in layout.formats.values() for text in (each.name, *each.metadata, *each.metadata.values())
+    ]
+    texts += [text for said in layout.extra.values() for text in (*said, *said.values())]
+    if isinstance(side, OfFramework):
+        texts += side.framework
+        faults += [f"framework is {side.framework}: give a name and a version"] * (not all(side.framework))
+    faults += [f"{text!r} is no text" for text in texts if not isinstance(text, str)]
+    if layout.accepts and isinstance(side, Source):
+        faults.append("only targets accept formats")
+    assert not faults, "; ".join(faults)
 
 
 def check_memory(layout: Layout, memory: Memory) -> None:

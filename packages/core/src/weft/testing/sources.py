@@ -27,7 +27,15 @@ import torch
 from weft.contracts import Lease, Source
 from weft.layout import Kind, Layout
 from weft.testing.members import poison
-from weft.testing.memory import all_unequal, box_of, check_layouts, check_memory, groups, piece_faults
+from weft.testing.memory import (
+    all_unequal,
+    box_of,
+    check_description,
+    check_layouts,
+    check_memory,
+    groups,
+    piece_faults,
+)
 from weft.testing.suite import Suite, within
 
 
@@ -66,6 +74,9 @@ class SourceSuite(Suite):
         layout = source.layout()
         check_memory(layout, source.memory())
         assert Kind.SCRATCH not in {buffer.kind for buffer in layout.buffers}, "only targets have scratch"
+
+    def test_what_is_said_of_tensors_is_consistent(self, make: Callable[[], Trainer]) -> None:
+        check_description(make().source)
 
     @pytest.mark.trap(12, 13)
     def test_every_tensor_is_held(self, make: Callable[[], Trainer]) -> None:

@@ -22,9 +22,16 @@ from functools import partial
 
 import pytest
 
+from weft.builder import LayoutBuilder
 from weft.contracts import LEASE_BYTES, Store
 from weft.deadline import Deadline
 from weft.errors import StoreError
+from weft.facts import Facts
+from weft.formats import Format
+from weft.layout import Layout
+from weft.member import Member
+from weft.rendezvous import Rendezvous
+from weft.roster import Expect
 from weft.stores import open_store
 from weft.testing.suite import Suite, within
 
@@ -104,6 +111,20 @@ class StoreSuite(Suite):
     def test_values_that_resemble_a_stores_own_marks_come_back_unchanged(self, store: Store, value: bytes) -> None:
         store.set("value", value)
         assert store.get("value") == value
+
+    def test_what_is_said_of_tensors_and_members_is_kept(self, store: Store, other: Store) -> None:
+        layout, facts = described_layout(), Facts("1", "3", torch="2.13.0+cpu", frameworks={"grün/重み": "1\n2"})
+        sides = [Rendezvous(each, "job", Expect(1, 1), Deadline.after(self.seconds)) for each in (store, other)]
+        members = [
+            Member("source", layout.address, None, None, 0, "h", "d", "cpu", (), sides[0].incarnation("source")),
+            Member("target", None, layout.address, "r", 1, "h", "d", "cpu", (), sides[1].incarnation("target")),
+        ]
+        for side, member in zip(sides, members, strict=True):
+            side.announce(member, {layout.address: layout}, b"", facts if member.is_source else None)
+        for side in sides:
+            found = side.layout(layout.address)
+            assert (found.formats, found.extra) == (layout.formats, layout.extra), "what is said of tensors has changed"
+            assert side.facts() == {"source": facts, "target": Facts()}, "what members run on has changed"
 
     def test_large_and_small_values_replace_each_other(self, store: Store) -> None:
         for value in (b"a" * 9_000_000, b"small", b"b" * 5_000_000, b"c" * 10_000_000, b""):
@@ -339,6 +360,17 @@ class StoreSuite(Suite):
         for call in calls:
             with pytest.raises(StoreError, match="closed"):
                 call()
+
+
+def described_layout() -> Layout:
+    """Of many tensors with formats of their own and whatever else may be said of them."""
+    builder = LayoutBuilder()
+    for n in range(1000):
+        said = {"note": chr(0x20 + n) * n, "\0\n": "", "grün/重み": str(n)}
+        builder.tensor(f"layers.{n}", (2,), "float32", format=Format("packed", {"block": str(n % 3)}), extra=said)
+        builder.buffer(f"layers.{n}", "float32", 2, group="all")
+        builder.shard(f"layers.{n}", f"layers.{n}")
+    return builder.build()
 
 
 def add_many(url: str, processes: int, times: int, seconds: float) -> list[int]:

@@ -28,7 +28,15 @@ from weft.catalog import memory_faults
 from weft.contracts import Target
 from weft.layout import ITEM_BYTES, Kind
 from weft.testing.members import poison
-from weft.testing.memory import all_unequal, bits, box_of, check_layouts, check_memory, groups
+from weft.testing.memory import (
+    all_unequal,
+    bits,
+    box_of,
+    check_description,
+    check_layouts,
+    check_memory,
+    groups,
+)
 from weft.testing.suite import Suite, within
 from weft.views import apply_fills, piece_view, torch_dtype
 
@@ -74,6 +82,9 @@ class TargetSuite(Suite):
         )
         for (start, nbytes, name), (following, _, other) in pairwise(places):
             assert start + nbytes <= following, f"live buffers {name} and {other} share memory"
+
+    def test_what_is_said_of_tensors_is_consistent(self, make: Callable[[], Engine]) -> None:
+        check_description(make().target)
 
     @pytest.mark.trap(12, 13, 69)
     def test_every_element_is_claimed_once(self, make: Callable[[], Engine]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ import torch
 
 from weft.builder import LayoutBuilder
 from weft.contracts import Event, Group, Lease, Stream
+from weft.formats import CHECKPOINT, Acceptance
 from weft.layout import Kind, Layout
 from weft.live import HeldVersion
 from weft.streams import Finished
@@ -158,9 +160,20 @@ class NamesItself(Honest):
         return {f"a{id(self)}": self.a}
 
 
+class Invents(Honest):
+    """Speaks of a tensor that is not in its layout, and accepts what it does not receive."""
+
+    framework = ("", "1.0")
+
+    def layout(self) -> Layout:
+        accepts = (Acceptance("packed"),)
+        return dataclasses.replace(super().layout(), formats={"c": CHECKPOINT}, accepts=accepts)
+
+
 KINDS = {
     "honest": Honest, "drops": Drops, "forgets": Forgets, "repeats": Repeats, "reorders": Reorders, "flips": Flips,
     "lies": Lies, "forgets-deadlines": ForgetsDeadlines, "moves": Moves, "names-itself": NamesItself,
+    "invents": Invents,
 }  # fmt: skip
 
 
@@ -180,4 +193,7 @@ FAULTS = (
     Fault("forgets-deadlines", "test_holding_and_producing_end", "producing group second has not ended", seconds=1),
     Fault("moves", "test_addresses_never_change", "moved: ['a.top', 'a.bottom', 'b']"),
     Fault("names-itself", "test_equal_sources_have_one_layout_that_survives_the_wire", "have different layouts"),
+    Fault(
+        "invents", "test_what_is_said_of_tensors_is_consistent", "c: a format of no tensor; framework is ('', '1.0')"
+    ),
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from weft.builder import LayoutBuilder
 from weft.contracts import Event, Group, Stream
+from weft.formats import Format
 from weft.layout import Kind, Layout
 from weft.streams import Finished
 from weft.testing.broken import Fault
@@ -75,6 +78,14 @@ class Honest:
     def addresses(self) -> Mapping[str, int]:
         """Where they are."""
         return {name: getattr(self, name).data_ptr() for name in ("fused", "down", "norm")}
+
+
+class Invents(Honest):
+    """Has a format without a name, and an extra that is no text, of a tensor that it does not have."""
+
+    def layout(self) -> Layout:
+        extra: Any = {"bias": {"rows": 4}}
+        return dataclasses.replace(super().layout(), formats={"gate": Format("")}, extra=extra)
 
 
 class Drops(Honest):
@@ -164,6 +175,7 @@ class Remembers(Honest):
 KINDS = {
     "honest": Honest, "drops": Drops, "forgets": Forgets, "repeats": Repeats, "reorders": Reorders, "flips": Flips,
     "lies": Lies, "forgets-deadlines": ForgetsDeadlines, "moves": Moves, "remembers": Remembers,
+    "invents": Invents,
 }  # fmt: skip
 
 
@@ -186,4 +198,8 @@ FAULTS = (
     Fault("forgets-deadlines", "test_every_step_ends", "the event of group first has not ended", seconds=1),
     Fault("moves", "test_addresses_never_change", "captured graphs read the old memory: ['down']"),
     Fault("remembers", "test_a_version_that_was_given_up_leaves_no_trace_in_the_next", "after giving up with"),
-)
+    Fault(
+        "invents", "test_what_is_said_of_tensors_is_consistent",
+        "bias: an extra of no tensor; gate: a format needs a name; 4 is no text",
+    ),
+)  # fmt: skip
