@@ -15,7 +15,10 @@ from weft.job_store import JobStore
 from weft.leaders import OfferRecord, SourceLeader
 from weft.local import LocalHub, factory
 from weft.member import Member
+from weft.replay import Clock
+from weft.session import SourceSession
 from weft.stores import open_store
+from weft.testing.members import MemoryLease
 from weft.wire import Notice, Wire
 
 NAME = "trainer/0"
@@ -104,6 +107,17 @@ def test_no_version_waits_for_a_store(
     answers.set()
     case.board.close()
     assert "the offer of version 1 is not in the store for people to look at: gone" in caplog.text
+
+
+def test_a_source_that_only_hears_the_end_of_a_version_lets_its_weights_go(records: JobStore) -> None:
+    """As one does that was frozen until its deadlines had passed."""
+    case, lease = Case(records), MemoryLease(1)
+    session = SourceSession(case.wire, 1, {"rollout": pytest.fail}, NAME, None, Clock(), None)
+    session.offer(lease)
+    case.says("outcome", "rollout/1: lost")
+    session.hear()
+    assert session.done
+    assert not lease.held
 
 
 @pytest.mark.parametrize(("kind", "numbers"), [("commit", (1,)), ("credit", ()), ("outcome", (1, 2)), ("roll", (1, 2))])

@@ -83,8 +83,7 @@ class SourceSession:
         for known in self._state.replicas:
             if known.stage is source.Stage.SENDING and not known.ended:
                 self._advance(known.replica, self._sending[known.replica])
-        if self.released and self._lease is not None:
-            self._lease.release()
+        self._let_go()
         if not self.done:
             self._wire.check(lambda: [self._leader_name])
 
@@ -100,6 +99,11 @@ class SourceSession:
             for peer, notice in self._wire.take(self.version, kind):
                 self._event(f"{kind} {notice.replica}")
                 self._feed(heard(peer, notice))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.released and self._lease is not None:
+            self._lease.release()
 
     def _advance(self, replica: str, sender: Sender) -> None:
         try:
