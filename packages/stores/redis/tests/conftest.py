@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +22,14 @@ SECONDS = 60.0
 USER, PASSWORD = "weft-user", "s3cr&t/wörd:@%"
 
 
+def free_port() -> int:
+    """One below those that the system gives out: nobody else gets it while the server is killed and started again."""
+    for port in random.sample(range(10_000, 32_768), 1000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("a thousand ports are taken")
+
+
 class Server:
     """A Redis server that writes everything down before it answers, and takes no string over 1 MiB.
 
@@ -29,8 +39,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         binary = shutil.which("redis-server")
         assert binary, "these tests need a Redis server: apt-get install redis-server"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self._folder = folder
         self._command = [
             binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
