@@ -246,6 +246,14 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def faults(session: nox.Session) -> None:
+    """The whole fault matrix, or the rows that have all values after --, into docs/fault-matrix.json and its page."""
+    command = [str(engines(session)), "-m", "support.fault_matrix", str(ROOT / "docs" / "fault-matrix.json")]
+    session.run(*command, *session.posargs, external=True, env={"PYTHONPATH": str(ROOT / "integration-tests")})
+    session.run(sys.executable, "tools/fault_matrix.py", external=True)
+
+
+@nox.session(python=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation; a broken link is an error."""
     python = environment(session, "docs", "docs", [])

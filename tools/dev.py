@@ -28,7 +28,7 @@ SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # no
 COMMANDS = {
     "demo": ("a Megatron-Core model learns while a vLLM engine serves each new version of its weights", ["demo"]),
     "test": (
-        "everything that runs without a GPU: all of the below but demo and gpu, two sessions at a time",
+        "everything that runs without a GPU: all of the below but demo, faults and gpu, two sessions at a time",
         ["lint", "types", "tests", "integration", "wheels", "docs"],
     ),
     "lint": ("ruff, import contracts, lockstep versions, constraints up to date", ["lint"]),
@@ -37,6 +37,7 @@ COMMANDS = {
     "integration": ("real Megatron-Core, vLLM and NIXL together", ["integration"]),
     "wheels": ("build wheels and sdists, install them without an index, discover the plug-ins", ["wheels"]),
     "docs": ("build the documentation", ["docs"]),
+    "faults": ("every step, role and fault in fleets of real processes; writes docs/fault-matrix.json", ["faults"]),
     "gpu": ("the GPU matrix; skips, with the reason, what this machine has no GPU for", ["gpu"]),
 }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
+import stat
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,25 +19,28 @@ from typing import Any
 import msgspec
 import torch
 
-from weft.contracts import Bucket
+from weft.contracts import Bucket, Message
 from weft.deadline import Deadlines
-from weft.errors import RefitAbortedError, WeftError
+from weft.errors import DeadlineError, RefitAbortedError, WeftError
 from weft.fleet import Fleet, FleetMember
 from weft.member import Tag
 from weft.policy import Policy
 from weft.protocol.events import Step
-from weft.testing.faults import Script, install
+from weft.testing.faults import FaultyTransport, Script, install
 from weft.testing.members import MemoryControl, MemorySource, MemoryTarget
 from weft.testing.tiny import Tiny, mismatches
 from weft.wire import Notice
 
 TINY = Tiny()
 SOURCES = ("trainer/0", "trainer/1")
+STRUCK = "struck"
 SIGNALS = {
     "source-offered": Step.OFFER, "begun": Step.BEGIN, "verified": Step.VERIFY, "prepare": Step.VOTE,
     "prepared": Step.PREPARE_COMMIT, "committed": Step.COMMIT, "installed": Step.RESUME,
 }  # fmt: skip
 """What a member says at the end of a step. Bytes that leave are `Step.MOVE`."""
+PRELOADED = ["torch", "weft.fleet", "weft.testing.members", "weft_gloo", "weft_nixl"]
+"""What takes long to import: processes are forked from one that has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +56,21 @@ class Role:
     limits: float = 8.0
     """Seconds of every deadline but the rendezvous."""
     landing: str = "in_place"
-    first: int = 1
-    """The first version, of a trainer."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Of the transport."""
 
 
 class Stop(Script):
-    """Says that a step is reached in a version, and waits to be told to go on."""
+    """Says that a step is reached in a version, and waits to be told to go on. Bytes that leave count where they are
+    for the replica `STRUCK`.
+    """
 
     def __init__(self, pipe: Connection, *, listens: bool) -> None:
         """One that listens is told over the pipe where to stop, at any time."""
         self._pipe, self._listens = pipe, listens
         self.at: tuple[str, int] | None = None
+        self.corrupts = False
+        """Whether a byte of what arrives next is to change."""
 
     def signalling(self, peer: str, tag: Tag, note: bytes) -> bool:
         """See `Script.signalling`."""
@@ -71,7 +80,17 @@ class Stop(Script):
 
     def posting(self, bucket: Bucket, tag: Tag) -> None:
         """See `Script.posting`."""
-        self._reach(Step.MOVE, tag.version)
+        self._reach(Step.MOVE if bucket.peer.startswith(f"{STRUCK}/") else None, tag.version)
+
+    def arriving(self, endpoint: FaultyTransport, messages: list[Message]) -> list[Message]:
+        """See `Script.arriving`."""
+        if self.corrupts and messages:
+            self.corrupts, first = False, messages[0]
+            if first.bucket is not None:
+                endpoint.flip(first.bucket)
+            else:
+                messages[0] = replace(first, note=bytes([first.note[0] ^ 0x10]) + first.note[1:])
+        return messages
 
     def _reach(self, step: Step | None, version: int) -> None:
         if self._listens and self._pipe.poll():
@@ -82,14 +101,37 @@ class Stop(Script):
             assert self._pipe.recv() == ("go on",)
 
 
-def play(role: Role, pipe: Connection) -> None:
-    """One process, until it is killed or told to close."""
+def cut_connections() -> None:
+    """End every TCP connection of this process; new ones are made as before."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # closed since, or not connected
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as end:
+                    listens = end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                    if end.family in (socket.AF_INET, socket.AF_INET6) and not listens:
+                        end.shutdown(socket.SHUT_RDWR)
+
+
+def play(role: Role, pipe: Connection, struck: Connection) -> None:
+    """One process, until it is killed or told to close. SIGUSR1 cuts it off, SIGUSR2 corrupts what arrives next, and
+    each is acknowledged.
+    """
     torch.set_num_threads(1)
     stop = Stop(pipe, listens=role.name not in SOURCES)
+
+    def strike(number: int, _: object) -> None:
+        if number == signal.SIGUSR1:
+            cut_connections()
+        else:
+            stop.corrupts = True
+        struck.send(number)
+
+    signal.signal(signal.SIGUSR1, strike)
+    signal.signal(signal.SIGUSR2, strike)
     limits = dict.fromkeys(("begin", "move", "vote", "commit"), role.limits)
     common: dict[str, Any] = {
         "store": role.store, "job": role.job, "name": role.name, "transport": "faulty",
-        "transport_options": {"transport": role.transport, "transport_options": {}, "script": stop},
+        "transport_options": {"transport": role.transport, "transport_options": dict(role.options), "script": stop},
         "deadlines": Deadlines(rendezvous=120, offer=120, **limits), "policy": Policy(landing=role.landing),
     }  # fmt: skip
     with TemporaryDirectory() as folder:
@@ -99,7 +141,9 @@ def play(role: Role, pipe: Connection) -> None:
 
 
 def train(role: Role, pipe: Connection, stop: Stop, common: dict[str, Any]) -> None:
-    """A source: a version whenever it is told to, with a step to stop at; says how each replica ended."""
+    """A source: a version whenever it is told to, with a step to stop at; says how each replica ended, or that it
+    cannot offer any more.
+    """
     rank = SOURCES.index(role.name)
     source = MemorySource(role.name, TINY.source(rank, len(SOURCES)))
     with Fleet(source=source, rank=rank, sources=len(SOURCES), **common) as fleet:
@@ -108,19 +152,32 @@ def train(role: Role, pipe: Connection, stop: Stop, common: dict[str, Any]) -> N
             _, version, step = told
             stop.at = (step, version) if step else None
             source.load(TINY.tensors(version))
-            offer = fleet.offer(version)
-            offer.released()
+            try:
+                offer = fleet.offer(version)
+            except WeftError as error:
+                pipe.send(("gave up", version, f"{type(error).__name__}: {error}"))
+                continue
+            with suppress(DeadlineError):
+                offer.released()
             source.load(TINY.tensors(0))
-            with suppress(RefitAbortedError):
+            with suppress(RefitAbortedError, DeadlineError):
                 offer.committed()
             pipe.send(("ended", version, offer.outcomes))
 
 
 def serve(role: Role, pipe: Connection, _: Stop, common: dict[str, Any]) -> None:
-    """A target: receives whatever is offered, joins anew after every failure, and says what it holds."""
+    """A target: receives whatever is offered, joins anew after every failure, and says what it holds and what of that
+    is wrong.
+    """
     replica, rank = role.name.split("/")
-    target = MemoryTarget(role.name, TINY.target(int(rank), role.size))
+    target = MemoryTarget(
+        role.name, TINY.target(int(rank), role.size), before=lambda what, _: what == "begin" and target.poison()
+    )
     control = MemoryControl(role.name)
+
+    def wrong(version: int) -> list[str]:
+        return mismatches(target.contents(), TINY.expected(int(rank), role.size, TINY.tensors(version)))
+
     while True:
         try:
             with FleetMember(
@@ -129,10 +186,11 @@ def serve(role: Role, pipe: Connection, _: Stop, common: dict[str, Any]) -> None
                 pipe.send(("joined",))
                 while True:
                     version = member.receive().version
-                    wrong = mismatches(target.contents(), TINY.expected(int(rank), role.size, TINY.tensors(version)))
-                    pipe.send(("serves", version, wrong))
+                    pipe.send(("serves", version, wrong(version), time.monotonic()))
         except WeftError as error:
-            pipe.send(("failed", type(error).__name__, str(error), control.served, control.refused))
+            served = control.served
+            mixed = [] if served in (None, -1) else wrong(served)
+            pipe.send(("failed", type(error).__name__, str(error), mixed, served, control.refused))
 
 
 @dataclass(eq=False)
@@ -143,12 +201,17 @@ class Company:
     job: str
     transport: str
     landing: str = "in_place"
+    limits: float = 8.0
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the transport."""
     version: int = 0
     said: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
         self._pipes: dict[str, Connection] = {}
+        self._struck: dict[str, Connection] = {}
         self._processes: dict[str, Any] = {}
 
     def __enter__(self) -> Company:
@@ -162,10 +225,13 @@ class Company:
         """Start processes, under these names, which may have had others before."""
         for name in names:
             near, far = self._context.Pipe()
-            role = Role(name, self.store, self.job, self.transport, size, landing=self.landing)
-            self._processes[name] = self._context.Process(target=play, args=(role, far), daemon=True)
+            self._struck[name], striking = self._context.Pipe(duplex=False)
+            options = tuple(self.options.items())
+            role = Role(name, self.store, self.job, self.transport, size, self.limits, self.landing, options)
+            self._processes[name] = self._context.Process(target=play, args=(role, far, striking), daemon=True)
             self._processes[name].start()
             far.close()
+            striking.close()
             self._pipes[name], self.said[name] = near, []
 
     def kill(self, name: str) -> None:
@@ -173,6 +239,20 @@ class Company:
         self._processes[name].kill()
         self._processes.pop(name).join(10)
         self._pipes[name].close()
+        self._struck[name].close()
+
+    def cut(self, name: str) -> None:
+        """End all its TCP connections."""
+        self._strike(name, signal.SIGUSR1)
+
+    def corrupt(self, name: str) -> None:
+        """Change a byte of what arrives there next."""
+        self._strike(name, signal.SIGUSR2)
+
+    def _strike(self, name: str, number: int) -> None:
+        os.kill(self._processes[name].pid, number)
+        assert self._struck[name].poll(60), f"{name} has not been struck: {self.said[name]}"
+        self._struck[name].recv()
 
     def freeze(self, name: str) -> None:
         """SIGSTOP."""
