@@ -67,7 +67,10 @@ class Serving:
                 self.control.resume(self.version)
             elif paused:
                 self.control.refuse(f"{type(error).__name__}: {error}")
-            raise failure from (error if failure is not error else None)
+            try:
+                raise failure from (error if failure is not error else None)
+            finally:
+                del failure  # which holds this frame, and with it all memory of the member
         self.version = report.version
         return report
 

@@ -72,7 +72,7 @@ class Wire:
         try:
             self.transport.signal(peer, tag, self._guard.signal(peer, tag, said) if self._guard else said)
         except PeerLostError as error:
-            self._lost[error.peer] = error
+            self._lost[error.peer] = error.with_traceback(None)  # else it holds this frame, and all that there is
 
     def note(self, peer: str, version: int, bucket: int, note: bytes) -> bytes:
         """What to post with a bucket so that the peer gets this note."""
@@ -84,7 +84,7 @@ class Wire:
         try:
             messages = self.transport.poll()
         except PeerLostError as error:
-            self._lost[error.peer] = error
+            self._lost[error.peer] = error.with_traceback(None)
             return True
         for message in messages:
             self._sort(message)
