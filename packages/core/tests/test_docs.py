@@ -11,7 +11,15 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 
 @pytest.mark.parametrize(
-    "page", ["getting-started.md", "guide/fleets.md", "guide/install.md", "guide/plans.md", "guide/security.md"]
+    "page",
+    [
+        "getting-started.md",
+        "guide/fleets.md",
+        "guide/install.md",
+        "guide/plans.md",
+        "guide/published.md",
+        "guide/security.md",
+    ],
 )
 def test_every_block_of_a_page_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)

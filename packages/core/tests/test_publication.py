@@ -296,7 +296,5 @@ def test_a_holder_whose_layouts_do_not_fit_is_not_read_from(stage: Stage, stack:
     other.publish(2)  # newer, but of another model
     replica = stage.subscribers(stack, "replica", 2)
     assert receive(replica).version == 1
-    with pytest.raises(
-        DeadlineError, match=r"stranger has 2, which does not fit: .*0\.down.* and \d+ more.*trainer has 1"
-    ):
+    with pytest.raises(DeadlineError, match=r"stranger has 2, which does not fit: .*0\.down.* and \d+ more"):
         replica[0].receive(Deadline.after(2))

@@ -38,6 +38,10 @@ class Deadline:
         """Whether the instant has passed."""
         return time.monotonic() >= self.at
 
+    def earlier(self, seconds: float) -> Deadline:
+        """This deadline, or one in so many seconds if that is earlier."""
+        return self if self.remaining() <= seconds else Deadline.after(seconds)
+
     def wait(
         self, ready: Callable[[], bool], what: str, late: Callable[[], Sequence[str]],
         longest_seconds: float = _LONGEST_SLEEP_SECONDS,

@@ -2,15 +2,17 @@
 
 Keys, below `weft/<job>/`:
 
-- `holder/<name>`: a lease per holder; `news`: changes whenever one of them says something new;
+- `holder/<name>`: a lease per holder; `news`: the newest version that the trainer has ever held, so that who waits
+  for a newer one asks nobody until there is one;
 - `chosen/<replica>`: from whom the replica reads next, as its first member has chosen;
 - `wants/<replica>/<rank>`: the address of what a member of a replica wants; `layouts`: contents, by their addresses.
 """
 
 from __future__ import annotations
 
-import os
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from urllib.parse import quote
 
 import msgspec
@@ -27,8 +29,7 @@ from weft.records import decoded
 LEASE_SECONDS = 20.0
 """After so long without a sign of life a holder is not asked any more."""
 _LOOK_SECONDS = 1.0
-"""Between looks at holders that say nothing new: a lease ends in silence."""
-_NONCE_BYTES = 8
+"""Between looks at holders of whom none will do: a lease ends in silence."""
 _SHOWN_FAULTS = 5
 
 
@@ -76,17 +77,15 @@ class Directory:
     def __init__(self, records: JobStore) -> None:
         self._records = records
         self._news, self._contents = f"{records.root}/news", f"{records.root}/layouts"
-        self._known: bytes | None = None
-
-    def ring(self) -> None:
-        """Say that there is something new."""
-        self._records.store.set(self._news, os.urandom(_NONCE_BYTES))
+        self._said = -1
 
     def say(self, holder: Holder) -> StoreLease:
         """Say what a holder holds; renew the lease in time."""
         key = f"{self._records.root}/holder/{quote(holder.name, safe='')}"
         lease = self._records.lease("holder", key, holder, LEASE_SECONDS)
-        self.ring()
+        if holder.original and holder.version > self._said:
+            self._records.put("news", self._news, holder.version)
+            self._said = holder.version
         return lease
 
     def holders(self) -> list[Holder]:
@@ -99,8 +98,12 @@ class Directory:
         """Those with the newest version, as soon as there is one newer than `have` among those without faults. Raises
         `DeadlineError` that names everybody's version, and faults.
         """
+        news = have
         while True:
-            known, found = self._known, self.holders()
+            limit = deadline if news == have else deadline.earlier(_LOOK_SECONDS)  # nobody rings when a lease ends
+            newer = self._records.await_record("news", self._news, int, partial(operator.lt, news), limit)
+            news = news if newer is None else newer
+            found = self.holders()
             wrong = {holder.name: faults(holder) for holder in found if holder.version > have}
             if able := [holder for holder in found if holder.name in wrong and not wrong[holder.name]]:
                 newest = max(holder.version for holder in able)
@@ -108,8 +111,6 @@ class Directory:
             if deadline.expired():
                 late = [f"{h.name} has {h.version}{_but(wrong.get(h.name, ()))}" for h in found]
                 raise DeadlineError(f"a version newer than {have}", deadline.seconds, late or ["nobody holds any"])
-            limit = Deadline.after(min(_LOOK_SECONDS, max(0.0, deadline.remaining())))
-            self._known = self._records.store.watch(self._news, known, limit)
 
     def keep(self, data: bytes) -> str:
         """Keep content that many read; returns its address."""
