@@ -11,8 +11,10 @@ import torch
 
 import weft
 from weft.builder import LayoutBuilder
+from weft.digest import Runs, tensor_seed
 from weft.layout import Layout
 from weft.testing.members import MemorySource, MemoryTarget
+from weft.views import byte_view
 
 pytestmark = pytest.mark.gpu
 ROWS, COLUMNS = 512, 384
@@ -53,7 +55,7 @@ def test_gpu_memory_arrives_straight_and_packed(direct_run_bytes: int) -> None:
     with weft.serve_store() as server:
 
         def take_part(name: str, **side: Any) -> None:
-            policy = weft.Policy(digests=False, direct_run_bytes=direct_run_bytes)
+            policy = weft.Policy(direct_run_bytes=direct_run_bytes)
             expect = weft.Expect(sources=1, replicas=1)
             with weft.Refit(
                 transport="nixl", store=server.url, job="gpu", name=name, expect=expect, policy=policy, **side
@@ -69,4 +71,7 @@ def test_gpu_memory_arrives_straight_and_packed(direct_run_bytes: int) -> None:
         for member in members:
             member.join(120.0)
     assert len(reports) == 4
+    columns = Runs.of_nest(tensor_seed("w"), 2, 100 * 2, 100, [ROWS, 200], [COLUMNS, 1], [COLUMNS, 1])
+    assert {report.digest for report in reports} == {columns.digest(byte_view(whole)).hex()}
+    assert {report.digested_by for report in reports} <= {"triton", "torch"}
     assert torch.equal(wanted.memory()["w"].cpu().view(ROWS, 200), whole[:, 100:300])

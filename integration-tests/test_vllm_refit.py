@@ -93,9 +93,7 @@ def name(case: dict[str, Any]) -> str:
 
 ON_GPU = {
     "family": "qwen3", "tied": True, "kv_heads": 2, "tp": 1, "dtype": "float32", "cpu_linear": "plain", "cast": False,
-    "digests": False,
 }  # fmt: skip
-"""Digests of CUDA memory are not built yet."""
 
 
 @pytest.mark.gpu

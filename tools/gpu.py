@@ -49,7 +49,9 @@ def main() -> int:
             entry_points(tomllib.loads(file.read_text())["project"], Path(temporary))
             folders.append(str(file.parent / "src"))
         path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
-        tests = [str(ROOT / "integration-tests" / "test_gpu.py"), str(CUDAMALLOC / "tests" / "test_gpu.py")]
+        tests = [
+            str(file) for folder in ("packages", "integration-tests") for file in (ROOT / folder).rglob("test_gpu.py")
+        ]
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *tests, *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, check=False).returncode
 

@@ -40,7 +40,7 @@ class Case:
             name: save_checkpoint(directory / name, seed=seed, **options) for seed, name in enumerate("ABC", 1)
         }
         casts = (("bfloat16", "float32"),) if case["cast"] else ()
-        self.policy = {"casts": [list(cast) for cast in casts], "digests": case.get("digests", True)}
+        self.policy = {"casts": [list(cast) for cast in casts]}
         self.init = {
             "store": store, "job": "case", "replica": "rollout0", "sources": case["sources"],
             "transport": case["transport"], "deadlines": DEADLINES, "policy": self.policy,

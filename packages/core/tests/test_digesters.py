@@ -16,10 +16,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from weft.box import row_major
-from weft.digest import TABLE, Digest, Runs, digest_array, tensor_seed
+from weft.digest import Digest, Runs, digest_array, tensor_seed
 from weft.digest_pieces import BLOCK_BYTES, pieces
-from weft.digesters import TORCH, TRITON, Held, on_device, units
+from weft.digesters import TORCH, TRITON, Held, key_table, on_device, units
+from weft.policy import Policy
+from weft.refit import Refit
+from weft.report import Report
+from weft.roster import Expect
+from weft.testing.job import Job, Part, all_succeeded
+from weft.testing.members import MemorySource, MemoryTarget
+from weft.testing.tiny import Tiny, mismatches
+
+from .nests import random_bytes, random_nest
 
 COMPILING = """
 import triton
@@ -73,34 +81,10 @@ def test_the_kernel_compiles_for_every_width_of_units() -> None:
 
 
 def on_way(way: str, held: list[Held]) -> Digest:
-    table = torch.from_numpy(TABLE.view(np.int64))
-    return on_device(way, [unit for each in held for unit in units(*each)], table)()
+    return on_device(way, [unit for each in held for unit in units(*each)], key_table(torch.device("cpu")))()
 
 
-def random_bytes(random: Random, nbytes: int) -> torch.Tensor:
-    generator = np.random.default_rng(random.randrange(1 << 32))
-    return torch.from_numpy(generator.integers(0, 256, nbytes, dtype=np.uint8))
-
-
-def random_nest(random: Random, itemsize: int, most: int) -> Held:
-    """A permuted logical order, with gaps there and in memory."""
-    sizes = [random.choice((1, 2, 3, random.randint(1, most))) for _ in range(random.randint(1, 4))]
-    distances, step = [0] * len(sizes), random.choice((1, 1, 1, 2, 3))
-    for axis in random.choice((random.sample(range(len(sizes)), len(sizes)), [*reversed(range(len(sizes)))])):
-        distances[axis] = step
-        step *= sizes[axis] * random.randint(1, 2)
-        if random.random() < 0.3:
-            step += -step % random.choice((4, 512, 1024))
-    strides = [s * random.choice((1, 1, 1, 2)) for s in row_major(sizes)]
-    offset = random.choice((0, 8 * random.randint(0, 5), random.randint(0, 40)))
-    start = random.choice((0, 1024 * random.randint(0, 9), random.randint(0, 5000)))
-    reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
-    memory = random_bytes(random, offset + reach * itemsize + 3)
-    runs = Runs.of_nest(random.getrandbits(64), itemsize, offset, start, sizes, strides, distances)
-    return memory, runs
-
-
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(some.randoms(use_true_random=False), ITEMSIZES)
 def test_any_nests_give_the_digest_of_the_processor(way: str, random: Random, itemsize: int) -> None:
     held = [random_nest(random, itemsize, 40) for _ in range(random.randint(1, 3))]
@@ -165,3 +149,35 @@ def test_long_rows_and_runs_are_read_in_words_of_one_block() -> None:
         found = list(pieces(runs, 8))
         assert all(piece.in_block and piece.width == 8 for piece in found)
         assert len(found) <= 16
+
+
+@pytest.mark.parametrize("direct_run_bytes", [1, 1 << 40], ids=["direct", "packed"])
+def test_refits_are_digested_by_pieces_as_by_the_processor(
+    store_url: str, monkeypatch: pytest.MonkeyPatch, direct_run_bytes: int
+) -> None:
+    """Straight and staged buckets, and what a member copies by itself."""
+    monkeypatch.setattr("weft.digesters.way_on", lambda device: TORCH)
+    tiny = Tiny()
+    weights = tiny.tensors(1)
+
+    def part(rank: int) -> Part:
+        source = MemorySource(f"both/{rank}", tiny.source(rank, 2))
+        target = MemoryTarget(f"both/{rank}", tiny.target(rank, 2))
+
+        def act(refit: Refit) -> Report:
+            source.load(weights)
+            target.poison()
+            report = refit.run(1)
+            assert not mismatches(target.contents(), tiny.expected(rank, 2, weights))
+            return report
+
+        return Part(source.name, act, source=source, target=target, replica="both", replica_size=2)
+
+    made = Job(
+        store_url, Expect(2, 1), name=f"pieces{direct_run_bytes}", policy=Policy(direct_run_bytes=direct_run_bytes)
+    )
+    reports = made.run([part(0), part(1)])
+    all_succeeded(reports)
+    whole = (digest_array(name, tensor.view(torch.int16).numpy()) for name, tensor in weights.items())
+    assert {report.digest for report in reports.values()} == {sum(whole, Digest()).hex()}
+    assert {report.digested_by for report in reports.values()} == {"torch"}

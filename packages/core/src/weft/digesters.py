@@ -61,7 +61,7 @@ class Digesters:
             arrays = [(byte_view(memory), runs) for memory, runs in held]
             return lambda: sum((runs.digest(memory) for memory, runs in arrays), Digest())
         if device not in self._tables:
-            self._tables[device] = torch.from_numpy(TABLE.view(np.int64)).to(device)
+            self._tables[device] = key_table(device)
         return on_device(way, [unit for each in held for unit in units(*each)], self._tables[device])
 
 
@@ -79,6 +79,11 @@ def way_on(device: torch.device) -> str:
     if device.type == "cpu":
         return NUMPY
     return TRITON if importlib.util.find_spec("triton") is not None else TORCH
+
+
+def key_table(device: torch.device) -> torch.Tensor:
+    """The keys of `weft.digest`, int64 [lanes, words of a block]."""
+    return torch.from_numpy(TABLE.view(np.int64)).to(device)
 
 
 def on_device(way: str, each: Units, table: torch.Tensor) -> Digester:
