@@ -1,8 +1,9 @@
 """Runs nox sessions two at a time, for `tools/dev.py test`. Standard library only.
 
 Most tests wait for processes or keep one core busy, so that two sessions side by side take little longer than one.
-Every session is a process of its own, and what it prints comes in one piece when it has ended. The integration tests,
-which take longer than all else, are several sessions here: one for each file of `LONG`, and one for all other files.
+Every session is a process of its own; what it prints goes to a file and is shown in one piece when it has ended. The
+integration tests, which take longer than all else, are several sessions here: one for each file of `LONG`, and one for
+all other files.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,6 +31,8 @@ LONG = (
     "test_megatron_outputs",
 )
 """Files of integration tests that take a minute or more."""
+PRINTED = Path(".nox") / "printed"
+"""Where a session's output is while it runs."""
 FIRST = ("lint", "types", "tests(core)", "tests(vllm31)", "integration", *(f"integration({name})" for name in LONG))
 """What takes long, longest first, behind what shows the most frequent mistakes: no long one is left for the end."""
 
@@ -82,7 +85,10 @@ def run_job(nox: Sequence[str], job: Job, folder: Path) -> Done:
     # Sessions would write the same cache, and a failure to write is a warning, which fails a test.
     options = f"{os.environ.get('PYTEST_ADDOPTS', '')} -p no:cacheprovider"
     started = time.monotonic()
-    with tempfile.TemporaryFile() as output:
+    file = folder / PRINTED / f"{job.name}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"===== {job.name}: started", flush=True)
+    with file.open("wb") as output:
         code = subprocess.run(
             [*nox, "-s", job.session, "--", *job.arguments],
             cwd=folder,
@@ -92,14 +98,14 @@ def run_job(nox: Sequence[str], job: Job, folder: Path) -> Done:
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTEST_ADDOPTS": options},
         ).returncode
-        output.seek(0)
-        printed = output.read().decode(errors="replace")
-    return Done(job, code, time.monotonic() - started, printed)
+    return Done(job, code, time.monotonic() - started, file.read_text("utf-8", errors="replace"))
 
 
 def run_all(nox: Sequence[str], planned: Sequence[Job], folder: Path) -> int:
     """Runs the jobs, prints what each has printed, those that failed last; 1 if one has failed."""
-    print(f"{len(planned)} sessions, {LANES} at a time; each is shown when it has ended, failed ones last", flush=True)
+    sys.stdout.reconfigure(errors="replace")  # not every terminal knows the boxes that some tools draw
+    print(f"{len(planned)} sessions, {LANES} at a time; each is shown when it has ended, failed ones last;", flush=True)
+    print(f"what a running one prints is in {PRINTED}", flush=True)
     done = []
     with ThreadPoolExecutor(LANES) as lanes:
         running = [lanes.submit(run_job, nox, job, folder) for job in planned]
