@@ -30,13 +30,13 @@ class Engine(MemoryTarget):
 
 
 def test_facts_are_those_of_this_process() -> None:
-    found = facts_of(torch.device("cpu"), {"vllm": "0.32.0"})
+    found = facts_of(torch.device("cpu"), Engine("engine", Tiny().target(0, 1)), object(), None)
     assert found.weft == metadata.version("weft-core")
     assert found.python == platform.python_version()
     assert found.torch == torch.__version__
-    assert found.frameworks == {"vllm": "0.32.0"}
+    assert found.frameworks == {"some-engine": "3.4"}
     assert found.architecture == ""
-    assert str(found).startswith(f"vllm 0.32.0, weft {found.weft}, torch {found.torch}")
+    assert str(found).startswith(f"some-engine 3.4, weft {found.weft}, torch {found.torch}")
     assert str(Facts()) == ""
 
 

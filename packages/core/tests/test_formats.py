@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+import torch
 
 from weft.agreement import acceptable
 from weft.builder import LayoutBuilder
+from weft.compare import Reference, compare
 from weft.errors import LayoutError, PlanError, RecordError
 from weft.formats import CHECKPOINT, Acceptance, Format, refusal
 from weft.layout import Layout
 from weft.member import Member
 from weft.plan import plan
 from weft.policy import Policy
+from weft.verification import State, verdict
 
 PACKED = Format("packed", {"isa": "avx512", "block": "16"})
 
@@ -229,3 +232,14 @@ def test_a_candidate_is_taken_whole_or_not_at_all() -> None:
         acceptable({"r/0": layout(shapes={"a": (4, 2), "b": (4, 2), "c": (4, 2)})}, layout(), Policy(ignore=("c",)))
         == []
     )
+
+
+def test_what_is_not_as_on_disk_is_not_taken_for_wrong_and_not_for_right() -> None:
+    whole = {name: torch.randn(4, 2) for name in ("a", "b")}
+    memory = {"a": whole["a"].t().contiguous().view(-1), "b": whole["b"].view(-1)}
+    reference, policy = Reference(whole, {}), Policy()
+    found = verdict({"rank": compare(layout({"a": PACKED}), memory, reference, policy)}, reference, policy)
+    assert [(each.name, each.state) for each in found.tensors] == [("a", State.NOT_COMPARED), ("b", State.EQUAL)]
+    assert "it is in format packed (block=16, isa=avx512), which only its engine can read" in found.tensors[0].reason
+    assert found.failures()
+    assert not found.failures(partial=True)

@@ -13,6 +13,7 @@ from weft.box import Box, row_major
 from weft.contracts import Source
 from weft.digest import Digest, Runs, tensor_seed
 from weft.errors import ConfigError
+from weft.formats import CHECKPOINT
 from weft.layout import Kind, Layout, LogicalTensor, Piece
 from weft.policy import Policy
 from weft.views import box_view, byte_view, fill_view, piece_view, torch_dtype
@@ -131,8 +132,8 @@ def compare(
     """Compare every piece and every fill of a rank with the reference; reads memory, changes nothing.
 
     `memory` is as for `weft.contracts.Target.memory`, on any device. `policy` declares casts, which are applied to the
-    reference. `unread` says why buffers (by name) cannot be read; scratch buffers never can. Raises nothing for what it
-    finds: all of it is in the result.
+    reference. `unread` says why buffers (by name) cannot be read; scratch buffers, and those with tensors in a format
+    of an engine's own, never can. Raises nothing for what it finds: all of it is in the result.
     """
     reasons = {buffer.name: _IN_SCRATCH for buffer in layout.buffers if buffer.kind is Kind.SCRATCH} | dict(
         unread or {}
@@ -140,6 +141,8 @@ def compare(
     pieces: dict[str, list[Piece]] = {tensor.name: [] for tensor in layout.tensors}
     for piece in layout:
         pieces[piece.tensor].append(piece)
+        if (format := layout.formats.get(piece.tensor, CHECKPOINT)) != CHECKPOINT:
+            reasons.setdefault(piece.buffer, f"it is in format {format}, which only its engine can read")
     aliases: dict[str, list[str]] = {}
     for tie in layout.ties:
         aliases.setdefault(tie.name, []).append(tie.alias)

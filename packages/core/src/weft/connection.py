@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from weft.contracts import OfFramework, Prepared, Source, Target, Transport
+from weft.contracts import Prepared, Source, Target, Transport
 from weft.deadline import Deadline
 from weft.digesters import Digesters, refuse_devices
 from weft.errors import ConfigError, RecordError
@@ -132,9 +132,8 @@ def join(
         memories = [tensor for side in sides if side for tensor in side[1].values()]
         if policy.digests:
             refuse_devices({tensor.device for tensor in memories})
-        framed: tuple[object, ...] = (source, target)
-        frameworks = dict(side.framework for side in framed if isinstance(side, OfFramework))
-        return _join(rendezvous, transport, identity, frameworks, sides[0], sides[1], policy, deadline)
+        facts = facts_of(memories[0].device if memories else torch.device("cpu"), source, target)
+        return _join(rendezvous, transport, identity, facts, sides[0], sides[1], policy, deadline)
     except Exception as error:
         rendezvous.fail(identity.name, f"{type(error).__name__}: {error}")
         raise
@@ -153,19 +152,18 @@ def register(transport: Transport, regions: Sequence[Region], deadline: Deadline
 
 
 def _join(
-    rendezvous: Rendezvous, transport: Transport, identity: Identity, frameworks: Mapping[str, str],
+    rendezvous: Rendezvous, transport: Transport, identity: Identity, facts: Facts,
     source: tuple[Layout, Memory] | None, target: tuple[Layout, Memory] | None, policy: Policy, deadline: Deadline,
 ) -> Connection:  # fmt: skip
     memories = [tensor for side in (source, target) if side for tensor in side[1].values()]
-    device = memories[0].device if memories else torch.device("cpu")
     own = {side[0].address: side[0] for side in (source, target) if side}
     announced = Member(
         name=identity.name, source_layout=source[0].address if source else None,
         target_layout=target[0].address if target else None, replica=identity.replica if target else None,
         replica_size=identity.replica_size, host=identity.host, domain=identity.domain,
-        device=str(device), incarnation=rendezvous.incarnation(identity.name),
+        device=str(memories[0].device) if memories else "cpu", incarnation=rendezvous.incarnation(identity.name),
     )  # fmt: skip
-    rendezvous.announce(announced, own, msgspec.msgpack.encode(policy), facts_of(device, frameworks))
+    rendezvous.announce(announced, own, msgspec.msgpack.encode(policy), facts)
     members = rendezvous.members()
     roles = roles_of(members)
     made = _slice(rendezvous, identity.name, roles.source_leader, members, own, policy)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from importlib import metadata
 
 import msgspec
 import torch
+
+from weft.contracts import OfFramework
 
 
 class Facts(msgspec.Struct, frozen=True, array_like=True):
@@ -33,8 +34,9 @@ class Facts(msgspec.Struct, frozen=True, array_like=True):
         return ", ".join(f"{name} {version}" for name, version in named.items() if version)
 
 
-def facts_of(device: torch.device, frameworks: Mapping[str, str] | None = None) -> Facts:
-    """What this process runs on; its weights are on `device`, and of `frameworks` (version by name).
+def facts_of(device: torch.device, *sides: object) -> Facts:
+    """What this process runs on. Its weights are on `device`, and those of `sides`: sources and targets, which may say
+    whose they are (`weft.contracts.OfFramework`).
 
     Touches no GPU but the one that holds the weights already, and raises nothing.
     """
@@ -44,7 +46,7 @@ def facts_of(device: torch.device, frameworks: Mapping[str, str] | None = None) 
         weft = ""
     return Facts(
         weft, platform.python_version(), str(torch.__version__), torch.version.cuda or "", _architecture(device),
-        dict(frameworks or {}),
+        dict(side.framework for side in sides if isinstance(side, OfFramework)),
     )  # fmt: skip
 
 

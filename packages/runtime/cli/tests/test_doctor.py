@@ -157,6 +157,11 @@ def test_a_torch_without_cuda_on_a_machine_with_gpus_is_a_fault(made: Machine) -
     assert "1 GPUs" in found["torch"].text
 
 
+def test_what_a_member_here_would_tell_the_others_is_shown(tmp_path: Path) -> None:
+    found = by_subject(torch_here.diagnose(tmp_path))
+    assert f"torch {torch_here.torch.__version__}" in found["a member here"].text
+
+
 def test_versions_of_weft_must_be_one() -> None:
     present = {"weft-core": "0.10.0", "weft-nixl": "0.9.0", "nixl-cu12": "1.5.1", "nvidia-nccl-cu13": "2.28", "six": ""}
     found = by_subject(versions.findings(present))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from weft.diagnosis import Finding
+from weft.facts import facts_of
 from weft.topology import read_topology
 
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -27,6 +28,8 @@ def _devices(gpus: int) -> Iterator[Finding]:
         yield Finding("torch", "broken", f"{version}, on a machine with {gpus} GPUs", fix)
         return
     yield Finding("torch", "ok", version)
+    weights = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    yield Finding("a member here", "ok", f"tells the others: {facts_of(weights)}")
     if gpus and not torch.cuda.is_available():
         fix = "see CUDA_VISIBLE_DEVICES, the driver's version (nvidia-smi), and the rights to /dev/nvidia*"
         yield Finding("CUDA", "broken", f"torch finds none of {gpus} GPUs", fix)
