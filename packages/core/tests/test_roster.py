@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import count
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import weft.roster
 from weft.errors import ConfigError
 from weft.member import Member
 from weft.roster import Action, Event, Expect, MemberRecord, Roster
@@ -258,3 +262,61 @@ def test_after_any_history_members_that_try_again_come_together(history: list[tu
 def test_expecting_nobody_is_refused(sources: int, replicas: int) -> None:
     with pytest.raises(ConfigError, match="at least 1 source and 1 replica"):
         Expect(sources, replicas)
+
+
+HISTORY = st.lists(
+    st.tuples(
+        st.sampled_from([*TEAM, "rollout1/0", "trainer/2"]),
+        st.sampled_from([Action.JOIN] * 4 + list(Action)),
+        st.sampled_from(
+            [{}] * 9 + [{"replica_size": 1}, {"sources": 1}, {"policy": b"\x81\xa1a\x01"}, {"replicas": 2}]
+        ),
+        st.booleans(),
+    ),
+    max_size=30,
+)
+
+
+@given(HISTORY)
+def test_what_is_tallied_is_what_looking_at_all_members_finds(
+    history: list[tuple[str, Action, dict[str, object], bool]],
+) -> None:
+    result, newest = roster(), dict.fromkeys([*TEAM, "rollout1/0", "trainer/2"], 1)
+    for name, action, changes, restarts in history:
+        newest[name] += restarts
+        event = join(name, newest[name], **changes) if action is Action.JOIN else Event(action, name, newest[name], "w")
+        attempt = result._current
+        came_before = attempt.complete or bool(attempt.reasons)
+        result.apply(event)
+        attempt = result._current
+        faults = weft.roster._contradictions(attempt.records)
+        assert attempt.tally.contradicts == bool(faults)
+        assert attempt.tally.whole == (not faults and bool(attempt.records) and whole(attempt.records))
+        if not came_before and action is Action.JOIN:
+            assert attempt.complete == attempt.tally.whole
+            assert [fault for name, fault in attempt.reasons if not name] == faults
+
+
+def whole(records: dict[str, MemberRecord]) -> bool:
+    """Whether those that are there, who agree, are all that are expected."""
+    record = next(iter(records.values()))
+    sources, replicas = weft.roster._sides(records)
+    sizes = {replica: records[names[0]].member.replica_size for replica, names in replicas.items()}
+    found = len(sources), len(replicas)
+    return found == (record.sources, record.replicas) and sizes == {r: len(names) for r, names in replicas.items()}
+
+
+def test_an_entry_costs_the_same_however_many_there_are() -> None:
+    def calls(members: int) -> int:
+        """Python's calls, into its own libraries too, while the last of so many members joins."""
+        names = [f"trainer/{n}" for n in range(members)]
+        events = [join(name, sources=members + 1, replicas=1) for name in names]
+        result, counted = roster(*events[:-1]), count()
+        sys.setprofile(lambda *_: next(counted) and None)
+        try:
+            result.apply(events[-1])
+        finally:
+            sys.setprofile(None)
+        return next(counted)
+
+    assert calls(500) == calls(50)

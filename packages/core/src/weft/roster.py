@@ -18,6 +18,7 @@ import msgspec
 from weft.errors import ConfigError
 from weft.facts import Facts
 from weft.member import Member
+from weft.tally import Entry, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ class Attempt:
     """Members that another process of the same name has taken the place of."""
     complete: bool = False
     """Whether exactly the expected members are there; once true it stays true."""
+    tally: Tally = field(default_factory=Tally)
+    """Of `records`."""
 
     def members(self) -> tuple[Member, ...]:
         """Members, sorted by name."""
@@ -155,8 +158,8 @@ class Roster:
                 attempt.reasons.append((event.name, event.reason))
             case Action.LEAVE:
                 attempt.left.add(event.name)
-                if not attempt.complete:
-                    attempt.records.pop(event.name, None)
+                if not attempt.complete and (gone := attempt.records.pop(event.name, None)):
+                    attempt.tally.remove(_entry(gone))
             case _:
                 pass
 
@@ -176,25 +179,26 @@ def _begins_anew(attempt: Attempt, event: Event) -> bool:
 def _join(attempt: Attempt, record: MemberRecord) -> None:
     name = record.member.name
     if name in attempt.records:
-        old = attempt.records[name].member
+        before = attempt.records[name]
+        old = before.member
         attempt.replaced.append(
             f"{name} of incarnation {old.incarnation} on {old.host} was replaced by incarnation "
             f"{record.member.incarnation} on {record.member.host} (a restart, or two processes of one name)"
         )
+        attempt.tally.remove(_entry(before))
     attempt.left.discard(name)
     attempt.records[name] = record
-    faults = _contradictions(attempt.records)
-    attempt.reasons.extend(("", fault) for fault in faults)
-    attempt.complete = not faults and _whole(attempt.records, record)
+    attempt.tally.add(_entry(record))
+    if attempt.tally.contradicts:
+        attempt.reasons.extend(("", fault) for fault in _contradictions(attempt.records))
+    attempt.complete = attempt.tally.whole
 
 
-def _whole(records: dict[str, MemberRecord], record: MemberRecord) -> bool:
-    sources, replicas = _sides(records)
-    return (
-        len(sources) == record.sources
-        and len(replicas) == record.replicas
-        and all(len(names) == records[names[0]].member.replica_size for names in replicas.values())
-    )
+def _entry(record: MemberRecord) -> Entry:
+    member = record.member
+    agreed = (record.weft_version, record.planner_version, _readable(record.policy))
+    replica = (member.replica or "") if member.is_target else None
+    return Entry(agreed, _expect(record), member.is_source, replica, member.replica_size)
 
 
 def _contradictions(records: dict[str, MemberRecord]) -> list[str]:
