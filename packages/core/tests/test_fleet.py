@@ -20,6 +20,7 @@ from weft.fleet.roll import Announcement, Roll, RollBook
 from weft.job_store import JobStore
 from weft.local import LocalHub
 from weft.policy import Policy
+from weft.rendezvous import Rendezvous
 from weft.report import Report
 from weft.stores import open_store
 from weft.testing.members import Hook, MemorySource, MemoryTarget
@@ -209,6 +210,29 @@ def test_who_dies_takes_no_other_replica_along_and_may_come_back(stage: Stage) -
     stage.stop()
     steady.join()
     assert steady.received[0] == sorted(stage.reports)
+
+
+def test_a_replica_whose_cell_came_to_nothing_is_admitted_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before its own patience ends."""
+    original, failed = Rendezvous.endpoints, threading.Event()
+
+    def endpoints(rendezvous: Rendezvous, *arguments: Any) -> Any:
+        if rendezvous._name == "trainer/1" and rendezvous._job.endswith("/late") and not failed.is_set():
+            failed.set()
+            raise DeadlineError("endpoints", 1.0, ["late/0"])
+        return original(rendezvous, *arguments)
+
+    monkeypatch.setattr(Rendezvous, "endpoints", endpoints)
+    early = Replica(stage, "early")
+    stage.start()
+    stage.until(lambda: 1 in stage.reports, "the first version")
+    late = Replica(stage, "late", size=2, versions=2)
+    stage.until(lambda: bool(stage.installed("late")), "the late replica")
+    assert failed.is_set()
+    late.join()
+    assert not late.ends
+    stage.stop()
+    early.join()
 
 
 def test_a_fleet_may_be_empty_for_a_while(stage: Stage) -> None:

@@ -60,25 +60,23 @@ class FleetMember(Refit):
         deadline = Deadline.after(self._patience)
         store = open_store(self._url, deadline)
         try:
-            announcement = Announcement(
-                JobStore(store, self._fleet, self._secret), self._replica, self.name, self._size
-            )
-            try:
-                self._try(deadline)
-            finally:
-                announcement.end()
+            self._try(JobStore(store, self._fleet, self._secret), deadline)
         except BaseException:
             self.close()
             raise
         finally:
             store.close()
 
-    def _try(self, deadline: Deadline) -> None:
+    def _try(self, records: JobStore, deadline: Deadline) -> None:
         while True:
+            # Anew every time: sources that have tried to join the cell once wait for another announcement.
+            announcement = Announcement(records, self._replica, self.name, self._size)
             try:
                 return super().open()
             except RendezvousError as error:
                 if deadline.expired():
                     raise
                 _LOG.info("%s tries again to join its cell: %s", self.name, error)
-                time.sleep(_AGAIN_SECONDS)
+            finally:
+                announcement.end()
+            time.sleep(_AGAIN_SECONDS)
