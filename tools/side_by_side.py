@@ -82,8 +82,13 @@ def listed(nox: Sequence[str], sessions: Sequence[str], folder: Path) -> list[st
 
 def run_job(nox: Sequence[str], job: Job, folder: Path) -> Done:
     """Runs a job to its end."""
-    # Sessions would write the same cache, and a failure to write is a warning, which fails a test.
-    options = f"{os.environ.get('PYTEST_ADDOPTS', '')} -p no:cacheprovider"
+    environment = {
+        **os.environ,
+        # Sessions would write the same cache, and a failure to write is a warning, which fails a test.
+        "PYTEST_ADDOPTS": f"{os.environ.get('PYTEST_ADDOPTS', '')} -p no:cacheprovider",
+        # Threads of OpenMP wait for each other in loops, on cores that the other session could use: ten times the work.
+        "OMP_WAIT_POLICY": "passive",
+    }
     started = time.monotonic()
     file = folder / PRINTED / f"{job.name}.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,7 @@ def run_job(nox: Sequence[str], job: Job, folder: Path) -> Done:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTEST_ADDOPTS": options},
+            env=environment,
         ).returncode
     return Done(job, code, time.monotonic() - started, file.read_text("utf-8", errors="replace"))
 
