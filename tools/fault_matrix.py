@@ -51,6 +51,7 @@ way. With a shadow, a failure before the vote must not make the replica refuse.
 | refused | serves nothing until a later one is whole |
 | ↻ | `offer` raised in the trainer, which was started again |
 | – | not applicable |
+| ? | not run: `python3 tools/dev.py faults -- --missing` does it |
 
 Numbers are seconds from the fault until the replica serves that version or a later one; where something was started
 again, a later one.
@@ -91,7 +92,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:
-    marks = {"not applicable": "Not applicable", "failed": "Failed"}
+    marks = {"not applicable": "Not applicable", "not run": "Not run", "failed": "Failed"}
     told = Counter((row["role"], row["fault"], row["outcome"]) for row in rows if ":" in row["outcome"])
     if told:
         yield "## Without an outcome\n"
@@ -106,7 +107,7 @@ def _outcome(row: Row) -> str:
 
 def _cell(row: Row) -> str:
     if ":" in row["outcome"]:
-        return "–" if _outcome(row) == "not applicable" else "**failed**"
+        return {"not applicable": "–", "not run": "?"}.get(_outcome(row), "**failed**")
     word = row["outcome"].split(",")[0].split(" ")[0]
     again = " ↻" if "trainer" in row["restarted"] and not _killed_source(row) else ""
     return f"{word} {row['seconds_to_recover']:.1f}{again}"

@@ -276,6 +276,11 @@ class Company:
             if said[: len(what)] == what:
                 return said
 
+    def hear(self, name: str) -> None:
+        """Take in what a process has said by now."""
+        while self._pipes[name].poll():
+            self.said[name].append(self._pipes[name].recv())
+
     def offer(self, step: Step | None = None, at: str = "") -> int:
         """Have the trainer offer the next version; `at`, a source, stops at a step of it."""
         self.version += 1
