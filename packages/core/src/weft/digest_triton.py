@@ -86,10 +86,13 @@ class TritonSums:
             wide = next((columns for columns in _COLUMNS if piece.columns <= columns), _COLUMNS[-1])
             starts = (range(0, piece.rows, _STEPS * _UNITS // wide), range(0, piece.columns, wide))
             kinds[piece.width, wide, piece.in_block] += [[number, i, j] for i in starts[0] for j in starts[1]]
+        self._sums = self._pieces.new_empty((sum(map(len, kinds.values())), LANES))
+        parts = self._sums.split([len(tiles) for tiles in kinds.values()])
         self._launches = [
-            (*kind, torch.tensor(tiles, device=table.device), self._pieces.new_empty((len(tiles), LANES)))
-            for kind, tiles in kinds.items()
+            (*kind, torch.tensor(tiles, device=table.device), sums)
+            for (kind, tiles), sums in zip(kinds.items(), parts, strict=True)
         ]
+        self()  # compiles and loads the kernels, which no refit shall wait for
 
     def __call__(self) -> torch.Tensor:
         """int64 [lanes], on the device."""
@@ -98,7 +101,7 @@ class TritonSums:
                 tiles, self._pieces, self._table, sums, UNIT=_UNIT_TYPES[width], WIDTH=width, IN_BLOCK=in_block,
                 ROWS=_UNITS // wide, COLUMNS=wide, STEPS=_STEPS, BLOCK=BLOCK,
             )  # fmt: skip
-        return torch.cat([sums for *_, sums in self._launches]).sum(0)
+        return self._sums.sum(0)
 
 
 def _row(piece: Piece, memory: torch.Tensor) -> list[int]:

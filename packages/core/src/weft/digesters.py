@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import math
+import subprocess
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 
@@ -87,11 +88,20 @@ def key_table(device: torch.device) -> torch.Tensor:
 
 
 def on_device(way: str, each: Units, table: torch.Tensor) -> Digester:
-    """A digester of pieces on one device, which waits for nothing but the current stream, and once."""
+    """A digester of pieces on one device, which waits for nothing but the current stream, and once.
+
+    Raises `NotSupportedError` where Triton cannot make its kernels: it needs a C compiler, for one.
+    """
     device = table.device
-    sums = TorchSums if way == TORCH else importlib.import_module("weft.digest_triton").TritonSums
-    with _current(device):
-        compute = sums(each, table)
+    try:
+        sums = TorchSums if way == TORCH else importlib.import_module("weft.digest_triton").TritonSums
+        with _current(device):
+            compute = sums(each, table)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise NotSupportedError(
+            f"digests of memory on {device} cannot be computed by {way}: {type(error).__name__}: {error}; mend that, "
+            "or use Policy(digests=False)"
+        ) from error
 
     def digest() -> Digest:
         with _current(device):

@@ -23,6 +23,7 @@ def flush_inbound_writes(device: torch.device) -> None:
     if device.type != "cuda":
         return
     with torch.cuda.device(device):
+        torch.cuda.current_stream(device).query()  # gives a new thread the context that the driver asks for
         status = ctypes.CDLL("libcuda.so.1").cuFlushGPUDirectRDMAWrites(_CURRENT_CONTEXT, _TO_OWNER)
     if status not in (_SUCCESS, _NOT_SUPPORTED):
         raise TransportError(f"cuFlushGPUDirectRDMAWrites on {device} failed with CUresult {status}")

@@ -121,7 +121,7 @@ class Library:
         lane: torch.cuda.Stream,
     ) -> None:
         """Write `source` to the beginning of `target` of member `number`, and then `value` to its `counter`."""
-        with self._translated("putting a batch"):
+        with self._translated("putting a batch"), torch.cuda.stream(lane):
             self._core.put_signal(
                 self._buffer(target[: source.numel()]),
                 self._buffer(source),
@@ -134,13 +134,13 @@ class Library:
 
     def wait(self, counter: torch.Tensor, value: int, lane: torch.cuda.Stream) -> None:
         """Let the stream go on only when this member's own counter has reached the value."""
-        with self._translated("waiting for a batch"):
+        with self._translated("waiting for a batch"), torch.cuda.stream(lane):
             reached = self._core.ComparisonType.CMP_GE
             self._core.signal_wait(self._buffer(counter), value, reached, stream=_CudaStream(lane))
 
     def raise_counter(self, counter: torch.Tensor, value: int, number: int, lane: torch.cuda.Stream) -> None:
         """Write `value` to the counter of member `number`."""
-        with self._translated("giving a slot back"):
+        with self._translated("giving a slot back"), torch.cuda.stream(lane):
             assign = self._core.SignalOp.SIGNAL_SET
             self._core.signal_op(self._buffer(counter), value, assign, remote_pe=number, stream=_CudaStream(lane))
 
