@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from weft.authentication import Key
 from weft.deadline import Deadline
 from weft.layout import Layout
 from weft.member import Member, Region, RemoteRegion, Tag
@@ -337,6 +338,15 @@ class Waiting(Protocol):
 
     def wait(self, seconds: float) -> None:
         """Until `poll` or a work may have something new since the last wait, or for `seconds`. May return early."""
+        ...
+
+
+@runtime_checkable
+class Trusting(Protocol):
+    """A transport with connections of its own, whose other ends can prove that they know a key."""
+
+    def trust(self, key: Key) -> None:
+        """From `open` on, hear nobody who does not prove to know this key. Called before `open`, if at all."""
         ...
 
 

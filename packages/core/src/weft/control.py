@@ -2,12 +2,18 @@
 
 One listening socket per endpoint and one connection per pair, made by the member whose name sorts first. No threads:
 the owner calls `step` in one, which waits for the network, and the rest from any thread under a lock of its own.
+
+In a job with a secret both ends prove that they know it before anything else is heard: who is called answers the first
+message with a challenge, who calls answers with its code and a challenge of its own, and gets a code in return. Codes
+are of both identities, which are of one life each, both challenges, and who proves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import secrets
 import selectors
 import socket
 import struct
@@ -17,14 +23,17 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from weft.authentication import Key
 from weft.errors import PeerLostError, RecordError
 from weft.records import decoded
 
+_LOG = logging.getLogger(__name__)
 FRAME_LIMIT_BYTES = 1 << 20
 """Longest message."""
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 16
 _BACKLOG = 1024
+_CHALLENGE_BYTES = 16
 _ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds, seconds, tries: a cut link is seen
 
 
@@ -35,12 +44,29 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     to: str
 
 
+class Proof(msgspec.Struct, frozen=True, array_like=True):
+    """Between the hellos of a job with a secret."""
+
+    challenge: bytes
+    """Random, for the other end to prove itself by; empty in the last one."""
+    code: bytes
+    """That this end knows the secret; empty in the first one."""
+
+
 @dataclass(eq=False)
 class _Wire:
     """One socket and what is half-way through it."""
 
     socket: socket.socket
     connected: bool
+    hello: Hello | None = None
+    """What who called has said."""
+    challenge: bytes = b""
+    """What this end has asked."""
+    asked: bytes = b""
+    """What who was called has asked."""
+    proven: bool = False
+    """Whether who called has taken the other end's proof."""
     heard: bytearray = field(default_factory=bytearray)
     unsent: deque[memoryview] = field(default_factory=deque)
 
@@ -94,9 +120,13 @@ class _Link:
 class Control:
     """The control connections of one endpoint."""
 
-    def __init__(self, identity: str, host: str) -> None:
-        """Listen on a free port of `host`. Raises `OSError` when it is not this machine's."""
+    def __init__(self, identity: str, host: str, key: Key | None = None) -> None:
+        """Listen on a free port of `host`. Raises `OSError` when it is not this machine's.
+
+        With a `key` nobody is heard who does not prove to know it.
+        """
         self.identity = identity
+        self._key = key
         self._links: dict[str, _Link] = {}
         self._strangers: set[_Wire] = set()
         """Came in and have not said who they are."""
@@ -247,17 +277,45 @@ class Control:
                 self._fail(link, str(error))
                 return
             if not more:
-                self._fail(link, "its end of the connection is closed")
+                proving = self._key is not None and not link.up
+                words = " while both were to prove that they know the job's secret" * proving
+                self._fail(link, f"its end of the connection is closed{words}")
                 return
         self._flush(link, wire)
 
     def _heard(self, link: _Link, body: bytes) -> None:
         if link.up:
             self._events.append((link.peer, body))
+        elif self._key is not None and link.wire is not None and not link.wire.proven:
+            self._prove(self._key, link, link.wire, body)
         elif _hello(body) == Hello(link.identity, self.identity):
             self._come_up(link)
         else:
             raise RecordError("another endpoint answers there")
+
+    def _prove(self, key: Key, link: _Link, wire: _Wire, body: bytes) -> None:
+        """As who called: answer the challenge, then check the proof. Raises `RecordError` for what is none."""
+        said = _proof(body)
+        ends = self.identity.encode(), link.identity.encode()
+        if said is not None and not wire.challenge and not said.code and said.challenge:
+            wire.asked, wire.challenge = said.challenge, secrets.token_bytes(_CHALLENGE_BYTES)
+            code = key.code(b"caller", *ends, wire.asked, wire.challenge)
+            wire.write(msgspec.msgpack.encode(Proof(wire.challenge, code)))
+        elif said is not None and wire.challenge and key.fits(said.code, b"called", *ends, wire.asked, wire.challenge):
+            wire.proven = True
+        else:
+            raise RecordError("who answers there does not prove that it knows the job's secret")
+
+    def _believes(self, key: Key, wire: _Wire, hello: Hello, body: bytes) -> bool:
+        """As who was called: whether this is the answer to the challenge; then this end proves itself, too."""
+        said = _proof(body)
+        ends = hello.identity.encode(), self.identity.encode()
+        if said is None or not said.challenge:
+            return False
+        if not key.fits(said.code, b"caller", *ends, wire.challenge, said.challenge):
+            return False
+        wire.write(msgspec.msgpack.encode(Proof(b"", key.code(b"called", *ends, wire.challenge, said.challenge))))
+        return True
 
     def _serve_stranger(self, wire: _Wire) -> None:
         try:
@@ -265,9 +323,22 @@ class Control:
             body = next(wire.frames(), None)
         except (OSError, RecordError):
             more, body = False, None
-        hello = _hello(body) if body is not None else None
         if body is None and more:
             return
+        hello = wire.hello or (_hello(body) if body is not None else None)
+        if self._key is not None and hello is not None and hello.to == self.identity:
+            if wire.hello is None:
+                wire.hello, wire.challenge = hello, secrets.token_bytes(_CHALLENGE_BYTES)
+                wire.write(msgspec.msgpack.encode(Proof(wire.challenge, b"")))
+                with contextlib.suppress(OSError):  # `read` says so
+                    wire.flush()
+                return
+            if body is None or not self._believes(self._key, wire, hello, body):
+                _LOG.warning(
+                    "refused a connection to %s: who says to be %s does not prove that it knows the job's secret",
+                    self.identity, hello.identity,
+                )  # fmt: skip
+                hello = None
         self._strangers.discard(wire)
         if hello is None or hello.to != self.identity:
             self._close(wire)
@@ -276,6 +347,8 @@ class Control:
             if link.identity == hello.identity and not link.dials and link.wire is None:
                 self._adopt(link, wire)
                 return
+        with contextlib.suppress(OSError):  # its proof; who adopts it notices
+            wire.flush()
         self._selector.unregister(wire.socket)
         earlier = self._parked.pop(hello.identity, None)
         if earlier is not None:
@@ -331,6 +404,14 @@ def _hello(body: bytes) -> Hello | None:
     """The message, or None when it is no hello."""
     try:
         return decoded(Hello, body, "")
+    except RecordError:
+        return None
+
+
+def _proof(body: bytes) -> Proof | None:
+    """The message, or None when it is no proof."""
+    try:
+        return decoded(Proof, body, "")
     except RecordError:
         return None
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import torch
 
+from weft.authentication import Key
 from weft.batches import Batch, Limits, batches_of
 from weft.contracts import Bucket, Capabilities, Event, Message, Prepared, Stream, TransferProgram, Work
 from weft.control import Control
@@ -96,11 +97,16 @@ class GrantedTransport:
         self._choose_host = choose_host
         self._own: tuple[Member, Address] | None = None
         self._closed = False
+        self._key: Key | None = None
         self._device = torch.device("cpu")
         self._regions = RegionBook(name, capabilities)
         self._addresses: dict[str, Address] = {}
         self._programs: Programs[GrantedPrepared] = Programs()
         self._exchange: Exchange | None = None
+
+    def trust(self, key: Key) -> None:
+        """Hear nobody over control connections who does not know it."""
+        self._key = key
 
     def open(self, member: Member) -> None:
         """Listen on a free port. Raises `ConfigError` for a host, interface or device that does not exist."""
@@ -111,7 +117,7 @@ class GrantedTransport:
         identity = f"{member.name}#{member.incarnation}/{uuid.uuid4().hex}"
         self._device = self._network.open(member, host)
         try:
-            control = Control(identity, host)
+            control = Control(identity, host, self._key)
         except OSError as error:
             self._network.close()
             raise TransportError(

@@ -12,7 +12,7 @@ import msgspec
 from weft.authentication import Secret
 from weft.board import Board
 from weft.connection import Connection, Identity, Roles, host_identity, join
-from weft.contracts import ReplicaControl, Source, Target, Transport
+from weft.contracts import ReplicaControl, Source, Target, Transport, Trusting
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
 from weft.facts import Facts
@@ -175,6 +175,8 @@ class Refit:
         transport: Transport = load("weft.transports", self._transport_name)(self._transport_options)
         try:
             self._transport = transport
+            if self._secret is not None and isinstance(transport, Trusting):
+                transport.trust(self._secret.key(self._job).derived(b"connections"))
             store = open_store(self._store_url, deadline)
             self._store = CountedStore(store)
             self._board = Board(JobStore(store, self._job, self._secret), f"weft/{self._job}/refit")

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
+from weft.authentication import Key
 from weft.contracts import Bucket, Capabilities, Event, Message, Prepared, Stream, TransferProgram, Work
 from weft.control import Control
 from weft.deadline import Deadline
@@ -121,6 +122,7 @@ class MappedTransport:
         self._options = options
         self._state = threading.Condition(threading.RLock())
         self._opened: _Opened | None = None
+        self._key: Key | None = None
         self._closed = False
         self._regions = RegionBook("mapped", CAPABILITIES)
         self._owner = Owner()
@@ -133,6 +135,10 @@ class MappedTransport:
         self._reaches: dict[str, Reach] = {}
         self._prepared: list[MappedPrepared] = []
 
+    def trust(self, key: Key) -> None:
+        """Hear nobody over control connections who does not know it."""
+        self._key = key
+
     def open(self, member: Member) -> None:
         """Listen on loopback, and let peers write. Raises `TransportError` where the system is not Linux."""
         if self._opened is not None or self._closed:
@@ -144,7 +150,7 @@ class MappedTransport:
             allow_writers()
         identity = f"{member.name}#{member.incarnation}/{uuid.uuid4().hex}"
         try:
-            control = Control(identity, _HOST)
+            control = Control(identity, _HOST, self._key)
         except OSError as error:
             raise TransportError(f"transport 'mapped' of {member.name} cannot listen on {_HOST}: {error}") from error
         link = Link(control, self._state, self._end_peer)
