@@ -274,6 +274,12 @@ class Inbox:
         self._stirred.wait(seconds)
         self._stirred.clear()
 
+    def stirred(self) -> bool:
+        """Whether a `wait` would return at once now; the next one does not for the same reason."""
+        stirred = self._stirred.is_set()
+        self._stirred.clear()
+        return stirred
+
     def drain(self) -> list[Message]:
         """Everything that has arrived; when there is nothing, raises the oldest loss not yet reported."""
         with self._lock:

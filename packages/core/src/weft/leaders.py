@@ -63,14 +63,18 @@ class SourceLeader:
         for kind in ("source-offered", "replica-outcome", "source-failed", "replica-begun"):
             for peer, notice in self._wire.take(self._version, kind):
                 self._feed(heard(peer, notice))
-        if lost := self._wire.lost(self._state.missing):
-            self._feed(Event("lost", lost[0].peer, text="; ".join(map(str, lost))))
-        for loss in self._wire.lost(self._state.needed()):
-            self._feed(Event("lost", loss.peer, text=str(loss)))
+        if self._wire.any_lost:
+            self._count_losses()
         for known in self._state.replicas:
             limit = self._limit[known.replica]
             if limit.expired():
                 self._feed(Event("late", replica=known.replica, text=f"within {limit.seconds:.1f} s"))
+
+    def _count_losses(self) -> None:
+        if lost := self._wire.lost(self._state.missing):
+            self._feed(Event("lost", lost[0].peer, text="; ".join(map(str, lost))))
+        for loss in self._wire.lost(self._state.needed()):
+            self._feed(Event("lost", loss.peer, text=str(loss)))
 
     def give_up(self, text: str) -> None:
         """Withdraw from every replica without an outcome, and wait for nobody."""
@@ -103,9 +107,11 @@ class ReplicaLeader:
         """Handle what has been reported."""
         for peer, notice in self._wire.take(self._version, "failed", "withdraw", *replica.REPORTS):
             self._feed(heard(peer, notice))
-        for loss in self._wire.lost(self._state.needed()):
-            self._feed(Event("lost", loss.peer, text=str(loss)))
-        self._feed(Event("conclude"))
+        if self._wire.any_lost:
+            for loss in self._wire.lost(self._state.needed()):
+                self._feed(Event("lost", loss.peer, text=str(loss)))
+        if self._state.reasons:
+            self._feed(Event("conclude"))
 
     def missing(self, report: str) -> Sequence[str]:
         """Members that have not reported so far."""

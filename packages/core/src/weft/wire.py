@@ -138,7 +138,9 @@ class Wire:
 
     def take(self, version: int, *kinds: str) -> list[tuple[str, Notice]]:
         """Remove and return the notices of these kinds, with their senders."""
-        notices = self._notices[version]
+        notices = self._notices.get(version)
+        if not notices:
+            return []
         taken = [entry for entry in notices if entry[1].kind in kinds]
         self._notices[version] = [entry for entry in notices if entry[1].kind not in kinds]
         return taken
@@ -147,6 +149,11 @@ class Wire:
         """Raise `PeerLostError` when one of these peers is known to be gone."""
         if self._lost and (lost := self.lost(peers())):
             raise lost[0]
+
+    @property
+    def any_lost(self) -> bool:
+        """Whether any loss is known: cheap to ask at every step, unlike whose loss would matter."""
+        return bool(self._lost)
 
     def lost(self, peers: Iterable[str]) -> list[PeerLostError]:
         """The losses known among these peers, by name."""

@@ -1,4 +1,4 @@
-"""Reads that are given up: nothing of them is delivered, and none writes into memory that is used anew."""
+"""Reads that are given up: nothing of them is delivered, and none writes into memory that is used anew. And waits."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -227,3 +227,17 @@ def test_a_bucket_that_is_none_of_the_receivers_is_said_at_the_sender(pair: Pair
     work = sender.post(sends, 1)
     with pytest.raises(TransportError, match=r"moving bucket 0 .*: receiver has not read it: bucket 0 is none of its"):
         until(work.poll)
+
+
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_a_wait_ends_when_a_bucket_has_left_and_when_one_has_arrived(direction: str) -> None:
+    """The transport's thread may see it first: then the wait does not begin."""
+    for sender, receiver in connected(direction=direction, ucx_settings={"TLS": "tcp"}):
+        sends, _ = sender.prepare(receiver, sends=True), receiver.prepare(sender, sends=False)
+        work, limit = sender.post(sends, 1), Deadline.after(SECONDS)
+        while not work.poll():
+            sender.transport.wait(2 * SECONDS)
+        while not (found := receiver.transport.poll()):
+            receiver.transport.wait(2 * SECONDS)
+        assert not limit.expired()
+        assert [message.bucket for message in found] == [0]

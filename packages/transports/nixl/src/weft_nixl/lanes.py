@@ -55,6 +55,8 @@ class Lane:
     may_abort: bool
     lost: Callable[[TransportError], None]
     """Told about every failure."""
+    ended: Callable[[], None]
+    """Called when a transfer is over."""
     told: int = 0
     """Messages that have left with transfers."""
     transfers: list[Transfer] = field(default_factory=list)
@@ -147,3 +149,4 @@ class Lane:
         self.told += bool(transfer.message) and not transfer.given_up
         if transfer.ended is not None:
             transfer.ended()
+        self.ended()

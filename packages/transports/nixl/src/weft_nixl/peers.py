@@ -111,7 +111,10 @@ class Peers:
         except TransportError as error:
             raise PeerLostError(name, f"its agent {address.identity} cannot be reached: {error}") from error
         may_abort = self._options.direction == "push"
-        lane = Lane(self._lock, self._agent, name, address.identity, self._options.depth, may_abort, self.note_loss)
+        lane = Lane(
+            self._lock, self._agent, name, address.identity, self._options.depth, may_abort, self.note_loss,
+            self._inbox.stir,
+        )  # fmt: skip
         self._known[name] = Peer(name, address, lane)
         self._inbox.admit(name, address.identity)
         return self._known[name]

@@ -49,6 +49,8 @@ _LINGER_SECONDS = 1.0
 reads that are in flight.
 """
 _POLL_SECONDS = 1e-3
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 20e-6, 1e-3
+"""Between looks for what has happened, a little longer each time."""
 _RELEASE_SECONDS = 5.0
 """Longest wait of `release` for reads that are in flight; only those from a peer that hangs take so long."""
 
@@ -216,6 +218,20 @@ class NixlTransport:
             raise self._faults.pop(0)
         return self._inbox.drain()
 
+    def wait(self, seconds: float) -> None:
+        """Until something has arrived, left or broken. NIXL only says so when it is asked: this asks again and again,
+        which takes less of a processor than polls by a caller who steps everything else as well.
+        """
+        limit, pause_seconds = Deadline.after(seconds), _FIRST_PAUSE_SECONDS
+        while not (self._inbox.stirred() or limit.expired()):
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+            self._look()
+
+    @_locked
+    def _look(self) -> None:
+        self._progress()
+
     def fence(self, prepared: Prepared, bucket: int, tag: Tag, stream: Stream) -> None:
         """Nothing on CPU, where notifications follow the bytes. On CUDA `flush_inbound_writes`, unproven on GPUs."""
         if isinstance(prepared, NixlPrepared):
@@ -319,6 +335,7 @@ class NixlTransport:
         for identity, messages in arrived.items():
             for message in messages:
                 if peers.hear(identity, message):
+                    self._inbox.stir()
                     self._guard(mover.hear, identity, message)
 
     def _guard(self, step: Callable[..., None], *arguments: Any) -> None:
@@ -326,6 +343,7 @@ class NixlTransport:
             step(*arguments)
         except (RecordError, TransportError) as error:
             self._faults.append(error)
+            self._inbox.stir()
 
     def _require_open(self) -> tuple[Peers, Mover]:
         if self._used is None:
