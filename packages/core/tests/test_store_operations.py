@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 
 import pytest
 
@@ -11,8 +12,10 @@ import weft.refit
 import weft.rendezvous
 from weft.contracts import StoreLease
 from weft.deadline import Deadline, Deadlines
+from weft.member import Member
 from weft.refit import Refit
-from weft.roster import Event, Expect, Roster
+from weft.rendezvous import Rendezvous
+from weft.roster import Expect
 from weft.testing.job import Job, Part, all_succeeded
 from weft.testing.members import MemorySource, MemoryTarget
 from weft.testing.tiny import Tiny
@@ -29,19 +32,21 @@ class Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._changed: defaultdict[str, threading.Condition] = defaultdict(lambda: threading.Condition(self._lock))
         self._values: dict[str, bytes] = {}
         self._counters: dict[str, int] = {}
-        self.operations = 0
+        self.operations = self.bytes_read = 0
 
     def set(self, key: str, value: bytes) -> None:
         with self._lock:
             self.operations += 1
             self._values[key] = value
+            self._changed[key].notify_all()
 
     def get(self, key: str) -> bytes | None:
         with self._lock:
             self.operations += 1
-            return self._values.get(key)
+            return self._read(key)
 
     def add(self, key: str, amount: int) -> int:
         with self._lock:
@@ -61,33 +66,24 @@ class Memory:
         raise NotImplementedError
 
     def watch(self, key: str, known: bytes | None, deadline: Deadline) -> bytes | None:
-        raise NotImplementedError
+        with self._lock:
+            self.operations += 1
+            self._changed[key].wait_for(lambda: self._values.get(key) != known, deadline.remaining())
+            return self._read(key)
 
     def close(self) -> None:
         pass
 
-
-class OneRoster(Roster):
-    """What all members conclude from their log, concluded once: in one process it takes hundreds of them minutes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-        self._applied: set[tuple[str, str, int]] = set()
-
-    def apply(self, event: Event) -> None:
-        with self._lock:
-            known = (event.action, event.name, event.incarnation)
-            if known not in self._applied:
-                self._applied.add(known)
-                super().apply(event)
+    def _read(self, key: str) -> bytes | None:
+        value = self._values.get(key)
+        self.bytes_read += len(value or b"")
+        return value
 
 
 def operations_of_a_warm_refit(monkeypatch: pytest.MonkeyPatch, replicas: int, members: int) -> float:
     """Of a source, and of `replicas` times `members` targets, all in this process."""
-    store, roster = Memory(), OneRoster()
+    store = Memory()
     monkeypatch.setattr(weft.refit, "open_store", lambda url, deadline: store)
-    monkeypatch.setattr(weft.rendezvous, "Roster", lambda: roster)
     counts: list[int] = []
     everybody = threading.Barrier(1 + replicas * members, lambda: counts.append(store.operations))
     tiny = Tiny(layers=1, hidden=2, inner=members)
@@ -117,7 +113,7 @@ def operations_of_a_warm_refit(monkeypatch: pytest.MonkeyPatch, replicas: int, m
 def test_warm_refits_use_the_store_as_often_as_there_are_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     # Hundreds of threads take turns: those that wait leave the turn to others.
     monkeypatch.setattr(weft.loop, "_LONGEST_SLEEP_SECONDS", 0.05)
-    monkeypatch.setattr(weft.rendezvous, "_LONGEST_SLEEP_SECONDS", 0.5)
+    monkeypatch.setattr(weft.rendezvous, "_LONGEST_LOOK_SECONDS", 0.5)
     used = {
         (replicas, members): operations_of_a_warm_refit(monkeypatch, replicas, members)
         for replicas, members in ((4, 5), (8, 5), (8, 25))
@@ -125,3 +121,37 @@ def test_warm_refits_use_the_store_as_often_as_there_are_replicas(monkeypatch: p
     assert used[8, 25] == used[8, 5], f"more members use the store more often: {used}"
     assert used[8, 5] - used[4, 5] == 4 * OF_EACH_REPLICA, f"expected {OF_EACH_REPLICA} more for each replica: {used}"
     assert used[8, 25] <= 8 * OF_EACH_REPLICA + OF_THE_SOURCES
+
+
+@pytest.mark.trap(75)
+@pytest.mark.parametrize("waits", [False, True])
+def test_who_joins_reads_what_each_of_five_hundred_members_says_once(waits: bool) -> None:
+    store, members = Memory(), 500
+    deadline, layout = Deadline.after(SECONDS), Tiny(layers=1, hidden=2, inner=1).source(0, 1)
+
+    def join(name: str) -> Rendezvous:
+        rendezvous = Rendezvous(store, "job", Expect(members - 1, 1), deadline)
+        source, target = (None, layout.address) if name == "rollout" else (layout.address, None)
+        replica = ("rollout", 1) if target else (None, 0)
+        made = Member(name, source, target, *replica, "host", "host", "cpu", incarnation=rendezvous.incarnation(name))
+        rendezvous.announce(made, {layout.address: layout}, b"\x80", weft_version="0.1.0")
+        return rendezvous
+
+    first = join("rollout")
+    met: list[int] = []
+    waiting = threading.Thread(target=lambda: met.append(len(first.members())), daemon=True)
+    if waits:
+        before = store.operations
+        waiting.start()
+    others = [join(f"trainer/{n:03}") for n in range(1, members)]
+    joining = store.operations
+    if waits:
+        waiting.join(SECONDS)
+        assert met == [members]
+        of_a_join = 5  # its name's counter, its layout, the entries' counter, its entry
+        assert store.operations - before <= members + 1 + (members - 1) * of_a_join
+        return
+    bytes_before = store.bytes_read
+    assert len(others[-1].members()) == members
+    assert store.operations - joining == members + 1, "one read per entry, and one that finds no more"
+    assert store.bytes_read - bytes_before < 300 * members

@@ -7,10 +7,11 @@ log that all members read in one order (`weft.roster`), so they end with the sam
 says why. Keys, below `weft/<job>/`:
 
 - `incarnation/<name>`: counter, grows with every process that uses the name;
-- `entries`: counter, entries of the log; `log/<n>`: entry n, from 1;
+- `entries`: counter, entries of the log; `log/<n>`: entry n, from 1, which everybody reads once;
 - `slice/<plan>/<name>`: slices of plans;
 - `layout/<address>/…`: layouts, content-addressed; `endpoint/<name>/<incarnation>`: endpoint records;
-- `ready/<members>`: counter of those who can begin, `ready/<members>/<name>`: each of them.
+- `ready/<members>`: counter of those who can begin, `ready/<members>/<name>`: each of them; `all-ready/<members>`:
+  that all can.
 
 Of two processes with one name the newer incarnation takes part, because a restarted member must be able to take its
 old place; the older one gets an error. A member that restarts after the rendezvous was complete begins another one,
@@ -20,7 +21,6 @@ for which all others must join anew.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import TypeVar
@@ -43,8 +43,9 @@ from weft.roster import Action, Attempt, Event, Expect, MemberRecord, Roster
 
 Found = TypeVar("Found")
 
-_FIRST_SLEEP_SECONDS = 0.005
-_LONGEST_SLEEP_SECONDS = 0.05
+_FIRST_LOOK_SECONDS = 0.01
+_LONGEST_LOOK_SECONDS = 0.1
+"""Between looks whether somebody has failed, while something else is awaited."""
 _REASON_CHARACTERS = 20_000
 """Longer reasons are cut, so that the log stays small."""
 
@@ -183,7 +184,7 @@ class Rendezvous:
                     raise RendezvousError(f"job {self._job!r}: {planner} left before it had planned")
             return data
 
-        return self._until(look, f"the plan of job {self._job!r}", lambda: [planner])
+        return self._until(look, lambda: key, f"the plan of job {self._job!r}", lambda: [planner])
 
     def publish_endpoint(self, record: EndpointRecord) -> None:
         """Say how this member is reached; again after its memory epoch has changed."""
@@ -212,21 +213,33 @@ class Rendezvous:
         found: dict[str, EndpointRecord] = {}
 
         def missing() -> list[str]:
-            return [name for name in wanted if name not in found]
+            """All but those found, one of which may have come just now."""
+            return [name for name in wanted if name not in found and not take(name)]
+
+        def take(name: str) -> bool:
+            if record := self._endpoint(name, attempt.records[name].member.incarnation):
+                found[name] = record
+                self._check_fingerprint(record)
+            return name in found
+
+        def next_missing() -> str | None:
+            return next((name for name in wanted if name not in found), None)
 
         def look() -> dict[str, EndpointRecord] | None:
-            for name in missing():
-                if record := self._endpoint(name, attempt.records[name].member.incarnation):
-                    found[name] = record
-            self._check_fingerprints(found)
-            if not missing():
+            while (name := next_missing()) is not None and take(name):
+                pass
+            if name is None:
                 return {name: found[name] for name in wanted}
             self._own_attempt()
-            if gone := sorted(attempt.left.intersection(missing())):
+            if attempt.left.difference(found) and (gone := sorted(attempt.left.intersection(missing()))):
                 raise RendezvousError(f"job {self._job!r}: {', '.join(gone)} left before saying how to be reached")
             return None
 
-        return self._until(look, f"endpoints of job {self._job!r}", missing)
+        def key() -> str:
+            name = next_missing() or wanted[-1]
+            return self._endpoint_key(name, attempt.records[name].member.incarnation)
+
+        return self._until(look, key, f"endpoints of job {self._job!r}", missing)
 
     def guard(self, endpoints: Mapping[str, EndpointRecord]) -> Guard | None:
         """What recognizes these peers over the data channel; None without a job secret."""
@@ -244,9 +257,11 @@ class Rendezvous:
         """
         attempt = self._complete()
         lives = {name: record.member.incarnation for name, record in attempt.records.items()}
-        key = f"{self._root}/ready/{hashlib.sha256(repr(sorted(lives.items())).encode()).hexdigest()[:16]}"
+        members = hashlib.sha256(repr(sorted(lives.items())).encode()).hexdigest()[:16]
+        key, all_ready = f"{self._root}/ready/{members}", f"{self._root}/all-ready/{members}"
         self._store.set(f"{key}/{quote(self._name, safe='')}", b"")
-        self._store.add(key, 1)
+        if self._store.add(key, 1) >= len(lives):
+            self._store.set(all_ready, b"")  # wakes the others
 
         def look() -> bool | None:
             self._own_attempt()  # first: who has given up may have been counted
@@ -258,7 +273,7 @@ class Rendezvous:
         def late() -> list[str]:
             return [name for name in sorted(lives) if self._store.get(f"{key}/{quote(name, safe='')}") is None]
 
-        self._until(look, f"the start of job {self._job!r}", late)
+        self._until(look, lambda: all_ready, f"the start of job {self._job!r}", late)
 
     def fail(self, name: str, reason: str) -> None:
         """Say that this member cannot go on: whoever waits, now or later, raises `RendezvousError` with all reasons."""
@@ -289,14 +304,12 @@ class Rendezvous:
 
     def _complete(self) -> Attempt:
         """This process's attempt, once it is complete."""
-        sleep_seconds = _FIRST_SLEEP_SECONDS
-        while True:
-            attempt = self._own_attempt()
-            if attempt is not None and attempt.complete:
-                return attempt
-            if self._deadline.expired():
+        attempt = self._own_attempt()
+        while attempt is None or not attempt.complete:
+            if not self._read(self._deadline):
                 return self._give_up()
-            sleep_seconds = self._sleep(sleep_seconds)
+            attempt = self._found()
+        return attempt
 
     def _give_up(self) -> Attempt:
         """Tell the others that this member waits no longer; the log decides whether the last one came before."""
@@ -312,8 +325,13 @@ class Rendezvous:
         return attempt
 
     def _own_attempt(self) -> Attempt | None:
-        """Read on in the log; returns this process's attempt, None before its entry. Raises when it has no future."""
-        self._read()
+        """Read on in the log, as far as it goes; then `_found`."""
+        while self._read():
+            pass
+        return self._found()
+
+    def _found(self) -> Attempt | None:
+        """This process's attempt in what was read, None before its entry. Raises when it has no future."""
         newest = self._roster.newest.get(self._name, 0)
         if newest > self._incarnation:
             raise RendezvousError(
@@ -327,14 +345,15 @@ class Rendezvous:
             raise RendezvousError(f"job {self._job!r}: the members cannot come together:\n{attempt.failure()}")
         return attempt
 
-    def _read(self) -> None:
-        entries = self._store.add(f"{self._root}/entries", 0)
-        while self._entries_read < entries:
-            event = self._records.find("rendezvous", self._log_key(self._entries_read + 1), Event)
-            if event is None:
-                return  # its writer is about to set it
-            self._roster.apply(event)
-            self._entries_read += 1
+    def _read(self, wait: Deadline | None = None) -> bool:
+        """Take in the next entry of the log; whether there was one, at the deadline if one is given."""
+        key = self._log_key(self._entries_read + 1)
+        data = self._store.get(key) if wait is None else self._store.watch(key, None, wait)
+        if data is None:
+            return False
+        self._roster.apply(self._records.opened("rendezvous", key, Event, data))
+        self._entries_read += 1
+        return True
 
     def _append(self, action: Action, reason: str = "", record: MemberRecord | None = None) -> None:
         event = Event(action, self._name, self._incarnation, reason[:_REASON_CHARACTERS], record)
@@ -354,15 +373,20 @@ class Rendezvous:
     def _endpoint_key(self, name: str, incarnation: int) -> str:
         return f"{self._root}/endpoint/{name}/{incarnation}"
 
-    def _check_fingerprints(self, found: Mapping[str, EndpointRecord]) -> None:
-        others = {name: record.fingerprint for name, record in found.items() if record.fingerprint != self._fingerprint}
-        if self._fingerprint and others:
-            differing = "; ".join(f"{fingerprint} at {name}" for name, fingerprint in others.items())
-            raise RendezvousError(f"job {self._job!r}: plans differ: {self._fingerprint} at {self._name}; {differing}")
+    def _check_fingerprint(self, record: EndpointRecord) -> None:
+        if self._fingerprint not in ("", record.fingerprint):
+            raise RendezvousError(
+                f"job {self._job!r}: plans differ: {self._fingerprint} at {self._name}; "
+                f"{record.fingerprint} at {record.name}"
+            )
 
-    def _until(self, look: Callable[[], Found | None], what: str, late: Callable[[], list[str]]) -> Found:
-        """What `look` finds at last. Fails for all members when it finds nothing by the deadline."""
-        sleep_seconds = _FIRST_SLEEP_SECONDS
+    def _until(
+        self, look: Callable[[], Found | None], key: Callable[[], str], what: str, late: Callable[[], list[str]]
+    ) -> Found:
+        """What `look` finds at last; `key` says what it waits for. Fails for all members when it finds nothing by the
+        deadline.
+        """
+        look_seconds = _FIRST_LOOK_SECONDS
         while True:
             expired = self._deadline.expired()
             if (found := look()) is not None:
@@ -371,9 +395,5 @@ class Rendezvous:
                 error = DeadlineError(what, self._deadline.seconds, late())
                 self._append(Action.FAIL, str(error))
                 raise error
-            sleep_seconds = self._sleep(sleep_seconds)
-
-    def _sleep(self, seconds: float) -> float:
-        """Sleep, at most until the deadline; returns how long to sleep the next time."""
-        time.sleep(min(seconds, self._deadline.remaining()))
-        return min(2 * seconds, _LONGEST_SLEEP_SECONDS)
+            self._store.watch(key(), None, Deadline.after(min(look_seconds, self._deadline.remaining())))
+            look_seconds = min(2 * look_seconds, _LONGEST_LOOK_SECONDS)
