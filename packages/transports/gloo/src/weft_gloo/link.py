@@ -130,6 +130,10 @@ class Link:
             if thread.is_alive():
                 thread.join(end_seconds)
         self._group = None
+        with contextlib.suppress(queue.Empty):  # what nobody takes any more refers to this link
+            while True:
+                self._arrivals.get_nowait()
+        self._arrivals.put(None)
 
     def _closed(self) -> bool:
         return self._closing

@@ -275,6 +275,7 @@ class GlooTransport:
         for peer in list(self._links):
             self._disconnect(peer, linger)
         self._waiting.clear()
+        self._programs = Programs()  # their works refer to links, and those to this transport
         self._store = None
         self._device = None
         self._closed = True
