@@ -67,15 +67,17 @@ def in_own_process(*arguments: str, **environment: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: its kernels are tested where it is")
     command, env = [sys.executable, *arguments], {**os.environ, **environment}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(INTERPRETED, reason="begins that process")
 def test_the_kernel_gives_the_digest_of_the_processor_in_tritons_interpreter() -> None:
     in_own_process("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", TRITON, TRITON_INTERPRET="1")
 
 
+@pytest.mark.timeout(600)
 def test_the_kernel_compiles_for_every_width_of_units() -> None:
     """The interpreter takes what the compiler refuses. Compiling needs no GPU."""
     in_own_process("-c", COMPILING, TRITON_INTERPRET="0")
