@@ -20,14 +20,32 @@ def best(behind: list[float]) -> bool:
     return len(behind) > 0 and max(behind) < BEHIND
 
 
+CASES: list[dict[str, Any]] = [
+    {"family": "qwen3", "tp": 1},
+    {"family": "qwen3", "tp": 1, "dp": 2},
+]
+"""One engine; two that know nothing of one another."""
+
+
+def name(case: dict[str, Any]) -> str:
+    return f"{case['family']}-dp{case.get('dp', 1)}"
+
+
 @pytest.mark.trap(43, 48, 51, 57)
 @pytest.mark.timeout(450)
-def test_requests_that_run_during_a_refit_get_tokens_as_their_pause_mode_says(tmp_path: Path) -> None:
-    result = run_case("async_case.py", {"transport": "gloo", "tp": 1}, tmp_path)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_requests_that_run_during_a_refit_get_tokens_as_their_pause_mode_says(
+    case: dict[str, Any], tmp_path: Path
+) -> None:
+    result = run_case("async_case.py", {"transport": "gloo", **case}, tmp_path)
     refits: dict[str, Any] = result["refits"]
     for version, refit in enumerate(refits.values(), 1):
         assert refit["version"] == version
         assert refit["sent"] == [refit["digest"]]
+        assert len(refit["memory"]) == case.get("dp", 1)
+        for worker in refit["memory"]:
+            assert worker["wrong"] == []
+            assert worker["compared_bytes"] > 0
         assert best(refit["late"]), "a request that came while the engine was paused is not of the new version"
         assert 0 < refit["seconds"]["install"] <= refit["seconds"]["pause"] <= refit["pause"]
 
@@ -49,6 +67,11 @@ def test_requests_that_run_during_a_refit_get_tokens_as_their_pause_mode_says(tm
 
     assert "a weight has moved" in result["failed"]["said"]
     assert result["failed"]["refused"].startswith("RefusedError")
-    assert result["failed"]["ended"] == "abort"
+    assert result["failed"]["ended"] == ["abort"] * 2
     assert best(result["failed"]["kept"]), "a mixture was served"
     assert best(result["repaired"])
+
+    interrupted = result["interrupted"]
+    assert interrupted["resumed"].startswith("RefusedError: version 5 is not whole")
+    assert interrupted["ended"] == ["length"] * 2
+    assert best(interrupted["behind"]), "a kept request went on before a whole version was in"

@@ -23,10 +23,11 @@ def run_case(script: str, case: dict[str, Any], directory: Path, seconds: float 
     """Run `vllm_engine/<script>` for `case`; returns what it printed as RESULT. Raises `AssertionError` with its last
     lines.
     """
+    alone = "0-1" if case.get("dp", 1) == 1 else "nobind"
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if case["tp"] * case.get("pp", 1) == 2 else "0-1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if case["tp"] * case.get("pp", 1) == 2 else alone,
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

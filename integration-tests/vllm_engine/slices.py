@@ -22,6 +22,13 @@ class Position:
     expert_parallel: bool = False
     stage: int = 0
     stages: int = 1
+    engine: int = 0
+    engines: int = 1
+    """Data-parallel ones that share experts: all ranks of all of them cut these."""
+
+    def among_experts(self) -> Position:
+        """The rank among those that share experts."""
+        return Position(self.engine * self.ranks + self.rank, self.engines * self.ranks)
 
     def holds(self, name: str, layers: int) -> bool:
         """Whether this stage has a parameter, of stages that divide the layers."""
@@ -129,10 +136,10 @@ def _feed_forward(of: dict[str, torch.Tensor], at: Position) -> dict[str, torch.
         if f"{shared}.gate_proj.weight" in of:
             gate_up, down = _gated(of, shared, at)
             out |= {f"{shared}.gate_up_proj.weight": gate_up, f"{shared}.down_proj.weight": down}
-    experts, cut = range(len(of["mlp.gate.weight"])), at
+    experts, cut = range(len(of["mlp.gate.weight"])), at.among_experts()
     if at.expert_parallel:
-        here = len(experts) // at.ranks
-        experts, cut = experts[at.rank * here : (at.rank + 1) * here], Position()
+        here = len(experts) // cut.ranks
+        experts, cut = experts[cut.rank * here : (cut.rank + 1) * here], Position()
     halves = [_gated(of, f"mlp.experts.{expert}", cut) for expert in experts]
     for number, name in enumerate(("w13_weight", "w2_weight")):
         out[f"mlp.experts.routed_experts.{name}"] = torch.stack([half[number] for half in halves])

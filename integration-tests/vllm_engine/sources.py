@@ -109,7 +109,7 @@ def _serve(pipe: Connection, path: str, number: int, count: int, options: dict[s
     source = CheckpointSource(path, number, count)
     refit = Refit(
         source=source, transport=options["transport"], store=options["store"], job=options["job"],
-        name=f"trainer/{number}", expect=Expect(sources=count, replicas=1),
+        name=f"trainer/{number}", expect=Expect(sources=count, replicas=options.get("replicas", 1)),
         policy=msgspec.convert(options["policy"], Policy), deadlines=Deadlines(**options["deadlines"]),
     )  # fmt: skip
     while True:

@@ -61,7 +61,9 @@ def compare(worker: Any, path: str, config: dict[str, Any]) -> dict[str, Any]:
     """
     model, parallel = worker.get_model(), worker.parallel_config
     ranks, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    at = Position(worker.rank % ranks, ranks, parallel.enable_expert_parallel, worker.rank // ranks, stages)
+    engine, engines = parallel.data_parallel_rank, parallel.data_parallel_size
+    stage = parallel.rank // ranks
+    at = Position(parallel.rank % ranks, ranks, parallel.enable_expert_parallel, stage, stages, engine, engines)
     expected = expected_parameters(load_file(f"{path}/model.safetensors"), config, at, worker.model_config.dtype)
     names = {name for name, _ in model.named_parameters()} | {"lm_head.weight"} & expected.keys()
     wrong, compared = sorted(names ^ expected.keys()), 0

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, DeadlineError
+from weft.errors import ConfigError, DeadlineError, NotSupportedError
 from weft.verification import Verification
 from weft_vllm import steps
 from weft_vllm.steps import Call, Calls, Gate, RefusedError, ReplicaReport
@@ -129,9 +129,11 @@ class AsyncVllmControl:
     `RefusedError`, and it schedules nothing.
     """
 
-    def __init__(self, engine: Any, every_engine: Callable[..., Awaitable[list[Any]]]) -> None:
-        """`every_engine` asks each data-parallel engine (`weft_vllm.compat.every_engine`)."""
-        self._engine, self._every_engine = engine, every_engine
+    def __init__(self, engine: Any, every_engine: Callable[..., Awaitable[list[Any]]], keeps: bool = True) -> None:
+        """`every_engine` asks each data-parallel engine (`weft_vllm.compat.every_engine`); `keeps` says whether
+        requests can be kept over a pause.
+        """
+        self._engine, self._every_engine, self._keeps = engine, every_engine, keeps
         self._accept = engine.add_request
         self._mode = "abort"
         self._gate = Gate()
@@ -143,6 +145,14 @@ class AsyncVllmControl:
     def refusing(self) -> str | None:
         """Why the engine takes no requests, or None when it does."""
         return self._gate.refused
+
+    def _set(self, mode: str) -> None:
+        if mode == "keep" and not self._keeps:
+            raise NotSupportedError(
+                "data-parallel engines that share experts cannot keep requests over a pause: their requests have been "
+                'seen to stand still after it; pause with mode "abort" or "wait"'
+            )
+        self._mode = mode
 
     def _check(self) -> None:
         if self.refusing is not None:
@@ -166,7 +176,7 @@ class AsyncVllmControl:
 
         Raises `DeadlineError`, and schedules again, when that takes longer than `deadline` allows.
         """
-        self._mode = mode
+        self._set(mode)
         await self._perform(steps.pause(self._gate, mode, _PAUSE_SECONDS if deadline is None else deadline.remaining()))
 
     async def invalidate_caches(self, version: int) -> None:
@@ -193,7 +203,7 @@ class AsyncVllmControl:
         self, version: int | None = None, *, mode: str = "abort", deadlines: Deadlines | None = None
     ) -> ReplicaReport:
         """As `VllmControl.refit`; every call of the engine ends by `deadlines`."""
-        self._mode = mode
+        self._set(mode)
         report: ReplicaReport = await self._perform(steps.refit(self._gate, version, mode, deadlines or Deadlines()))
         return report
 
@@ -256,7 +266,8 @@ def async_control(engine: Any) -> AsyncVllmControl:
     Raises `ConfigError` for an engine with another backend.
     """
     _check_backend(engine.vllm_config)
-    return AsyncVllmControl(engine, importlib.import_module("weft_vllm.compat").every_engine)
+    compat = importlib.import_module("weft_vllm.compat")
+    return AsyncVllmControl(engine, compat.every_engine, not compat.shares_experts(engine.vllm_config))
 
 
 def _check_backend(config: Any) -> None:
