@@ -254,6 +254,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def soak(session: nox.Session) -> None:
+    """1,000 refits under random faults over each transport and landing, with the arguments after --."""
+    command = [str(engines(session)), "-m", "support.soak", *(session.posargs or ["--out", str(NOX / "soak.json")])]
+    session.run(*command, external=True, env={"PYTHONPATH": str(ROOT / "integration-tests")})
+
+
+@nox.session(python=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation; a broken link is an error."""
     python = environment(session, "docs", "docs", [])

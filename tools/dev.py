@@ -28,7 +28,7 @@ SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # no
 COMMANDS = {
     "demo": ("a Megatron-Core model learns while a vLLM engine serves each new version of its weights", ["demo"]),
     "test": (
-        "everything that runs without a GPU: all of the below but demo, faults and gpu, two sessions at a time",
+        "everything that runs without a GPU: all of the below but demo, faults, soak and gpu, two sessions at a time",
         ["lint", "types", "tests", "integration", "wheels", "docs"],
     ),
     "lint": ("ruff, import contracts, lockstep versions, constraints up to date", ["lint"]),
@@ -38,6 +38,7 @@ COMMANDS = {
     "wheels": ("build wheels and sdists, install them without an index, discover the plug-ins", ["wheels"]),
     "docs": ("build the documentation", ["docs"]),
     "faults": ("every step, role and fault in fleets of real processes; writes docs/fault-matrix.json", ["faults"]),
+    "soak": ("1,000 refits under random faults while replicas answer all the time; minutes", ["soak"]),
     "gpu": ("the GPU matrix; skips, with the reason, what this machine has no GPU for", ["gpu"]),
 }
 
