@@ -56,6 +56,7 @@ CASES: list[dict[str, Any]] = [
         "dtype": "float32",
         "cpu_linear": "plain",
         "cast": False,
+        "published": True,
     },
     {
         "family": "qwen3_moe",
@@ -148,6 +149,13 @@ def check_case(case: dict[str, Any], directory: Path) -> None:
         check_watching(result["watched"])
         assert ties(result["trained"]["gaps"]), "what vLLM's trainer factory sent is not what is served"
         assert result["trained"]["weight_version"] == "1"
+    if case.get("published"):
+        published = result["published"]
+        assert ties(published["gaps"]), "what was published is not what is served"
+        late = published["late"]
+        assert (late["version"], late["digest"], late["holder"]) == (2, published["digest"], "rollout0")
+        assert late["wrong"] == []
+        assert late["compared"] > 0
 
 
 def check_watching(watched: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from models import NEW_TOKENS, gaps, prompts, reference_tokens, save_checkpoint
+from publishing import publish
 from sources import SourceProcesses
 from target_case import compare, pointers, remove, shared_memory
 from training import train
@@ -117,6 +118,8 @@ class Case:
         if self.case.get("watch"):
             result["watched"] = watch(self)
             result["trained"] = train(self)
+        if self.case.get("published"):
+            result["published"] = publish(self)
         return result
 
 

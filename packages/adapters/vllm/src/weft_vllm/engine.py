@@ -22,6 +22,7 @@ from weft.errors import ConfigError
 from weft.installation import Installation
 from weft.policy import Policy
 from weft.protocol.target import Stage
+from weft.publication import Subscriber
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
@@ -48,10 +49,10 @@ class WeftInitInfo(compat.WeightTransferInitInfo):
     engines that share experts are one replica; others are one each: the first has this name, the next are
     `<replica>.dp1`, `<replica>.dp2` …
     """
-    sources: int
-    """How many sources the job has."""
+    sources: int = 0
+    """How many sources the job has; not where versions are published."""
     replicas: int = 1
-    """How many replicas the job has."""
+    """How many replicas the job has; not where versions are published."""
     transport: str = "nixl"
     """Name of an installed transport plug-in."""
     transport_options: dict[str, Any] = field(default_factory=dict)
@@ -59,8 +60,11 @@ class WeftInitInfo(compat.WeightTransferInitInfo):
     """Seconds by field of `weft.Deadlines`; the others keep their defaults."""
     policy: dict[str, Any] = field(default_factory=dict)
     """Fields of `weft.Policy`, equal to the sources'; the others keep their defaults. With a `landing` in shadow memory
-    the engine watches: it fetches while it serves.
+    the engine watches: it fetches while it serves. With the `drive` `published` it reads from whoever holds a version
+    (`weft.Subscriber`), in place.
     """
+    relay: bool = False
+    """Where versions are published: whether this engine passes on what it has."""
     scratch_slots: int = 2
     """Groups of packed weights that may be in flight at once; each costs the largest group's memory."""
 
@@ -81,7 +85,7 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
     supports_draft_weight_update = False
 
     _target: VllmTarget | None = None
-    _refit: Refit | None = None
+    _refit: Refit | Subscriber | None = None
     _watcher: Watcher | None = None
     _deadlines = Deadlines()
     _installation: Installation | None = None
@@ -101,26 +105,24 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         except (TypeError, msgspec.ValidationError) as error:
             raise ConfigError(f"init_info of the weft backend: {error}") from error
         unknown = sorted(init_info.policy.keys() - set(Policy.__struct_fields__))
-        if unknown:
-            raise ConfigError(f"init_info of the weft backend: policy has no {', '.join(unknown)}")
+        faults = [f"policy has no {', '.join(unknown)}"] if unknown else []
+        if faults := [*faults, *_contradictions(init_info, policy)]:
+            raise ConfigError(f"init_info of the weft backend: {'; '.join(faults)}")
         place = compat.place(self.parallel_config, init_info.replica)
         self._target = VllmTarget.from_worker(self.model, self.vllm_config, scratch_slots=init_info.scratch_slots)
-        refit = Refit(
-            target=self._target,
-            transport=init_info.transport,
-            transport_options=init_info.transport_options,
-            store=init_info.store,
-            job=init_info.job,
-            name=f"{place.replica}/{place.rank}",
-            replica=place.replica,
-            replica_size=place.size,
-            expect=Expect(sources=init_info.sources, replicas=init_info.replicas),
-            deadlines=deadlines,
-            policy=policy,
-            secret=Secret.of_environment(),
-        )
+        common: dict[str, Any] = {
+            "target": self._target, "transport": init_info.transport, "transport_options": init_info.transport_options,
+            "store": init_info.store, "job": init_info.job, "name": f"{place.replica}/{place.rank}",
+            "replica": place.replica, "replica_size": place.size, "deadlines": deadlines, "policy": policy,
+            "secret": Secret.of_environment(),
+        }  # fmt: skip
+        self._deadlines = deadlines
+        if policy.drive == "published":
+            self._refit = Subscriber(rank=place.rank, relay=init_info.relay, **common)
+            self._refit.open()
+            return
+        refit = self._refit = Refit(expect=Expect(init_info.sources, init_info.replicas), **common)
         refit.open()
-        self._refit, self._deadlines = refit, deadlines
         if policy.shadow:
             self._watcher = Watcher(refit, self.device)
             self._watcher.start()
@@ -166,6 +168,8 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         installation = self._active()
         try:
             self._last = installation.commit()
+            if isinstance(self._refit, Subscriber):
+                self._refit.installed(self._last)
         except BaseException as error:
             installation.abort(error)
             raise
@@ -234,3 +238,11 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         if self._installation is None:
             raise ConfigError("no version has been begun: call start_weight_update first")
         return self._installation
+
+
+def _contradictions(init_info: WeftInitInfo, policy: Policy) -> list[str]:
+    if policy.drive != "published":
+        faults = ["sources is missing: how many the job has"] if init_info.sources < 1 else []
+        return [*faults, 'relay is for drive "published"'] if init_info.relay else faults
+    faults = ['sources and replicas are for drive "lock_step"'] if init_info.sources or init_info.replicas != 1 else []
+    return [*faults, 'drive "published" lands in_place: nobody would fetch beside'] if policy.shadow else faults

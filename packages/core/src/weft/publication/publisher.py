@@ -111,6 +111,11 @@ class Publisher:
         return self._copies.version
 
     @property
+    def coming(self) -> int:
+        """The version that was published last; -1 before the first."""
+        return self._last
+
+    @property
     def replicas(self) -> tuple[str, ...]:
         """Those that it serves now, sorted."""
         return tuple(sorted(name for name, cell in list(self._cells.items()) if cell.alive))

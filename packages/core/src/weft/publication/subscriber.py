@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from weft.agreement import agree
 from weft.authentication import Secret
@@ -24,6 +24,7 @@ from weft.errors import (
     TransportError,
 )
 from weft.fleet.member import FleetMember
+from weft.installation import Installation
 from weft.job_store import JobStore
 from weft.live import LiveSource
 from weft.policy import Policy
@@ -34,6 +35,7 @@ from weft.stores import open_store
 from weft.wire import Notice
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Subscriber:
@@ -72,6 +74,7 @@ class Subscriber:
         self._stack = ExitStack()
         self._publisher: Publisher | None = None
         self._member: FleetMember | None = None
+        self._installation: Installation | None = None
         self._holder: Holder | None = None
         self._judged: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
         self._served: int | None = None
@@ -121,23 +124,50 @@ class Subscriber:
         until the deadline (`Deadlines.offer` without one), then the last error is raised. Raises `DeadlineError` when
         nobody has anything newer.
         """
+        report = self._from_somebody(self._received, deadline)
+        self.installed(report)
+        return report
+
+    def begin(self, deadline: Deadline | None = None) -> Installation:
+        """The first part of `receive`, for those who pause and resume their engine themselves: wait for a newer
+        version, and say that this target may be written. Hand the report of its commit to `installed`. Raises as
+        `receive` does.
+        """
+        self._installation = self._from_somebody(FleetMember.begin, deadline)
+        return self._installation
+
+    def installed(self, report: Report) -> None:
+        """This replica has a version whole: it is passed on, with `relay`. Collective; after `begin` alone."""
+        self._version = self._served = report.version
+        self._installation = None
+        if self._publisher is not None and report.version > self._publisher.coming:
+            self._pass_on(self._publisher, report.version)
+
+    def _from_somebody(self, what: Callable[[FleetMember], T], deadline: Deadline | None) -> T:
+        """Do it with one holder after the other until it succeeds."""
         limit = deadline or Deadline.after(self._deadlines.offer)
-        failed: set[str] = set()
+        failed = self._gave_up()
         while True:
             chosen = self._choose(failed, limit) if self._rank == 0 else self._hear(limit)
             try:
-                report = self._read(chosen)
-                break
+                return self._do(what, chosen)
             except (PeerLostError, RefitAbortedError, RendezvousError, TransportError, DeadlineError) as error:
                 self._detach()
                 if limit.expired():
                     raise
                 failed.add(chosen.holder.name)
                 _LOG.warning("%s reads from another holder than %s: %s", self._name, chosen.holder.name, error)
-        self._version = report.version
-        if self._publisher is not None:
-            self._pass_on(self._publisher, report.version)
-        return report
+
+    def _gave_up(self) -> set[str]:
+        """From whom a version was begun that was not installed; its cell is left."""
+        installation, self._installation = self._installation, None
+        if installation is None:
+            return set()
+        if installation.touched:
+            self._served = None
+        failed = {self.holder} - {""}
+        self._detach()
+        return failed
 
     def _choose(self, failed: set[str], limit: Deadline) -> Chosen:
         """Choose for all members, and tell them."""
@@ -172,7 +202,7 @@ class Subscriber:
         self._number = chosen.number
         return chosen
 
-    def _read(self, chosen: Chosen) -> Report:
+    def _do(self, what: Callable[[FleetMember], T], chosen: Chosen) -> T:
         if chosen.anew or self._member is None:
             self._detach()
             self._attach(chosen.holder)
@@ -181,6 +211,9 @@ class Subscriber:
         if self._rank == 0:
             have = -1 if self._served is None else self._served
             member.loop.wire.tell(member.roles.source_leader, have + 1, Notice("want", numbers=(have,)))
+        return what(member)
+
+    def _received(self, member: FleetMember) -> Report:
         try:
             return member.receive()
         finally:
