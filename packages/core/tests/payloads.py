@@ -32,6 +32,8 @@ from weft.orchestration.records import Doing, Presence, ReplicaState, Request, W
 from weft.passages import Arrived, Ask, Go, Grant, Invitation, Said, Signal, Withdrawn
 from weft.plan import plan
 from weft.policy import Policy
+from weft.publication.holders import Chosen, Holder
+from weft.publication.publisher import Coming, Turn
 from weft.records import decoded, open_record, seal
 from weft.rendezvous import EndpointRecord
 from weft.roster import Action, Event, MemberRecord
@@ -83,6 +85,17 @@ def payloads() -> dict[str, Payload]:
         ("outcome", "aborted", OutcomeRecord(7, "rollout", False, "why")),
         ("announced", "of a member", Announced("rollout", "rollout/0", 2, 5)),
         ("roll", "of a fleet", Roll(3, {"rollout": 5}, (b"n" * 16,))),
+        (
+            "holder",
+            "of a job",
+            Holder("trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0")),
+        ),
+        ("news", "of a job", 7),
+        ("wants", "of a member", "a" * 64),
+        ("layout", "of a member", "a" * 64),
+        ("chosen", "of a replica", Chosen(5, _holder(), True)),
+        ("coming", "of a holder", Coming(3, 7, 6)),
+        ("turn", "of a holder", Turn(3, 7, 4)),
         ("hello", "of a source", b"n" * 16),
         ("opened", "of a fleet", 3),
         ("at", "of a version", 3),
@@ -161,3 +174,7 @@ if __name__ == "__main__":
     file = next(file for file in (FOLDER / f"{name}.json" for name in names) if not file.exists())
     file.write_text(json.dumps(written, indent=1) + "\n")
     print(file)
+
+
+def _holder() -> Holder:
+    return Holder("trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0"))
