@@ -158,6 +158,10 @@ def _with_formats(layout: Layout) -> Layout:
     )  # fmt: skip
 
 
+def _holder() -> Holder:
+    return Holder("trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0"))
+
+
 def _endpoint() -> EndpointRecord:
     return EndpointRecord(
         "trainer/0", 2, 1, b"address", (RemoteRegion(1 << 40, 64, "cuda:3"),), bytes(8), bytes(8), b"", b"",
@@ -174,7 +178,3 @@ if __name__ == "__main__":
     file = next(file for file in (FOLDER / f"{name}.json" for name in names) if not file.exists())
     file.write_text(json.dumps(written, indent=1) + "\n")
     print(file)
-
-
-def _holder() -> Holder:
-    return Holder("trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0"))
