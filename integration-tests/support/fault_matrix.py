@@ -40,7 +40,7 @@ DELAY_SECONDS = 0.5
 RECOVERY_SECONDS = 300.0
 """Longer than the rendezvous: a member that could not connect may wait for the end of it before it comes again."""
 MISSING = "--missing"
-NOT_RUN = "not run: the table was made before"
+NOT_RUN = "not run: failed once (no recovery in 120 s, or a rule too strict), not again since mended"
 WITHOUT = ("failed: ", "not run: ")
 """How outcomes begin that say nothing."""
 PAUSE_SECONDS = 0.05
