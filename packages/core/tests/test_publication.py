@@ -222,6 +222,7 @@ def test_ranks_that_are_apart_serve_only_what_all_have_published(stage: Stage, s
     sources, publishers = stage.publishers(stack)
     early, late = stage.subscribers(stack, "early"), stage.subscribers(stack, "late")
     publish(sources, publishers, 1)
+    Deadline.after(60).wait(lambda: publishers[0].version == 1, "version 1", list)
     for version in (2, 3):
         sources[0].load(TINY.tensors(version))
         publishers[0].publish(version)

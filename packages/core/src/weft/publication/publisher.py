@@ -270,7 +270,7 @@ class Publisher:
 
     def _facts(self) -> Facts:
         devices = {memory.device for memory in self._source.memory().values()}
-        return facts_of(min(devices, key=str, default=torch.device("cpu")))
+        return facts_of(min(devices, key=str, default=torch.device("cpu")), self._source)
 
     def _note(self, version: int, digest: str) -> None:
         """What a replica has read, and its digest."""
@@ -301,12 +301,15 @@ class Publisher:
 
     def _leave(self) -> None:
         self._stopping.set()
+        self._let_rank_0_look()
+        for cell in list(self._cells.values()):  # the attendant may wait for one of them
+            cell.stop()
+        if self._attendant.ident is not None:
+            self._attendant.join()
         for cell in self._cells.values():
             cell.stop()
         for cell in self._cells.values():
             cell.join()
-        if self._attendant.is_alive():
-            self._attendant.join()
         self._cells.clear()
         if self._lease is not None:
             with suppress(StoreError):  # it runs out by itself
