@@ -45,7 +45,7 @@ from weft_gloo.parcels import HEAD_BYTES, read_head
 
 GOLDEN = PACKAGES / "core" / "tests" / "golden"
 _SOURCES = ("core", "transports/*")
-_BY_SCHEMA = {"decoded": 0, "decoder_of": 0, "find": 2, "opened": 2, "_read": 2}
+_BY_SCHEMA = {"decoded": 0, "decoder_of": 0, "find": 2, "opened": 2, "await_record": 2, "_read": 2}
 """Calls whose argument of this number is a schema."""
 _BY_HAND = {"unpack", "unpack_from", "frombuffer", "loads", "from_bytes", "decompress", "memmap", "decode"}
 WHOLE = {"weft.planfile._Header", "weft.slices._SliceRecord"}
@@ -206,7 +206,8 @@ def _of_plans(folder: Path) -> Iterator[Reader]:
         found = Slice.decode(data)
         prove(found, None, wanted[0])
 
-    yield Reader("layout", layouts, read_layout, ("weft.layout.PieceTable", "weft.rendezvous.Rendezvous.layout"))
+    contents = ("weft.rendezvous.Rendezvous.layout", "weft.publication.holders.Directory.layouts")
+    yield Reader("layout", layouts, read_layout, ("weft.layout.PieceTable", *contents))
     covers = ("weft.slices._unpack", "weft.slices.Slice.decode", "weft.connection._slice")
     yield Reader("slice and its proof", slices[:1], read_slice, covers, lambda data: zlib.compress(data, 1))
     file = folder / "fuzzed.plan"
