@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -18,7 +18,8 @@ from weft.errors import ConfigError, DeadlineError, RefitAbortedError, WeftError
 from weft.fleet import Fleet, FleetMember, FleetReport
 from weft.fleet.roll import Announcement, Roll, RollBook
 from weft.job_store import JobStore
-from weft.local import LocalHub
+from weft.local import LocalHub, LocalTransport
+from weft.member import Member
 from weft.policy import Policy
 from weft.rendezvous import Rendezvous
 from weft.report import Report
@@ -132,7 +133,10 @@ class Replica:
     ends: dict[int, BaseException] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._threads = [threading.Thread(target=self._serve, args=(rank,), daemon=True) for rank in range(self.size)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(rank,), name=f"{self.name}/{rank}", daemon=True)
+            for rank in range(self.size)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -231,6 +235,32 @@ def test_a_replica_whose_cell_came_to_nothing_is_admitted_again(stage: Stage, mo
     assert failed.is_set()
     late.join()
     assert not late.ends
+    stage.stop()
+    early.join()
+
+
+def test_who_waits_for_one_that_died_while_it_joined_tries_again_soon(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `begin`, and not after the patience for being admitted."""
+    original, limits = LocalTransport.connect, list[float]()
+    brisk = replace(PATIENT, begin=5.0)
+    monkeypatch.setattr(f"{__name__}.PATIENT", brisk)
+
+    def connect(transport: LocalTransport, peer: Member, address: bytes, deadline: Deadline) -> None:
+        if threading.current_thread().name == "late/0" and not limits:
+            limits.append(deadline.seconds)
+            raise DeadlineError(f"connecting to {peer.name}", deadline.seconds, [peer.name])
+        original(transport, peer, address, deadline)
+
+    monkeypatch.setattr(LocalTransport, "connect", connect)
+    early = Replica(stage, "early")
+    stage.start()
+    stage.until(lambda: 1 in stage.reports, "the first version")
+    late = Replica(stage, "late", versions=2)
+    late.join()
+    assert not late.ends
+    assert limits == [brisk.begin]
     stage.stop()
     early.join()
 

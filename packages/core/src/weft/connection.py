@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,11 +122,12 @@ def roles_of(members: tuple[Member, ...]) -> Roles:
 
 def join(
     rendezvous: Rendezvous, transport: Transport, identity: Identity, source: Source | None, target: Target | None,
-    policy: Policy, deadline: Deadline,
+    policy: Policy, deadline: Deadline, connect_seconds: float = math.inf,
 ) -> Connection:  # fmt: skip
     """Meet the others, plan, and get ready. Collective: every expected member must call it.
 
-    Raises what the steps raise; the other members are told the reason, so that none of them waits for its deadline.
+    Once all have said how to be reached, connecting may take `connect_seconds` at most. Raises what the steps raise; the
+    other members are told the reason, so that none of them waits for its deadline.
     """
     try:
         sides = [(side.layout(), side.memory()) if side is not None else None for side in (source, target)]
@@ -133,7 +135,7 @@ def join(
         if policy.digests:
             refuse_devices({tensor.device for tensor in memories})
         facts = facts_of(memories[0].device if memories else torch.device("cpu"), source, target)
-        return _join(rendezvous, transport, identity, facts, sides[0], sides[1], policy, deadline)
+        return _join(rendezvous, transport, identity, facts, sides[0], sides[1], policy, deadline, connect_seconds)
     except Exception as error:
         rendezvous.fail(identity.name, f"{type(error).__name__}: {error}")
         raise
@@ -154,6 +156,7 @@ def register(transport: Transport, regions: Sequence[Region], deadline: Deadline
 def _join(
     rendezvous: Rendezvous, transport: Transport, identity: Identity, facts: Facts,
     source: tuple[Layout, Memory] | None, target: tuple[Layout, Memory] | None, policy: Policy, deadline: Deadline,
+    connect_seconds: float,
 ) -> Connection:  # fmt: skip
     memories = [tensor for side in (source, target) if side for tensor in side[1].values()]
     own = {side[0].address: side[0] for side in (source, target) if side}
@@ -183,8 +186,9 @@ def _join(
     peers = _peers(identity.name, roles, program)
     endpoints = rendezvous.endpoints(peers)
     by_name = {member.name: member for member in members}
+    connecting = deadline.earlier(connect_seconds)
     for peer in sorted(peers):
-        transport.connect(by_name[peer], endpoints[peer].address, deadline)
+        transport.connect(by_name[peer], endpoints[peer].address, connecting)
     transfers = transfer_program(made, program, endpoint, endpoints, members)
     prepared = transport.prepare(transfers, deadline)
     held = source or landing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -89,6 +90,8 @@ class Refit:
         self._offer: Offer | None = None
         self._installation: Installation | None = None
         self._last_version = -1
+        self._connect_seconds = math.inf
+        """How long others may keep this member waiting who have said how to be reached, and died since."""
         self._serving = Serving(control or NoControl(), self._deadlines.begin, self._policy.shadow, served)
 
     def __enter__(self) -> Refit:
@@ -189,6 +192,7 @@ class Refit:
                 self._target,
                 self._shaped(transport),
                 deadline,
+                self._connect_seconds,
             )
             self._joined = (connection, Loop(connection.wire))
         except BaseException:

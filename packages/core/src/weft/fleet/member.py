@@ -10,7 +10,7 @@ from typing import Any
 from weft.authentication import Secret
 from weft.contracts import ReplicaControl, Target
 from weft.deadline import Deadline, Deadlines
-from weft.errors import RendezvousError
+from weft.errors import DeadlineError, RendezvousError, TransportError
 from weft.fleet.roll import Announcement
 from weft.job_store import JobStore
 from weft.policy import Policy
@@ -50,6 +50,7 @@ class FleetMember(Refit):
         )  # fmt: skip
         self._fleet, self._replica, self._size, self._url = job, replica, replica_size, store
         self._patience = (deadlines or Deadlines()).rendezvous
+        self._connect_seconds = self._deadlines.begin  # as long as the sources take to join
 
     def open(self) -> None:
         """Wait to be admitted, and join this replica's cell. Raises as `Refit.open`.
@@ -73,7 +74,7 @@ class FleetMember(Refit):
             announcement = Announcement(records, self._replica, self.name, self._size)
             try:
                 return super().open()
-            except RendezvousError as error:
+            except (RendezvousError, TransportError, DeadlineError) as error:
                 if deadline.expired():
                     raise
                 _LOG.info("%s tries again to join its cell: %s", self.name, error)
