@@ -126,8 +126,8 @@ def join(
 ) -> Connection:  # fmt: skip
     """Meet the others, plan, and get ready. Collective: every expected member must call it.
 
-    Once all have said how to be reached, connecting may take `connect_seconds` at most. Raises what the steps raise; the
-    other members are told the reason, so that none of them waits for its deadline.
+    Once all have said how to be reached, connecting may take `connect_seconds` at most. Raises what the steps raise;
+    the other members are told the reason, so that none of them waits for its deadline.
     """
     try:
         sides = [(side.layout(), side.memory()) if side is not None else None for side in (source, target)]
