@@ -32,7 +32,7 @@ from weft.orchestration.records import Doing, Presence, ReplicaState, Request, W
 from weft.passages import Arrived, Ask, Go, Grant, Invitation, Said, Signal, Withdrawn
 from weft.plan import plan
 from weft.policy import Policy
-from weft.publication.holders import Chosen, Holder
+from weft.publication.holders import Chosen, Holder, Wanted
 from weft.publication.publisher import Coming, Turn
 from weft.records import decoded, open_record, seal
 from weft.rendezvous import EndpointRecord
@@ -91,9 +91,9 @@ def payloads() -> dict[str, Payload]:
             Holder("trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0")),
         ),
         ("news", "of a job", 7),
-        ("wants", "of a member", "a" * 64),
+        ("wants", "of a member", Wanted("a" * 64, b"n" * 8)),
         ("layout", "of a member", "a" * 64),
-        ("chosen", "of a replica", Chosen(5, _holder(), True)),
+        ("chosen", "of a replica", Chosen(5, _holder(), True, (b"n" * 8, b"m" * 8), 6)),
         ("coming", "of a holder", Coming(3, 7, 6)),
         ("turn", "of a holder", Turn(3, 7, 4)),
         ("hello", "of a source", b"n" * 16),

@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+import torch
 
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError
@@ -299,3 +300,60 @@ def test_a_holder_whose_layouts_do_not_fit_is_not_read_from(stage: Stage, stack:
     assert receive(replica).version == 1
     with pytest.raises(DeadlineError, match=r"stranger has 2, which does not fit: .*0\.down.* and \d+ more"):
         replica[0].receive(Deadline.after(2))
+
+
+def test_a_copy_that_is_overwritten_is_never_served(stage: Stage, stack: ExitStack) -> None:
+    """Version 2 is complete when rank 0 fails in the middle of publishing 3, which rank 1 goes on with."""
+    sources, publishers = stage.publishers(stack)
+    publish(sources, publishers, 1)
+    Deadline.after(60).wait(lambda: publishers[0].version == publishers[1].version == 1, "version 1", list)
+    copies, started, go_on = publishers[1]._copies, threading.Event(), threading.Event()
+
+    class Slow(dict[str, torch.Tensor]):
+        def items(self) -> Any:
+            for number, item in enumerate(list(super().items())):
+                if number == 3:
+                    started.set()
+                    assert go_on.wait(60)
+                yield item
+
+    def fails(version: int) -> Any:
+        raise RuntimeError("not settled")
+
+    with publishers[0]._copies.reading(1) as there:
+        assert there
+        publish(sources, publishers, 2)
+        for source in sources:
+            source.load(TINY.tensors(3))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources[0], "hold", fails)
+            with pytest.raises(RuntimeError, match="not settled"):
+                publishers[0].publish(3)
+        copies._next = Slow(copies._next)
+        third = threading.Thread(target=publishers[1].publish, args=(3,), daemon=True)
+        third.start()
+        assert started.wait(60)
+    replica = stage.subscribers(stack, "replica")
+    reader = threading.Thread(target=receive, args=(replica,), daemon=True)
+    reader.start()
+    reader.join(60)
+    assert replica[0].version == 1  # compared by `receive`
+    go_on.set()
+    third.join(60)
+    publish(sources, publishers, 4)
+    assert receive(replica).version == 4
+
+
+def test_members_of_a_replica_that_came_back_follow_choices_of_their_own_life(stage: Stage, stack: ExitStack) -> None:
+    sources, publishers = stage.publishers(stack)
+    publish(sources, publishers, 1)
+    with ExitStack() as life:
+        assert receive(stage.subscribers(life, "wide", 2)).version == 1
+    back, cells = stage.subscribers(stack, "wide", 2), list[list[Any]]()
+    for version in (1, 2, 3):
+        if version > 1:
+            publish(sources, publishers, version)
+        assert receive(back).version == version
+        assert back[0]._number == back[1]._number
+        cells.append([subscriber._member for subscriber in back])
+    assert cells == cells[:1] * 3, "who has a cell stays in it"

@@ -33,14 +33,16 @@ class Cell:
 
     def __init__(
         self, name: str, refit: Refit, copies: Copies, deadlines: Deadlines, *, leads: bool,
-        ended: Callable[[], None], served: Callable[[int, str], None],
+        ended: Callable[[], None], served: Callable[[int, str], None], former: Cell | None = None,
     ) -> None:  # fmt: skip
-        """`served` is told each version that the replica has installed, with its digest; `ended` that a read, or all
-        of it, is over. Both are called in the cell's own thread.
+        """The replica's `former` cell, which has been told to stop, is left first. `served` is told each version that
+        the replica has installed, with its digest; `ended` that a read, or all of it, is over. Both are called in the
+        cell's own thread.
         """
         self.name = name
         self._refit, self._copies, self._deadlines, self._leads = refit, copies, deadlines, leads
         self._ended, self._served = ended, served
+        self._former = former
         self._have: int | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"cell of {name}", daemon=True)
@@ -50,6 +52,11 @@ class Cell:
     def alive(self) -> bool:
         """Whether the replica may still be served."""
         return self._thread.is_alive() and not self._stopping.is_set()
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread has not ended yet."""
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         """Begin to end; `join` waits for it."""
@@ -61,6 +68,9 @@ class Cell:
 
     def _run(self) -> None:
         try:
+            if self._former is not None:
+                self._former.join()
+                self._former = None
             self._refit.open()
             if (self._refit.roles.source_leader == self._refit.name) != self._leads:
                 raise ConfigError(
@@ -83,13 +93,11 @@ class Cell:
         roles = self._refit.roles
         wire.check(lambda: [*roles.sources, *(name for names in roles.replicas.values() for name in names)])
         version = self._wanted() if self._leads else self._told()
-        if version is None:
+        if version is None or not self._serve(version):
             if isinstance(wire.transport, Waiting):
                 wire.transport.wait(_REST_SECONDS)
             else:
                 self._stopping.wait(_REST_SECONDS)
-            return
-        self._serve(version)
 
     def _wanted(self) -> int | None:
         """The version to serve now, at the first member."""
@@ -106,14 +114,16 @@ class Cell:
         version = wire.newest("serve")
         if version is not None:
             wire.take(version, "serve")
-            self._copies.await_version(version, Deadline.after(self._deadlines.begin))
+            limit = self._deadlines.begin + self._deadlines.move  # of whoever still reads the one before
+            self._copies.await_version(version, Deadline.after(limit))
         return version
 
-    def _serve(self, version: int) -> None:
+    def _serve(self, version: int) -> bool:
+        """Whether it could be: not while a version is about to be taken over."""
         wire, d = self._refit.loop.wire, self._deadlines
         with self._copies.reading(version) as there:
             if not there:
-                return
+                return False
             self._have = None
             if self._leads:
                 for source in self._refit.roles.sources:
@@ -122,12 +132,13 @@ class Cell:
             offer = self._refit.offer(version)
             self._until(offer, lambda: offer.is_released, d.begin + d.move, "release")
         self._ended()
-        self._until(offer, lambda: offer.is_done, d.vote + d.commit, "commit")
+        self._until(offer, lambda: offer.is_done, d.move + d.vote + d.commit, "commit")
         for replica, reason in offer.outcomes.items():
             if reason is not None:
                 _LOG.warning("replica %s does not have version %d: %s", replica, version, reason)
         if offer.digest:
             self._served(version, offer.digest)
+        return True
 
     def _until(self, offer: Offer, done: Callable[[], bool], seconds: float, what: str) -> None:
         def step() -> bool:

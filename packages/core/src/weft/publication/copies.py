@@ -55,20 +55,22 @@ class Copies:
         return self._readers
 
     def stay(self) -> int:
-        """Do not take the next copy over until the next `turn`; returns the version that is served meanwhile."""
+        """Forget the next copy, which nobody takes over any more; returns the version that is served."""
         with self._changed:
-            self._turning = False
+            self._turning, self._coming = False, self._version
             return self._version
 
     def fill(self, version: int) -> None:
-        """Copy the weights as they are now into the next copy. After `stay`; replaces what is there."""
+        """Copy the weights as they are now into the next copy; what was there is forgotten first, and for good."""
+        self.stay()
         lease = self._source.hold(version)
         try:
             for name, copied in self._next.items():
                 copied.copy_(self._weights[name])
         finally:
             lease.release()
-        self._coming = version
+        with self._changed:
+            self._coming = version
 
     def turn(self) -> None:
         """Serve the next copy as soon as nobody reads; new readers wait for it."""

@@ -65,6 +65,19 @@ class Chosen(msgspec.Struct, frozen=True, array_like=True):
     holder: Holder
     anew: bool
     """Whether members join the holder's fleet anew, since one of them has left it."""
+    lives: tuple[bytes, ...] = ()
+    """Of the members for whom it is, by rank: what each has said of itself when it came."""
+    installed: int = -1
+    """The version that the replica has installed last."""
+
+
+class Wanted(msgspec.Struct, frozen=True, array_like=True):
+    """What a member of a replica wants. New fields go to the end, with defaults."""
+
+    layout: str
+    """Its address."""
+    life: bytes
+    """Random, of this life of the member."""
 
 
 Prefer = Callable[[Sequence[Holder]], Holder]
@@ -94,9 +107,9 @@ class Directory:
         found = [self._records.find("holder", key, Holder) for key in keys]
         return [holder for holder in found if holder is not None]
 
-    def newest(self, have: int, faults: Callable[[Holder], Sequence[str]], deadline: Deadline) -> list[Holder]:
-        """Those with the newest version, as soon as there is one newer than `have` among those without faults. Raises
-        `DeadlineError` that names everybody's version, and faults.
+    def newer(self, have: int, faults: Callable[[Holder], Sequence[str]], deadline: Deadline) -> list[Holder]:
+        """Those without faults that have a version newer than `have`, as soon as there is one. Raises `DeadlineError`
+        that names everybody's version, and faults.
         """
         news = have
         while True:
@@ -106,8 +119,7 @@ class Directory:
             found = self.holders()
             wrong = {holder.name: faults(holder) for holder in found if holder.version > have}
             if able := [holder for holder in found if holder.name in wrong and not wrong[holder.name]]:
-                newest = max(holder.version for holder in able)
-                return [holder for holder in able if holder.version == newest]
+                return able
             if deadline.expired():
                 late = [f"{h.name} has {h.version}{_but(wrong.get(h.name, ()))}" for h in found]
                 raise DeadlineError(f"a version newer than {have}", deadline.seconds, late or ["nobody holds any"])
@@ -125,19 +137,19 @@ class Directory:
         listed = get_content(self._records.store, self._contents, holder.layouts)
         return self.layouts(decoded(list[str], listed, f"list of layouts of {holder.name}"))
 
-    def want(self, replica: str, rank: int, layout: Layout) -> None:
-        """Say what a member of a replica wants."""
-        self._records.put("wants", self._wants(replica, rank), self.keep(layout.encoded))
+    def want(self, replica: str, rank: int, layout: Layout, life: bytes) -> None:
+        """Say what a member of a replica wants in this life of it."""
+        self._records.put("wants", self._wants(replica, rank), Wanted(self.keep(layout.encoded), life))
 
-    def wanted(self, replica: str, size: int, deadline: Deadline) -> tuple[str, ...]:
-        """The addresses of what all members of a replica want. Raises `DeadlineError` that names who has not come."""
-        found: list[str] = []
+    def wanted(self, replica: str, size: int, deadline: Deadline) -> list[Wanted]:
+        """What all members of a replica want, by rank. Raises `DeadlineError` that names who has not come."""
+        found: list[Wanted] = []
         for rank in range(size):
-            address = self._records.await_record("wants", self._wants(replica, rank), str, bool, deadline)
-            if address is None:
+            said = self._records.await_record("wants", self._wants(replica, rank), Wanted, lambda _: True, deadline)
+            if said is None:
                 raise DeadlineError(f"all members of replica {replica}", deadline.seconds, [f"rank {rank}"])
-            found.append(address)
-        return tuple(found)
+            found.append(said)
+        return found
 
     def choose(self, replica: str, chosen: Chosen) -> None:
         """Tell the other members of a replica."""
@@ -147,11 +159,9 @@ class Directory:
         """The last choice, if there was one."""
         return self._records.find("chosen", self._chosen(replica), Chosen)
 
-    def await_choice(self, replica: str, after: int, deadline: Deadline) -> Chosen:
-        """The first choice after a number. Raises `DeadlineError`."""
-        found = self._records.await_record(
-            "chosen", self._chosen(replica), Chosen, lambda chosen: chosen.number > after, deadline
-        )
+    def await_choice(self, replica: str, meant: Callable[[Chosen], bool], deadline: Deadline) -> Chosen:
+        """The next choice that is meant for whoever asks. Raises `DeadlineError`."""
+        found = self._records.await_record("chosen", self._chosen(replica), Chosen, meant, deadline)
         if found is None:
             raise DeadlineError(f"a choice of replica {replica}", deadline.seconds, ["its member of rank 0"])
         return found

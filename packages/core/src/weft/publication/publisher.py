@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -19,7 +20,7 @@ from weft.authentication import Secret
 from weft.connection import host_identity
 from weft.contracts import Source, Store, StoreLease
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, DeadlineError, StoreError, WeftError
+from weft.errors import ConfigError, DeadlineError, RecordError, StoreError, WeftError
 from weft.facts import Facts, facts_of
 from weft.fleet.member import cell_of
 from weft.fleet.roll import Roll, RollBook, bell
@@ -36,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
 """Between looks at what nobody rings for."""
 _NONCE_BYTES = 8
+_KEPT_COUNTS = 2
+"""Versions whose count of members stays: the one that is served, and the next."""
 
 
 class Coming(msgspec.Struct, frozen=True, array_like=True):
@@ -88,8 +91,10 @@ class Publisher:
         }  # fmt: skip
         self._stack = ExitStack()
         self._stopping = threading.Event()
-        self._filling = threading.Lock()
+        self._filling, self._noting = threading.Lock(), threading.Lock()
         self._cells: dict[str, Cell] = {}
+        self._left: list[Cell] = []
+        self._counted: deque[int] = deque()
         self._roll = Roll(0, {})
         self._digests: dict[int, str] = {}
         self._lease: StoreLease | None = None
@@ -109,6 +114,11 @@ class Publisher:
     def version(self) -> int:
         """The version that this member serves; -1 before the first."""
         return self._copies.version
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it serves nobody any more, if it does not."""
+        return self._failure
 
     @property
     def coming(self) -> int:
@@ -150,12 +160,12 @@ class Publisher:
         """
         self._stack.close()
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, deadline: Deadline | None = None) -> None:
         """Copy the weights as they are now, to be served once every member has published them. They may change then.
 
         Versions grow; all members publish the same. Other members wait for that of rank 0, and for replicas that still
-        read what is to be replaced, and raise `DeadlineError` when that takes longer than `begin` and `move`. When rank
-        0 has gone on to another version meanwhile, this one is left out.
+        read what is to be replaced, and raise `DeadlineError` at the deadline (without one, after `begin` and `move`).
+        When rank 0 has gone on to another version meanwhile, this one is left out.
         """
         if self._failure is not None:
             raise self._failure
@@ -166,16 +176,18 @@ class Publisher:
             if self._rank == 0:
                 coming = Coming(self._life, version, self._copies.stay())
                 self._records.put("coming", f"{self._root}/coming", coming)
-            elif not self._ready(version):
+            elif not self._ready(version, deadline or Deadline.after(self._deadlines.begin + self._deadlines.move)):
                 return
             self._copies.fill(version)
         if self._store.add(self._filled(version), 1) == self._members:
-            self._store.delete(self._filled(version - 2))
             self._ring()
+        if self._rank == 0:
+            self._counted.append(version)
+            if len(self._counted) > _KEPT_COUNTS:
+                self._store.delete(self._filled(self._counted.popleft()))
 
-    def _ready(self, version: int) -> bool:
+    def _ready(self, version: int, limit: Deadline) -> bool:
         """Wait until the next copy may be replaced; False when the version is left out."""
-        limit = Deadline.after(self._deadlines.begin + self._deadlines.move)
         coming = self._records.await_record(
             "coming", f"{self._root}/coming", Coming, lambda c: c.life == self._life and c.version >= version, limit
         )
@@ -191,7 +203,12 @@ class Publisher:
 
     def _run(self) -> None:
         try:
-            self._lead() if self._rank == 0 else self._follow()
+            while not self._stopping.is_set():
+                try:
+                    self._lead() if self._rank == 0 else self._follow()
+                except StoreError as error:
+                    _LOG.warning("%s serves nobody new until the store is back: %s", self._name, error)
+                    self._stopping.wait(_LOOK_SECONDS)
         except BaseException as error:  # noqa: BLE001  # for the next `publish`
             if not self._stopping.is_set():
                 _LOG.error("%s does not serve any more: %s", self._name, error)
@@ -202,9 +219,12 @@ class Publisher:
         said: Holder | None = None
         turned, known, renewed = Turn(self._life, -1, self._life), None, 0.0
         while not self._stopping.is_set():
-            with self._filling:
-                if self._store.add(self._filled(self._copies.coming), 0) == self._members:
-                    self._copies.turn()
+            if self._filling.acquire(blocking=False):  # else it is rung when that is done
+                try:
+                    if self._store.add(self._filled(self._copies.coming), 0) == self._members:
+                        self._copies.turn()
+                finally:
+                    self._filling.release()
             alive = self.replicas
             came = self._book.waiting()
             members = {name: number for name, number in self._roll.replicas.items() if name in alive}
@@ -242,21 +262,25 @@ class Publisher:
             if turn.version == self._copies.coming:
                 self._copies.turn()
             if turn.roll != self._roll.number:
-                self._take(self._book.read(turn.roll))
+                with suppress(RecordError):  # rank 0 has written others since, and says so in a newer turn
+                    self._take(self._book.read(turn.roll))
 
     def _take(self, roll: Roll) -> None:
         """Leave the cells of those who are gone or have come back, and join those of newcomers."""
         before, self._roll = self._roll, roll
+        self._left = [cell for cell in self._left if cell.running]
+        former: dict[str, Cell] = {}
         for name in before.replicas:
             if roll.replicas.get(name) != before.replicas[name] and (cell := self._cells.pop(name, None)):
                 cell.stop()
-                cell.join()
+                former[name] = cell
+        self._left += former.values()
         for name in roll.replicas:
             if before.replicas.get(name) != roll.replicas[name]:
                 refit = Refit(source=self._copies, job=cell_of(self._fleet, name), **self._options)
                 self._cells[name] = Cell(
                     name, refit, self._copies, self._deadlines, leads=self._rank == 0, ended=self._let_rank_0_look,
-                    served=self._note,
+                    served=self._note, former=former.get(name),
                 )  # fmt: skip
 
     def _layouts(self) -> str:
@@ -274,14 +298,26 @@ class Publisher:
 
     def _note(self, version: int, digest: str) -> None:
         """What a replica has read, and its digest."""
-        if self._digests.setdefault(version, digest) != digest:
+        with self._noting:
+            known = self._digests.setdefault(version, digest)
+            self._digests = {each: of for each, of in self._digests.items() if each >= version}
+        if known != digest:
             self._failure = WeftError(
-                f"version {version} of {self._holder.name} has digest {self._digests[version]}, but {digest} in a "
-                "replica that has read it later: the copy has changed while it was served"
+                f"version {version} of {self._holder.name} has digest {known}, but {digest} in a replica that has read "
+                "it later: the copy has changed while it was served"
             )
-        for old in [each for each in self._digests if each < version]:
-            del self._digests[old]
+            _LOG.error("%s", self._failure)
+            self._vanish()
         self._let_rank_0_look()
+
+    def _vanish(self) -> None:
+        """Nobody is to be served from now on: those who read now ask another holder."""
+        self._stopping.set()
+        if self._lease is not None:
+            with suppress(StoreError):  # it runs out by itself
+                self._lease.release()
+        for cell in list(self._cells.values()):
+            cell.stop()
 
     def _let_rank_0_look(self) -> None:
         if self._rank == 0:
@@ -300,20 +336,14 @@ class Publisher:
         return store
 
     def _leave(self) -> None:
-        self._stopping.set()
+        self._vanish()
         self._let_rank_0_look()
-        for cell in list(self._cells.values()):  # the attendant may wait for one of them
-            cell.stop()
         if self._attendant.ident is not None:
             self._attendant.join()
-        for cell in self._cells.values():
-            cell.stop()
-        for cell in self._cells.values():
+        self._vanish()  # whom the attendant has admitted meanwhile
+        for cell in [*self._left, *self._cells.values()]:
             cell.join()
         self._cells.clear()
-        if self._lease is not None:
-            with suppress(StoreError):  # it runs out by itself
-                self._lease.release()
 
 
 def published(policy: Policy | None) -> Policy:

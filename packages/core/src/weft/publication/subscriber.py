@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,8 +21,8 @@ from weft.errors import (
     PeerLostError,
     RefitAbortedError,
     RendezvousError,
-    StoreError,
     TransportError,
+    WeftError,
 )
 from weft.fleet.member import FleetMember
 from weft.installation import Installation
@@ -36,6 +37,10 @@ from weft.wire import Notice
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+_LIFE_BYTES = 8
+_PASS_ON_SECONDS = 5.0
+"""An engine waits so long for slow readers of what it has passed on before; they keep that one."""
+_LOST = (PeerLostError, RendezvousError, TransportError, DeadlineError)
 
 
 class Subscriber:
@@ -79,6 +84,9 @@ class Subscriber:
         self._judged: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
         self._served: int | None = None
         self._number, self._version = 0, -1
+        self._life = os.urandom(_LIFE_BYTES)
+        self._sure = False
+        """Whether the last version went well here: then the next choice is for those who have that one."""
 
     def __enter__(self) -> Subscriber:
         self.open()
@@ -105,7 +113,7 @@ class Subscriber:
             store = open_store(self._store_url, Deadline.after(self._deadlines.rendezvous))
             self._stack.callback(store.close)
             self._directory = Directory(JobStore(store, self._job, self._secret))
-            self._directory.want(self._replica, self._rank, self._target.layout())
+            self._directory.want(self._replica, self._rank, self._target.layout(), self._life)
             self._stack.callback(self._detach)
             if self._relay:
                 self._publisher = self._stack.enter_context(self._relaying())
@@ -124,36 +132,39 @@ class Subscriber:
         until the deadline (`Deadlines.offer` without one), then the last error is raised. Raises `DeadlineError` when
         nobody has anything newer.
         """
-        report = self._from_somebody(self._received, deadline)
+        report = self._from_somebody(self._received, deadline, (*_LOST, RefitAbortedError))
         self.installed(report)
         return report
 
     def begin(self, deadline: Deadline | None = None) -> Installation:
         """The first part of `receive`, for those who pause and resume their engine themselves: wait for a newer
         version, and say that this target may be written. Hand the report of its commit to `installed`. Raises as
-        `receive` does.
+        `receive` does, and `RefitAbortedError` at once: the other members may have begun.
         """
-        self._installation = self._from_somebody(FleetMember.begin, deadline)
+        self._installation = self._from_somebody(FleetMember.begin, deadline, _LOST)
         return self._installation
 
     def installed(self, report: Report) -> None:
         """This replica has a version whole: it is passed on, with `relay`. Collective; after `begin` alone."""
         self._version = self._served = report.version
-        self._installation = None
+        self._installation, self._sure = None, True
         if self._publisher is not None and report.version > self._publisher.coming:
             self._pass_on(self._publisher, report.version)
 
-    def _from_somebody(self, what: Callable[[FleetMember], T], deadline: Deadline | None) -> T:
-        """Do it with one holder after the other until it succeeds."""
+    def _from_somebody(
+        self, what: Callable[[FleetMember], T], deadline: Deadline | None, lost: tuple[type[WeftError], ...]
+    ) -> T:
+        """Do it with one holder after the other until it succeeds; `lost` are errors after which another may do."""
         limit = deadline or Deadline.after(self._deadlines.offer)
         failed = self._gave_up()
         while True:
             chosen = self._choose(failed, limit) if self._rank == 0 else self._hear(limit)
             try:
                 return self._do(what, chosen)
-            except (PeerLostError, RefitAbortedError, RendezvousError, TransportError, DeadlineError) as error:
+            except WeftError as error:
+                self._sure = False
                 self._detach()
-                if limit.expired():
+                if limit.expired() or not isinstance(error, lost):
                     raise
                 failed.add(chosen.holder.name)
                 _LOG.warning("%s reads from another holder than %s: %s", self._name, chosen.holder.name, error)
@@ -163,6 +174,7 @@ class Subscriber:
         installation, self._installation = self._installation, None
         if installation is None:
             return set()
+        self._sure = False
         if installation.touched:
             self._served = None
         failed = {self.holder} - {""}
@@ -172,13 +184,18 @@ class Subscriber:
     def _choose(self, failed: set[str], limit: Deadline) -> Chosen:
         """Choose for all members, and tell them."""
         have = -1 if self._served is None else self._served
-        holders = self._directory.newest(have, lambda holder: self._faults(holder, limit), limit)
-        holder = self._prefer([each for each in holders if each.name not in failed] or holders)
+        able = self._directory.newer(have, lambda holder: self._faults(holder, limit), limit)
+        able = [each for each in able if each.name not in failed] or able
+        newest = max(each.version for each in able)
+        holder = self._prefer([each for each in able if each.version == newest])
         if not self._number and (last := self._directory.chosen(self._replica)) is not None:
             self._number = last.number
         anew = self._member is None or self._holder is None or self._holder.job != holder.job
         self._number += 1
-        chosen = Chosen(self._number, holder, anew)
+        lives = (
+            () if self._size == 1 else (each.life for each in self._directory.wanted(self._replica, self._size, limit))
+        )
+        chosen = Chosen(self._number, holder, anew, tuple(lives), self._version)
         if self._size > 1:
             self._directory.choose(self._replica, chosen)
         return chosen
@@ -189,7 +206,7 @@ class Subscriber:
             return ("it is this replica",)
         if self._holder is not None and (holder.job, holder.layouts) == (self._holder.job, self._holder.layouts):
             return ()
-        wanted = self._directory.wanted(self._replica, self._size, limit)
+        wanted = tuple(each.layout for each in self._directory.wanted(self._replica, self._size, limit))
         if (holder.layouts, wanted) not in self._judged:
             held, wants = self._directory.held(holder), self._directory.layouts(wanted)
             faults = self._judged[holder.layouts, wanted] = agree(held, wants, self._policy).faults
@@ -198,7 +215,13 @@ class Subscriber:
         return self._judged[holder.layouts, wanted]
 
     def _hear(self, limit: Deadline) -> Chosen:
-        chosen = self._directory.await_choice(self._replica, self._number, limit)
+        """What rank 0 chooses for this life of this member, and for who has what it has."""
+
+        def meant(chosen: Chosen) -> bool:
+            current = chosen.lives[self._rank : self._rank + 1] == (self._life,)
+            return chosen.number > self._number and current and (not self._sure or chosen.installed == self._version)
+
+        chosen = self._directory.await_choice(self._replica, meant, limit)
         self._number = chosen.number
         return chosen
 
@@ -245,6 +268,9 @@ class Subscriber:
     def _pass_on(self, publisher: Publisher, version: int) -> None:
         """What goes wrong here is no reason not to serve the version."""
         try:
-            publisher.publish(version)
-        except (DeadlineError, StoreError) as error:
+            publisher.publish(version, Deadline.after(_PASS_ON_SECONDS))
+        except Exception as error:  # noqa: BLE001  # whatever it is
             _LOG.warning("%s does not pass version %d on: %s", self._name, version, error)
+        if publisher.failure is not None:
+            self._publisher = None
+            publisher.close()
