@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -21,6 +20,7 @@ from weft.installation import Installation
 from weft.job_store import JobStore
 from weft.loop import Account, Loop
 from weft.offer import Offer
+from weft.opened import Opened
 from weft.plugins import load
 from weft.policy import Policy
 from weft.rendezvous import Rendezvous
@@ -32,7 +32,7 @@ from weft.stores import CountedStore, open_store
 from weft.taking_part import TakingPart
 
 
-class Refit:
+class Refit(Opened):
     """One member of a refit job. Collective: every member of the job makes one, with its own source, target or both.
 
     Use it as a context manager, or call `open` and `close`. For one thread: everything a member does for others
@@ -93,15 +93,6 @@ class Refit:
         self._connect_seconds = math.inf
         """How long others may keep this member waiting who have said how to be reached, and died since."""
         self._serving = Serving(control or NoControl(), self._deadlines.begin, self._policy.shadow, served)
-
-    def __enter__(self) -> Refit:
-        self.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def name(self) -> str:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 from weft.authentication import Secret
@@ -19,6 +18,7 @@ from weft.fleet.roll import Roll, RollBook
 from weft.fleet.shared import SharedSource
 from weft.job_store import JobStore
 from weft.offer import Offer
+from weft.opened import Opened
 from weft.policy import Policy
 from weft.refit import Refit
 from weft.roster import Expect
@@ -32,7 +32,7 @@ _ROLL_CALLS = 3
 """Cells over which the roll is told: one would do, if all sources had it."""
 
 
-class Fleet:
+class Fleet(Opened):
     """One source of a job whose replicas come and go. Every source makes one, with its rank among them.
 
     Replicas are `FleetMember`s of the same job. They are admitted, and given up after a loss, between versions: in
@@ -66,15 +66,6 @@ class Fleet:
         self._cells: dict[str, Refit] = {}
         self._failures: dict[str, int] = {}
         self._offer: FleetOffer | None = None
-
-    def __enter__(self) -> Fleet:
-        self.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def replicas(self) -> tuple[str, ...]:

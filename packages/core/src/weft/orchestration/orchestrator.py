@@ -7,13 +7,13 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from types import TracebackType
 
 from weft.authentication import Secret
 from weft.contracts import ReplicaControl, StoreLease
 from weft.deadline import Deadline
 from weft.errors import ConfigError, RecordError, StoreError, WeftError
 from weft.job_store import JobStore
+from weft.opened import Opened
 from weft.orchestration.records import (
     REASON_CHARACTERS,
     Doing,
@@ -33,7 +33,7 @@ _LOOK_SECONDS = 60.0
 _END_SECONDS = 10.0
 
 
-class Orchestrator:
+class Orchestrator(Opened):
     """Pauses, resumes and refuses for the replicas of a job, as their members ask (`RemoteControl`).
 
     It needs no weights and no accelerator, only the controls. Each replica has a thread of its own that waits for
@@ -61,15 +61,6 @@ class Orchestrator:
         self._ended = threading.Event()
         self._errors: list[Exception] = []
         self._threads: list[threading.Thread] = []
-
-    def __enter__(self) -> Orchestrator:
-        self.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def states(self) -> Mapping[str, ReplicaState]:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -25,6 +24,7 @@ from weft.facts import Facts, facts_of
 from weft.fleet.member import cell_of
 from weft.fleet.roll import Roll, RollBook, bell
 from weft.job_store import JobStore
+from weft.opened import Opened
 from weft.policy import Policy
 from weft.publication.cell import Cell
 from weft.publication.copies import Copies
@@ -58,7 +58,7 @@ class Turn(msgspec.Struct, frozen=True, array_like=True):
     roll: int
 
 
-class Publisher:
+class Publisher(Opened):
     """One member of a holder: the trainer, or a replica that passes on what it has read. Every member makes one.
 
     `publish` copies the weights into host memory and returns; threads serve the newest whole version to every
@@ -100,15 +100,6 @@ class Publisher:
         self._lease: StoreLease | None = None
         self._failure: BaseException | None = None
         self._last = -1
-
-    def __enter__(self) -> Publisher:
-        self.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def version(self) -> int:

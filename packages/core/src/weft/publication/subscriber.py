@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 from weft.agreement import agree
@@ -28,6 +27,7 @@ from weft.fleet.member import FleetMember
 from weft.installation import Installation
 from weft.job_store import JobStore
 from weft.live import LiveSource
+from weft.opened import Opened
 from weft.policy import Policy
 from weft.publication.holders import Chosen, Directory, Holder, Prefer, nearest
 from weft.publication.publisher import Publisher, published
@@ -43,7 +43,7 @@ _PASS_ON_SECONDS = 5.0
 _LOST = (PeerLostError, RendezvousError, TransportError, DeadlineError)
 
 
-class Subscriber:
+class Subscriber(Opened):
     """One member of a replica of a job whose versions are published. Every member makes one, with its rank.
 
     `receive` reads the newest version from whoever holds it: the trainer, or with `relay` on their side other
@@ -88,15 +88,6 @@ class Subscriber:
         self._sure = False
         """Whether the last version went well here: then the next choice is for those who have that one."""
 
-    def __enter__(self) -> Subscriber:
-        self.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @property
     def version(self) -> int:
         """The version that was installed last; -1 before the first."""
@@ -106,6 +97,11 @@ class Subscriber:
     def holder(self) -> str:
         """The name of whom this replica reads from; empty when it is nobody."""
         return self._holder.name if self._holder is not None else ""
+
+    @property
+    def _have(self) -> int:
+        """The version that is to be replaced by a newer one; -1 when weights may be mixed: any whole one will do."""
+        return -1 if self._served is None else self._served
 
     def open(self) -> None:
         """With `relay`, meet the other members of this replica. Raises `DeadlineError` that names who did not come."""
@@ -183,8 +179,7 @@ class Subscriber:
 
     def _choose(self, failed: set[str], limit: Deadline) -> Chosen:
         """Choose for all members, and tell them."""
-        have = -1 if self._served is None else self._served
-        able = self._directory.newer(have, lambda holder: self._faults(holder, limit), limit)
+        able = self._directory.newer(self._have, lambda holder: self._faults(holder, limit), limit)
         able = [each for each in able if each.name not in failed] or able
         newest = max(each.version for each in able)
         holder = self._prefer([each for each in able if each.version == newest])
@@ -232,8 +227,8 @@ class Subscriber:
         member = self._member
         assert member is not None, "attached"
         if self._rank == 0:
-            have = -1 if self._served is None else self._served
-            member.loop.wire.tell(member.roles.source_leader, have + 1, Notice("want", numbers=(have,)))
+            want = Notice("want", numbers=(self._have,))
+            member.loop.wire.tell(member.roles.source_leader, self._have + 1, want)
         return what(member)
 
     def _received(self, member: FleetMember) -> Report:
