@@ -35,6 +35,7 @@ from support.matrix_models import NEW_TOKENS, Architecture, clear_answers, make_
 import weft
 
 TRANSPORTS = ("gloo", "nixl")
+"""With every source and every target; `mapped` once, with both of them live."""
 PROMPTS = 6
 MOST_TIES = 1
 """Of `PROMPTS` completions."""
@@ -62,7 +63,7 @@ ENGINE_ROWS = [
     Row("tp2 dp2", "vllm tp1", "nixl", QWEN3_TIED),
     Row("tp2 pp2", "vllm tp2", "gloo", QWEN2),
     Row("tp4", "vllm tp2", "nixl", QWEN2, float32_norms=True),
-    Row("tp2 dp2", "vllm tp2", "gloo", QWEN2),
+    Row("tp2 dp2", "vllm tp2", "mapped", QWEN2),
     Row("tp1 ep4", "vllm tp2", "gloo", QWEN2),
     Row("tp2 ep2", "vllm tp2", "nixl", QWEN2),
     Row("fsdp", "vllm tp2", "gloo", QWEN2),
@@ -170,8 +171,11 @@ def test_every_pair_of_source_target_transport_and_kind_of_model_occurs() -> Non
         *product(meshes, ("vllm tp1", "vllm tp2", "megatron tp4", "megatron tp1 dp2")),
         *product(experts, ("vllm tp1 of experts", "vllm tp2", "vllm tp2 ep", "megatron tp1 ep2")),
     }
-    assert {(row.target, row.transport) for row in ROWS} == set(product([*ENGINES, *MEGATRONS], TRANSPORTS))
-    assert {(row.source, row.transport) for row in ROWS} == set(product([*meshes, *experts], TRANSPORTS))
+    mapped = [row for row in ROWS if row.transport == "mapped"]
+    assert [(row.source, row.target) for row in mapped] == [("tp2 dp2", "vllm tp2")]
+    others = [row for row in ROWS if row not in mapped]
+    assert {(row.target, row.transport) for row in others} == set(product([*ENGINES, *MEGATRONS], TRANSPORTS))
+    assert {(row.source, row.transport) for row in others} == set(product([*meshes, *experts], TRANSPORTS))
     kinds = {(row.source, row.architecture == EXPERTS) for row in ROWS}
     assert kinds == {*product(experts, (False, True)), *product(meshes, (False,))}
 
