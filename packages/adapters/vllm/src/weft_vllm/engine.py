@@ -19,6 +19,7 @@ import msgspec
 from weft.authentication import Secret
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError
+from weft.fleet import FleetMember
 from weft.installation import Installation
 from weft.policy import Policy
 from weft.protocol.target import Stage
@@ -65,6 +66,10 @@ class WeftInitInfo(compat.WeightTransferInitInfo):
     """
     relay: bool = False
     """Where versions are published: whether this engine passes on what it has."""
+    fleet: bool = False
+    """Whether the sources are a `weft.Fleet`, which engines join and leave while it runs on. After a refit that raised,
+    `init_weight_transfer_engine` is called again.
+    """
     scratch_slots: int = 2
     """Groups of packed weights that may be in flight at once; each costs the largest group's memory."""
 
@@ -121,7 +126,11 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             self._refit = Subscriber(rank=place.rank, relay=init_info.relay, **common)
             self._refit.open()
             return
-        refit = self._refit = Refit(expect=Expect(init_info.sources, init_info.replicas), **common)
+        if init_info.fleet:
+            refit: Refit = FleetMember(sources=init_info.sources, **common)
+        else:
+            refit = Refit(expect=Expect(init_info.sources, init_info.replicas), **common)
+        self._refit = refit
         refit.open()
         if policy.shadow:
             self._watcher = Watcher(refit, self.device)
@@ -243,6 +252,10 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
 def _contradictions(init_info: WeftInitInfo, policy: Policy) -> list[str]:
     if policy.drive != "published":
         faults = ["sources is missing: how many the job has"] if init_info.sources < 1 else []
+        if init_info.fleet and init_info.replicas != 1:
+            faults.append("a fleet has no fixed number of replicas: leave replicas out")
         return [*faults, 'relay is for drive "published"'] if init_info.relay else faults
     faults = ['sources and replicas are for drive "lock_step"'] if init_info.sources or init_info.replicas != 1 else []
+    if init_info.fleet:
+        faults.append('fleet is for drive "lock_step"')
     return [*faults, 'drive "published" lands in_place: nobody would fetch beside'] if policy.shadow else faults
