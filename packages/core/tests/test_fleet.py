@@ -365,7 +365,9 @@ def test_sources_of_a_new_life_may_come_one_after_the_other(store_url: str) -> N
 def test_announcements_that_nobody_can_read_hinder_nobody(store_url: str) -> None:
     records = JobStore(open_store(store_url, Deadline.after(60)), "strangers")
     stranger = JobStore(records.store, "strangers", Secret("a secret that is not the job's"))
-    announcements = [Announcement(stranger, "stranger", "stranger/0", 1), Announcement(records, "one", "one/0", 1)]
+    announcements = [
+        Announcement(stranger, "stranger", "stranger/0", 1, 60), Announcement(records, "one", "one/0", 1, 60),
+    ]  # fmt: skip
     assert RollBook(records, 0, 1).waiting().keys() == {"one"}
     for announcement in announcements:
         announcement.end()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+import weft.publication.holders
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError
+from weft.job_store import JobStore
 from weft.local import LocalHub
 from weft.policy import Policy
 from weft.publication import Publisher, Subscriber
+from weft.publication.holders import Directory
 from weft.report import Report
+from weft.stores import open_store
 from weft.testing.members import MemoryControl, MemorySource, MemoryTarget
 from weft.testing.tiny import Tiny, mismatches
 
@@ -342,6 +347,32 @@ def test_a_copy_that_is_overwritten_is_never_served(stage: Stage, stack: ExitSta
     third.join(60)
     publish(sources, publishers, 4)
     assert receive(replica).version == 4
+
+
+def test_a_holder_that_copies_for_long_is_still_known_and_one_that_is_stuck_is_not(
+    stage: Stage, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weft.publication.holders, "LEASE_SECONDS", 0.5)
+    sources, publishers = stage.publishers(stack, 1)
+    publish(sources, publishers, 1)
+    Deadline.after(60).wait(lambda: publishers[0].version == 1, "version 1", list)
+    records = JobStore(stack.enter_context(closing(open_store(stage.url, Deadline.after(60)))), stage.job)
+    copies, started, go_on = publishers[0]._copies, threading.Event(), threading.Event()
+
+    def slow() -> None:
+        started.set()
+        assert go_on.wait(60)
+        type(copies).turn(copies)
+
+    monkeypatch.setattr(copies, "turn", slow)
+    publish(sources, publishers, 2)
+    assert started.wait(60)
+    time.sleep(2)  # four times what the store waits for
+    Deadline.after(60).wait(lambda: [h.version for h in Directory(records).holders()] == [1], "a sign of life", list)
+    publishers[0]._heart._until = 0.0  # as if it had been at it for longer than `begin` and `move`
+    Deadline.after(60).wait(lambda: not Directory(records).holders(), "the end of the lease", list)
+    go_on.set()
+    assert receive(stage.subscribers(stack, "replica")).version == 2
 
 
 def test_members_of_a_replica_that_came_back_follow_choices_of_their_own_life(stage: Stage, stack: ExitStack) -> None:

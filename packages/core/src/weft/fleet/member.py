@@ -71,7 +71,7 @@ class FleetMember(Refit):
     def _try(self, records: JobStore, deadline: Deadline) -> None:
         while True:
             # Anew every time: sources that have tried to join the cell once wait for another announcement.
-            announcement = Announcement(records, self._replica, self.name, self._size)
+            announcement = Announcement(records, self._replica, self.name, self._size, self._patience)
             try:
                 return super().open()
             except (RendezvousError, TransportError, DeadlineError) as error:

@@ -13,19 +13,18 @@ Keys, below `weft/<job>/fleet/`:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from urllib.parse import quote
 
 import msgspec
 
+from weft.contracts import StoreLease
 from weft.deadline import Deadline
-from weft.errors import RecordError, StoreError
+from weft.errors import RecordError
+from weft.heartbeat import Heartbeat
 from weft.job_store import JobStore
 
 _LOG = logging.getLogger(__name__)
@@ -198,37 +197,24 @@ class RollBook:
 
 
 class Announcement:
-    """That a member of a replica waits to be admitted: a lease, renewed in a thread of its own until it ends."""
+    """That a member of a replica waits to be admitted: a lease, kept alive until it ends."""
 
-    def __init__(self, records: JobStore, replica: str, member: str, size: int) -> None:
+    def __init__(self, records: JobStore, replica: str, member: str, size: int, seconds: float) -> None:
+        """The member waits for at most so many seconds."""
         root = f"{records.root}/fleet"
         number = records.store.add(f"{root}/announcing", 1)
         key = f"{root}/announced/{quote(replica, safe='')}/{quote(member, safe='')}"
-        made = Announced(replica, member, size, number)
-        self._take = partial(records.lease, "announced", key, made, _LEASE_SECONDS)
-        self._count = partial(records.store.add, f"{root}/announcements", 1)
-        self._lease = self._take()
-        self._count()  # after the record: whoever sees it finds that
-        records.store.set(bell(records), os.urandom(_NONCE_BYTES))
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=f"announcement of {member}", daemon=True)
-        self._thread.start()
 
-    def _renew(self) -> None:
-        while not self._ended.wait(_LEASE_SECONDS / 4):
-            try:
-                self._lease.renew()
-            except StoreError as error:
-                _LOG.warning(
-                    "nobody knew any more that this member waits to be admitted, so it says so again: %s", error
-                )
-                with contextlib.suppress(StoreError):  # the next round tries again
-                    self._lease = self._take()
-                    self._count()
+        def take() -> StoreLease:
+            lease = records.lease("announced", key, Announced(replica, member, size, number), _LEASE_SECONDS)
+            records.store.add(f"{root}/announcements", 1)  # after the record: whoever sees it finds that
+            return lease
+
+        self._heart = Heartbeat(f"the announcement of {member}")
+        self._heart.touch(seconds)
+        self._heart.hold(take)
+        records.store.set(bell(records), os.urandom(_NONCE_BYTES))
 
     def end(self) -> None:
         """The member waits no longer. Idempotent."""
-        self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(StoreError):  # it runs out by itself
-            self._lease.release()
+        self._heart.end()

@@ -6,12 +6,12 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 
 from weft.authentication import Secret
-from weft.contracts import ReplicaControl, StoreLease
+from weft.contracts import ReplicaControl
 from weft.deadline import Deadline
-from weft.errors import ConfigError, RecordError, StoreError, WeftError
+from weft.errors import ConfigError, RecordError, WeftError
+from weft.heartbeat import Heartbeat
 from weft.job_store import JobStore
 from weft.opened import Opened
 from weft.orchestration.records import (
@@ -56,8 +56,7 @@ class Orchestrator(Opened):
         self._states: dict[str, ReplicaState] = {}
         self._life = os.urandom(_NONCE_BYTES)
         self._records: JobStore | None = None
-        self._lease: StoreLease | None = None
-        self._lock = threading.Lock()
+        self._heart: Heartbeat | None = None
         self._ended = threading.Event()
         self._errors: list[Exception] = []
         self._threads: list[threading.Thread] = []
@@ -71,8 +70,8 @@ class Orchestrator(Opened):
         """Say that this orchestrator is there, and begin to hear requests. Raises `StoreError` and `RecordError`."""
         self._records = JobStore(open_store(self._url, Deadline.after(self._open_seconds)), self._job, self._secret)
         try:
-            self._take_over(self._records)
-            self._start("heartbeat", self._renew, self._records)
+            self._heart = Heartbeat(f"orchestrator {self.name}", may=self._may, failed=self._end)
+            self._take_over()
             for replica in self._controls:
                 self._hear(self._records, replica)
         except BaseException:
@@ -86,7 +85,7 @@ class Orchestrator(Opened):
         known = replica in self._controls
         self._controls[replica] = control
         if not known:
-            self._take_over(self._records)
+            self._take_over()
             self._hear(self._records, replica)
 
     def serve(self) -> None:
@@ -100,9 +99,8 @@ class Orchestrator(Opened):
         self._ended.set()
         records, self._records = self._records, None
         if records is not None:
-            with self._lock, suppress(StoreError):  # it runs out by itself
-                if self._lease is not None:
-                    self._lease.release()
+            if self._heart is not None:
+                self._heart.end()
             records.store.close()
         deadline = Deadline.after(_END_SECONDS)
         for thread in self._threads:
@@ -118,39 +116,45 @@ class Orchestrator(Opened):
             try:
                 run(*arguments)  # type: ignore[operator]
             except WeftError as error:
-                if not self._ended.is_set():
-                    _LOG.error("the orchestrator ends: %s", error)
-                    self._errors.append(error)
-                    self._ended.set()
+                self._end(error)
 
         self._threads.append(threading.Thread(target=go, name=f"orchestration of {name}", daemon=True))
         self._threads[-1].start()
 
-    def _take_over(self, records: JobStore) -> None:
-        with self._lock:
-            mine = Presence(self.name, self._life, tuple(sorted(self._controls)))
-            self._lease = records.lease("orchestrator", presence_key(records), mine, self._lease_seconds)
+    def _end(self, error: WeftError) -> None:
+        if not self._ended.is_set():
+            _LOG.error("the orchestrator ends: %s", error)
+            self._errors.append(error)
+            self._ended.set()
 
-    def _renew(self, records: JobStore) -> None:
-        while not self._ended.wait(self._lease_seconds / 4):
-            try:
-                with self._lock:
-                    assert self._lease is not None, "it is open"
-                    self._lease.renew()
-            except StoreError as error:
-                found = records.find("orchestrator", presence_key(records), Presence)
-                if found is not None and found.life != self._life:
-                    raise ConfigError(
-                        f"orchestrator {found.name} has taken the place of {self.name} in job {self._job!r}: "
-                        "a job has one orchestrator"
-                    ) from error
-                _LOG.warning("the orchestrator gave no sign of life for a while: %s", error)
-                self._take_over(records)
+    def _take_over(self) -> None:
+        records, heart = self._records, self._heart
+        assert records is not None, "it is open"
+        assert heart is not None, "it is open"
+        mine = Presence(self.name, self._life, tuple(sorted(self._controls)))
+        heart.hold(lambda: records.lease("orchestrator", presence_key(records), mine, self._lease_seconds))
+
+    def _may(self) -> None:
+        """Take a lost lease again: not when another orchestrator has it. Raises `ConfigError`."""
+        if (records := self._records) is None:
+            return
+        found = records.find("orchestrator", presence_key(records), Presence)
+        if found is not None and found.life != self._life:
+            raise ConfigError(
+                f"orchestrator {found.name} has taken the place of {self.name} in job {self._job!r}: "
+                "a job has one orchestrator"
+            )
+
+    def _touch(self, seconds: float) -> None:
+        """This orchestrator is there as long as any replica's requests are heard, or answered in time."""
+        if self._heart is not None:
+            self._heart.touch(seconds + 2 * _LOOK_SECONDS)
 
     def _attend(self, records: JobStore, replica: str) -> None:
         """Do what the members of one replica ask, one request after the other."""
         keys, known = Keys.of(records, replica), None
         while not self._ended.is_set():
+            self._touch(0)
             data = records.store.watch(keys.request, known, Deadline.after(_LOOK_SECONDS))
             if data == known or data is None or self._ended.is_set():
                 continue
@@ -161,6 +165,7 @@ class Orchestrator(Opened):
                 _LOG.warning("somebody asks for something who may not: %s", error)
                 continue
             if request.number > self._states[replica].answered:
+                self._touch(request.seconds)
                 self._states[replica] = state = self._answer(replica, request)
                 records.put("state", keys.state, state)
                 _LOG.info("replica %s: %s: %s", replica, request.what.value, state)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,18 +17,19 @@ import torch
 
 from weft.authentication import Secret
 from weft.connection import host_identity
-from weft.contracts import Source, Store, StoreLease
+from weft.contracts import Source, Store
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, DeadlineError, RecordError, StoreError, WeftError
 from weft.facts import Facts, facts_of
 from weft.fleet.member import cell_of
 from weft.fleet.roll import Roll, RollBook, bell
+from weft.heartbeat import Heartbeat
 from weft.job_store import JobStore
 from weft.opened import Opened
 from weft.policy import Policy
 from weft.publication.cell import Cell
 from weft.publication.copies import Copies
-from weft.publication.holders import LEASE_SECONDS, Directory, Holder, fleet_of
+from weft.publication.holders import Directory, Holder, fleet_of
 from weft.refit import Refit
 from weft.roster import Expect
 from weft.stores import open_store
@@ -97,7 +98,7 @@ class Publisher(Opened):
         self._counted: deque[int] = deque()
         self._roll = Roll(0, {})
         self._digests: dict[int, str] = {}
-        self._lease: StoreLease | None = None
+        self._heart = Heartbeat(f"holder {holder}")
         self._failure: BaseException | None = None
         self._last = -1
 
@@ -208,8 +209,9 @@ class Publisher(Opened):
     def _lead(self) -> None:
         """Take over what is complete, admit who has come, and say what is held."""
         said: Holder | None = None
-        turned, known, renewed = Turn(self._life, -1, self._life), None, 0.0
+        turned, known = Turn(self._life, -1, self._life), None
         while not self._stopping.is_set():
+            self._heart.touch(self._deadlines.begin + self._deadlines.move)
             if self._filling.acquire(blocking=False):  # else it is rung when that is done
                 try:
                     if self._store.add(self._filled(self._copies.coming), 0) == self._members:
@@ -230,16 +232,8 @@ class Publisher(Opened):
                 self._holder, version=version, digest=self._digests.get(version, ""), readers=len(self._roll.replicas)
             )
             if holder != said:
-                self._lease, said, renewed = self._directory.say(holder), holder, time.monotonic()
-            elif self._lease is not None and time.monotonic() - renewed > LEASE_SECONDS / 4:
-                try:
-                    self._lease.renew()
-                    renewed = time.monotonic()
-                except StoreError as error:
-                    _LOG.warning(
-                        "nobody knew any more that %s holds anything, so it says so again: %s", self._name, error
-                    )
-                    said = None
+                self._heart.hold(partial(self._directory.say, holder))
+                said = holder
             known = self._ringing.watch(bell(self._records), known, Deadline.after(_LOOK_SECONDS))
 
     def _follow(self) -> None:
@@ -304,9 +298,7 @@ class Publisher(Opened):
     def _vanish(self) -> None:
         """Nobody is to be served from now on: those who read now ask another holder."""
         self._stopping.set()
-        if self._lease is not None:
-            with suppress(StoreError):  # it runs out by itself
-                self._lease.release()
+        self._heart.end()
         for cell in list(self._cells.values()):
             cell.stop()
 

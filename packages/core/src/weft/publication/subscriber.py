@@ -38,6 +38,8 @@ from weft.wire import Notice
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _LIFE_BYTES = 8
+_LOOK_SECONDS = 1.0
+"""Between questions whether to go on, while there is nothing to fetch."""
 _PASS_ON_SECONDS = 5.0
 """An engine waits so long for slow readers of what it has passed on before; they keep that one."""
 _LOST = (PeerLostError, RendezvousError, TransportError, DeadlineError)
@@ -140,17 +142,51 @@ class Subscriber(Opened):
         self._installation = self._from_somebody(FleetMember.begin, deadline, _LOST)
         return self._installation
 
+    def offered(self, deadline: Deadline) -> bool:
+        """Whether there is a version for this member to `fetch`, at the latest when the deadline has passed."""
+        try:
+            if self._rank == 0:
+                return bool(self._directory.newer(self._have, lambda holder: self._faults(holder, deadline), deadline))
+            return self._directory.await_choice(self._replica, self._meant, deadline).number > self._number
+        except DeadlineError:
+            return False
+
+    def fetch(self, go_on: Callable[[], None] = lambda: None, deadline: Deadline | None = None) -> Installation:
+        """The first part of `receive` where versions land in shadow memory: as `begin`, and then every byte of the
+        version beside what is served, verified and voted for. The replica serves on until `Installation.update`.
+
+        When a holder is lost, another is asked as `receive` does. `go_on` is called again and again meanwhile, but not
+        while it joins a holder or waits for it to begin; what it raises gives the version up. Raises as `receive` does.
+        """
+        limit = deadline or Deadline.after(self._deadlines.offer)
+
+        def fetched(member: FleetMember) -> Installation:
+            installation = member.begin()
+            installation.fetch(go_on)
+            return installation
+
+        def look() -> None:
+            go_on()
+            while not self.offered(limit.earlier(_LOOK_SECONDS)) and not limit.expired():
+                go_on()
+
+        self._installation = self._from_somebody(fetched, limit, (*_LOST, RefitAbortedError), look)
+        return self._installation
+
     def installed(self, report: Report) -> None:
-        """This replica has a version whole: it is passed on, with `relay`. Collective; after `begin` alone."""
+        """This replica has a version whole: it is passed on, with `relay`. Collective; after `begin` or `fetch`."""
         self._version = self._served = report.version
         self._installation, self._sure = None, True
         if self._publisher is not None and report.version > self._publisher.coming:
             self._pass_on(self._publisher, report.version)
 
     def _from_somebody(
-        self, what: Callable[[FleetMember], T], deadline: Deadline | None, lost: tuple[type[WeftError], ...]
-    ) -> T:
-        """Do it with one holder after the other until it succeeds; `lost` are errors after which another may do."""
+        self, what: Callable[[FleetMember], T], deadline: Deadline | None, lost: tuple[type[WeftError], ...],
+        again: Callable[[], None] = lambda: None,
+    ) -> T:  # fmt: skip
+        """Do it with one holder after the other until it succeeds; `lost` are errors after which another may do, and
+        `again` is called before it.
+        """
         limit = deadline or Deadline.after(self._deadlines.offer)
         failed = self._gave_up()
         while True:
@@ -162,6 +198,7 @@ class Subscriber(Opened):
                 self._detach()
                 if limit.expired() or not isinstance(error, lost):
                     raise
+                again()
                 failed.add(chosen.holder.name)
                 _LOG.warning("%s reads from another holder than %s: %s", self._name, chosen.holder.name, error)
 
@@ -210,15 +247,15 @@ class Subscriber(Opened):
         return self._judged[holder.layouts, wanted]
 
     def _hear(self, limit: Deadline) -> Chosen:
-        """What rank 0 chooses for this life of this member, and for who has what it has."""
-
-        def meant(chosen: Chosen) -> bool:
-            current = chosen.lives[self._rank : self._rank + 1] == (self._life,)
-            return chosen.number > self._number and current and (not self._sure or chosen.installed == self._version)
-
-        chosen = self._directory.await_choice(self._replica, meant, limit)
+        """What rank 0 chooses."""
+        chosen = self._directory.await_choice(self._replica, self._meant, limit)
         self._number = chosen.number
         return chosen
+
+    def _meant(self, chosen: Chosen) -> bool:
+        """Whether it is for this life of this member, and for who has what it has."""
+        current = chosen.lives[self._rank : self._rank + 1] == (self._life,)
+        return chosen.number > self._number and current and (not self._sure or chosen.installed == self._version)
 
     def _do(self, what: Callable[[FleetMember], T], chosen: Chosen) -> T:
         if chosen.anew or self._member is None:
