@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.box import row_major
-from weft.digest import BLOCK, TABLE, Digest, Runs, _block_keys, digest_array, tensor_seed
+from weft.digest import BLOCK, TABLE, Digest, Runs, Sums, _block_keys, block_offset, digest_array, tensor_seed
 
 Words = npt.NDArray[np.uint64]
 MASK = (1 << 64) - 1
@@ -25,8 +25,8 @@ def naive(name: str, values: npt.NDArray[np.unsignedinteger], positions: list[in
     for value, position in zip(values.tolist(), positions, strict=True):
         word, byte = divmod(position * width, 8)
         for lane in (0, 1):
-            block = np.array([word // BLOCK], dtype=np.uint64)
-            key = int(TABLE[lane][word % BLOCK]) * int(_block_keys(tensor_seed(name), lane, block)[0])
+            block, offset = np.array([[word // BLOCK], [block_offset(tensor_seed(name), lane)]], dtype=np.uint64)
+            key = int(TABLE[lane][word % BLOCK]) * int(_block_keys(offset, block)[0])
             bits = value << 8 * byte
             lanes[lane] = (lanes[lane] + key * (bits >> 32 if lane else bits)) & MASK
     return Digest((lanes[0], lanes[1]))
@@ -99,6 +99,25 @@ def test_long_runs_take_the_same_value_as_short_ones() -> None:
             nest = Runs.of_nest(tensor_seed("t"), 2, half * width * 2, half * width, sizes, strides, strides)
             parts += nest.digest(values.reshape(-1).view(np.uint8))
         assert parts == whole
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.randoms(use_true_random=False), ITEMSIZES)
+def test_many_runs_give_the_sum_of_their_digests_as_often_as_they_are_asked(random: Random, itemsize: int) -> None:
+    held = []
+    for n in range(random.randint(0, 4)):
+        offset, start, rows, length = (
+            random.randint(low, high) for low, high in ((0, 9), (0, 3000), (1, 9), (1, 6000))
+        )
+        strides = [length + random.choice((0, 1, 5, 1024)), 1]
+        gap = [strides[0] + random.choice((0, 1, 512, 1024)), 1]
+        memory = bits(random, (offset + rows * strides[0] * itemsize,), 1)
+        held.append((memory, Runs.of_nest(n, itemsize, offset, start, [rows, length], strides, gap)))
+    compute = Sums(held)
+    for _ in range(2):
+        assert compute() == sum((runs.elements(memory) for memory, runs in held), Digest())
+        for memory, _ in held:
+            memory ^= 0x55
 
 
 @settings(deadline=None, max_examples=50)

@@ -8,16 +8,17 @@ so the second lane sums the upper halves of the words: what is weak in the first
 say) is strong in the second. Not cryptographic.
 
 The key of word w is `table[w mod 1024] · block(tensor, w div 1024)`: runs that lie at the same place of their blocks
-reduce to one dot product with a table that stays in the processor's cache, which is what makes the sum as fast as
-memory. Rows of a matrix fall into few such classes, since their places repeat.
+reduce to one dot product with a table that stays in the processor's cache. Rows of a matrix fall into few such
+classes, since their places repeat.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,9 @@ Bytes = npt.NDArray[np.uint8]
 LANES = 2
 BLOCK = 1024
 """Words per block of keys."""
-_CHUNK = 64
-"""Blocks handled at once: half a megabyte, few calls, and still near the core for the second lane."""
+BLOCK_BYTES = 8 * BLOCK
+_CHUNK = 128
+"""Blocks handled at once: a megabyte, few calls, and still near the core for the second lane."""
 _MASK = (1 << 64) - 1
 
 
@@ -77,9 +79,13 @@ def block_offset(seed: int, lane: int) -> int:
     return (seed + (lane + 1) * 0x9E3779B97F4A7C15) & _MASK
 
 
-def _block_keys(seed: int, lane: int, blocks: UInt64s) -> UInt64s:
-    offset = np.uint64(block_offset(seed, lane))
-    return _mix(_mix(blocks + offset) + offset) | np.uint64(1)
+def _block_keys(offsets: UInt64s, blocks: UInt64s) -> UInt64s:
+    """The keys of blocks, of tensors and lanes that `offsets` (see `block_offset`) stand for."""
+    return _mix(_mix(blocks + offsets) + offsets) | np.uint64(1)
+
+
+def _offsets(seed: int) -> UInt64s:
+    return np.array([block_offset(seed, lane) for lane in range(LANES)], dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,89 +143,137 @@ class Runs:
 
     def digest(self, memory: Bytes) -> Digest:
         """The digest of these elements in `memory`, a dense array of bytes."""
-        nbytes, distance = self.length * self.itemsize, self.row_distance * self.itemsize
-        in_words = self.stride == 1 and not (nbytes % 8 or distance % 8 or (self.starts * self.itemsize % 8).any())
-        total = Digest()
-        for offset, start in zip(self.offsets.tolist(), self.starts.tolist(), strict=True):
-            if self.stride == 1 and self.rows == 1:
-                total += _dense(memory[offset : offset + nbytes], start * self.itemsize, self.seed)
-            elif in_words:
-                words = np.ndarray((self.rows, nbytes // 8), "<u8", memory.data, offset, (self.row_bytes, 8))
-                total += _matrix(words, start * self.itemsize // 8, distance // 8, self.seed)
-            else:
-                total += self._elements(memory, offset, start)
-        return total
+        return Sums([(memory, self)])()
 
-    def _elements(self, memory: Bytes, offset: int, start: int) -> Digest:
-        """A matrix whose rows do not consist of whole words, element by element."""
+    def elements(self, memory: Bytes) -> Digest:
+        """The same, element by element: slow, and needs no whole words."""
         total = Digest()
         within = np.arange(self.length, dtype=np.int64) * self.stride
         most = max(1, _CHUNK * BLOCK // self.length)
-        for first in range(0, self.rows, most):
-            index = np.arange(first, min(first + most, self.rows), dtype=np.int64)[:, None]
-            data = memory[offset + index * self.row_bytes + np.arange(self.length * self.itemsize, dtype=np.int64)]
-            values = data.view(f"<u{self.itemsize}").astype(np.uint64)
-            at = (start + index * self.row_distance + within) * self.itemsize
-            values <<= ((at % 8) * 8).astype(np.uint64)
-            blocks, places = np.divmod(at // 8, BLOCK)
-            lanes = [
-                int((part * (TABLE[lane][places] * _block_keys(self.seed, lane, blocks.astype(np.uint64)))).sum())
-                for lane, part in enumerate((values, values >> np.uint64(32)))
-            ]
-            total += Digest((lanes[0], lanes[1]))
+        offsets = _offsets(self.seed)
+        for offset, start in zip(self.offsets.tolist(), self.starts.tolist(), strict=True):
+            for first in range(0, self.rows, most):
+                index = np.arange(first, min(first + most, self.rows), dtype=np.int64)[:, None]
+                data = memory[offset + index * self.row_bytes + np.arange(self.length * self.itemsize, dtype=np.int64)]
+                values = data.view(f"<u{self.itemsize}").astype(np.uint64)
+                at = (start + index * self.row_distance + within) * self.itemsize
+                values <<= ((at % 8) * 8).astype(np.uint64)
+                blocks, places = np.divmod(at // 8, BLOCK)
+                lanes = [
+                    int((part * (TABLE[lane][places] * _block_keys(offsets[lane], blocks.astype(np.uint64)))).sum())
+                    for lane, part in enumerate((values, values >> np.uint64(32)))
+                ]
+                total += Digest((lanes[0], lanes[1]))
         return total
 
 
-def _matrix(words: UInt64s, first: int, distance: int, seed: int) -> Digest:
-    """Rows of words, each beginning `distance` words after the one before; the first at word `first` of its tensor."""
-    rows, length = words.shape
-    period = BLOCK // math.gcd(distance, BLOCK)
-    total = Digest()
-    for row in range(min(period, rows)):
-        alike = words[row::period]
-        block, place = divmod(first + row * distance, BLOCK)
-        step, at = period * distance // BLOCK, 0
-        while at < length:
-            count = min(BLOCK - place, length - at)
-            total += _sums(alike[:, at : at + count], place, block, step, seed)
-            at, place, block = at + count, 0, block + 1
-    return total
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Rows of whole words, all at `place` of their blocks: the first row's is `block`, and each next one `step`
+    further.
+    """
+
+    words: UInt64s
+    place: int
+    block: int
+    step: int
+    seed: int
 
 
-def _dense(data: Bytes, position: int, seed: int) -> Digest:
-    """A run whose first byte is byte `position` of the flattened tensor."""
-    lead = position % 8
-    if lead or len(data) % 8:
-        padded = np.zeros(-(-(lead + len(data)) // 8) * 8, dtype=np.uint8)
-        padded[lead : lead + len(data)] = data
-        data = padded
-    words = data.view("<u8")
-    first, total, at = position // 8, Digest(), 0
-    while at < len(words):
-        block, place = divmod(first + at, BLOCK)
-        left = len(words) - at
-        count = left - left % BLOCK if place == 0 and left >= BLOCK else min(BLOCK - place, left)
-        total += _sums(words[at : at + count].reshape(-1, min(count, BLOCK)), place, block, 1, seed)
-        at += count
-    return total
+def strips(memory: Bytes, runs: Runs) -> Iterator[Strip | Runs]:
+    """What these elements consist of: strips and, where they fill no whole words, runs to be taken one by one."""
+    nbytes, distance = runs.length * runs.itemsize, runs.row_distance * runs.itemsize
+    period = min(runs.rows, BLOCK_BYTES // math.gcd(distance, BLOCK_BYTES))
+    step = period * distance // BLOCK_BYTES
+    for offset, position in zip(runs.offsets.tolist(), (runs.starts * runs.itemsize).tolist(), strict=True):
+        if runs.stride == 1 and 3 * runs.rows <= period * (nbytes // BLOCK_BYTES + 2):  # fewer strips this way
+            for row in range(runs.rows):
+                yield from _row(memory, runs, offset + row * runs.row_bytes, position + row * distance, nbytes)
+        elif runs.stride != 1 or (nbytes | distance | position) % 8:
+            yield _part(runs, offset, position, runs.rows, nbytes)
+        else:
+            for row in range(period):
+                first, shift = position + row * distance, offset + row * runs.row_bytes
+                rows = -(-(runs.rows - row) // period)
+                for begin, end in pairwise(cuts(first, first + nbytes, (BLOCK_BYTES,))):
+                    for low in range(begin, end, BLOCK_BYTES):
+                        count = min(end - low, BLOCK_BYTES)
+                        words = _words(memory, shift + low - first, rows, count, period * runs.row_bytes)
+                        yield Strip(words, low // 8 % BLOCK, low // BLOCK_BYTES, step, runs.seed)
 
 
-def _sums(words: UInt64s, place: int, block: int, step: int, seed: int) -> Digest:
-    """Rows of words, all at `place` of their block; the first row's is `block`, and each next one `step` further."""
-    rows, length = words.shape
-    sums = np.empty((LANES, rows), dtype=np.uint64)
+def _row(memory: Bytes, runs: Runs, offset: int, position: int, nbytes: int) -> Iterator[Strip | Runs]:
+    """What is before its first whole word, the rest of that block, whole blocks, and likewise behind."""
+    for begin, end in pairwise(cuts(position, position + nbytes, (8, BLOCK_BYTES))):
+        at = offset + begin - position
+        if begin % 8 or end % 8:
+            yield _part(runs, at, begin, 1, end - begin)
+        else:
+            rows = max(1, (end - begin) // BLOCK_BYTES)
+            words = _words(memory, at, rows, (end - begin) // rows, BLOCK_BYTES)
+            yield Strip(words, begin // 8 % BLOCK, begin // BLOCK_BYTES, 1, runs.seed)
+
+
+def _part(runs: Runs, offset: int, position: int, rows: int, nbytes: int) -> Runs:
+    at, start = np.array([[offset], [position // runs.itemsize]], dtype=np.int64)
+    return replace(runs, rows=rows, length=nbytes // runs.itemsize, offsets=at, starts=start)
+
+
+def _words(memory: Bytes, offset: int, rows: int, nbytes: int, row_bytes: int) -> UInt64s:
+    return np.ndarray((rows, nbytes // 8), "<u8", memory.data, offset, (row_bytes, 8))
+
+
+def cuts(begin: int, end: int, units: tuple[int, ...]) -> list[int]:
+    """`begin`, `end` and, per unit, its first and last multiple between them."""
+    found = {begin, end}
+    for unit in units:
+        first, last = -(-begin // unit) * unit, end // unit * unit
+        if first <= last:
+            found |= {first, last}
+    return sorted(found)
+
+
+class Sums:
+    """The digest of all these elements together, in numpy, of what their memories hold whenever it is called.
+
+    A strip costs three calls of numpy's beside its bytes; the keys of all blocks are computed together.
+    """
+
+    def __init__(self, held: Sequence[tuple[Bytes, Runs]]) -> None:
+        found = [(memory, each) for memory, runs in held for each in strips(memory, runs)]
+        self._odd = [(memory, each) for memory, each in found if isinstance(each, Runs)]
+        self._strips = [each for _, each in found if isinstance(each, Strip)]
+        self._rows = np.array([len(each.words) for each in self._strips], dtype=np.int64)
+        self._first = np.cumsum(self._rows) - self._rows
+        self._block, self._step = (
+            np.array([getattr(each, field) for each in self._strips], dtype=np.int64) for field in ("block", "step")
+        )
+        self._offsets = np.array([_offsets(each.seed) for each in self._strips], dtype=np.uint64).reshape(-1, LANES)
+
+    def __call__(self) -> Digest:
+        sums = np.empty((LANES, int(self._rows.sum())), dtype=np.uint64)
+        for strip, first in zip(self._strips, self._first.tolist(), strict=True):
+            _sum(strip, sums[:, first : first + len(strip.words)])
+        index = np.arange(sums.shape[1]) - np.repeat(self._first, self._rows)
+        blocks = np.repeat(self._block, self._rows) + index * np.repeat(self._step, self._rows)
+        keys = _block_keys(np.repeat(self._offsets.T, self._rows, axis=1), blocks.astype(np.uint64))
+        lanes = (sums * keys).sum(axis=1).tolist()
+        return sum((runs.elements(memory) for memory, runs in self._odd), Digest((lanes[0], lanes[1])))
+
+
+def _sum(strip: Strip, out: UInt64s) -> None:
+    """Both lanes of every row, before they are multiplied by the keys of their blocks."""
+    rows, length = strip.words.shape
+    keys = TABLE[:, strip.place : strip.place + length]
     most = max(1, _CHUNK * BLOCK // length)
     for first in range(0, rows, most):
-        part = words[first : first + most]
-        halves = part.view("<u4")[:, 1::2]  # little-endian: the upper ones
-        for lane, values in enumerate((part, halves)):
-            np.einsum("ij,j->i", values, TABLE[lane, place : place + length], out=sums[lane, first : first + most])
-    blocks = np.uint64(block) + np.arange(rows, dtype=np.uint64) * np.uint64(step)
-    lanes = [int((sums[lane] * _block_keys(seed, lane, blocks)).sum()) for lane in range(LANES)]
-    return Digest((lanes[0], lanes[1]))
+        part = strip.words[first : first + most]
+        np.einsum("ij,j->i", part, keys[0], out=out[0, first : first + most])
+        np.einsum("ij,j->i", part >> np.uint64(32), keys[1], out=out[1, first : first + most])
 
 
 def digest_array(name: str, values: npt.NDArray[np.generic]) -> Digest:
     """The digest of a whole logical tensor: `values` is dense, in the dtype whose bits are to be summed."""
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return _dense(data, 0, tensor_seed(name)) if math.prod(values.shape) else Digest()
+    nest = Runs.of_nest(tensor_seed(name), values.itemsize, 0, 0, [values.size], [1], [1])
+    return nest.digest(data) if values.size else Digest()

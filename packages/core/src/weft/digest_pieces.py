@@ -13,9 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from weft.digest import BLOCK, Runs
+from weft.digest import BLOCK_BYTES, Runs, cuts
 
-BLOCK_BYTES = 8 * BLOCK
 _LEAST_BYTES = 2048
 """Of a piece, on average, when a matrix is cut into many: each has a row in tables on the device."""
 
@@ -75,7 +74,7 @@ def _strided(runs: Runs, alignment: int, offset: int, position: int, distance: i
 
 def _dense(runs: Runs, alignment: int, offset: int, position: int, nbytes: int) -> Iterator[Piece]:
     """A run: what is before its first whole word, the rest of that block, whole blocks as rows, and likewise behind."""
-    for begin, end in pairwise(_cuts(position, position + nbytes, (8, BLOCK_BYTES))):
+    for begin, end in pairwise(cuts(position, position + nbytes, (8, BLOCK_BYTES))):
         rows = max(1, (end - begin) // BLOCK_BYTES)
         at, width = offset + begin - position, (end - begin) // rows
         yield _matrix(runs, alignment, at, begin, rows, width, BLOCK_BYTES, BLOCK_BYTES)
@@ -93,21 +92,11 @@ def _rows(
     for row in range(period):
         first, at = position + row * distance, offset + row * runs.row_bytes
         rows = -(-(runs.rows - row) // period)
-        for begin, end in pairwise(_cuts(first, first + nbytes, (BLOCK_BYTES,))):
+        for begin, end in pairwise(cuts(first, first + nbytes, (BLOCK_BYTES,))):
             for low in range(begin, end, BLOCK_BYTES):
                 count = min(end - low, BLOCK_BYTES)
                 step = period * runs.row_bytes, period * distance
                 yield _matrix(runs, alignment, at + low - first, low, rows, count, *step)
-
-
-def _cuts(begin: int, end: int, units: tuple[int, ...]) -> list[int]:
-    """`begin`, `end` and, per unit, its first and last multiple between them."""
-    found = {begin, end}
-    for unit in units:
-        first, last = -(-begin // unit) * unit, end // unit * unit
-        if first <= last:
-            found |= {first, last}
-    return sorted(found)
 
 
 def _in_block(position: int, rows: int, nbytes: int, distance: int) -> bool:

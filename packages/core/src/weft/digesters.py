@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from weft.digest import TABLE, Digest, Runs
+from weft.digest import TABLE, Digest, Runs, Sums
 from weft.digest_pieces import Piece, pieces
 from weft.digest_torch import SIGNED, TorchSums, Units
 from weft.errors import NotSupportedError
@@ -59,8 +59,7 @@ class Digesters:
     def _on(self, device: torch.device, held: Sequence[Held]) -> Digester:
         way = self._ways[device]
         if way == NUMPY:
-            arrays = [(byte_view(memory), runs) for memory, runs in held]
-            return lambda: sum((runs.digest(memory) for memory, runs in arrays), Digest())
+            return Sums([(byte_view(memory), runs) for memory, runs in held])
         if device not in self._tables:
             self._tables[device] = key_table(device)
         return on_device(way, [unit for each in held for unit in units(*each)], self._tables[device])
