@@ -273,6 +273,32 @@ def test_a_version_that_is_withdrawn_before_the_pause_leaves_what_is_served_unto
 
 
 @pytest.mark.trap(48)
+def test_a_withdrawal_that_is_there_already_is_heard_before_anything_is_paused(store_url: str) -> None:
+    replica = Replica(store_url, versions=1)
+    fetched, withdrawn = Barrier(3), Barrier(3)
+
+    def train(refit: Refit) -> list[Any]:
+        offer = refit.offer(1)
+        offer.released()
+        fetched.wait(BRISK.move)
+        offer.withdraw("thought better of it")
+        withdrawn.wait(BRISK.move)
+        return []
+
+    def serve(refit: Refit) -> None:
+        installation = refit.begin()
+        installation.fetch()
+        fetched.wait(BRISK.move)
+        withdrawn.wait(BRISK.move)
+        with pytest.raises(RefitAbortedError, match="thought better of it"):
+            installation.update()
+        assert not installation.touched or refit.name != "rollout/0"  # the other one hears of it from this leader
+
+    replica._serve, replica._train = serve, train  # type: ignore[assignment, method-assign]
+    all_succeeded(replica.run())
+
+
+@pytest.mark.trap(48)
 def test_a_fetch_that_is_told_not_to_go_on_gives_the_version_up_everywhere(store_url: str) -> None:
     replica = Replica(store_url, versions=1)
 

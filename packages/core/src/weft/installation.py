@@ -88,6 +88,8 @@ class Installation:
         self._expect(Stage.VOTED if session.shadow else Stage.BEGUN, "update")
         try:
             if session.shadow:
+                self._loop.wire.pump()
+                session.step()  # lest a version that has been given up meanwhile make the replica refuse
                 self._paused_seconds = time.perf_counter()
                 session.pause()
                 self._until(Stage.CLEARED, Deadline.after(deadlines.begin + deadlines.vote), "pause")
