@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections import deque
@@ -82,12 +83,14 @@ class Publisher(Opened):
         self._source, self._rank, self._members = source, rank, members
         self._store_url, self._name, self._job = store, name, job
         self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)
-        self._deadlines = deadlines or Deadlines()
+        policy, self._deadlines = published(policy), deadlines or Deadlines()
+        if policy.shadow:  # what a replica has fetched it installs when that suits it
+            self._deadlines = replace(self._deadlines, commit=math.inf)
         self._fleet = fleet_of(job, holder)
         self._holder = Holder(holder, self._fleet, members, -1, "", host, domain or host, original)
         self._options: dict[str, Any] = {
             "transport": transport, "transport_options": transport_options, "store": store, "name": name,
-            "expect": Expect(members, 1), "policy": published(policy), "host": host, "domain": domain,
+            "expect": Expect(members, 1), "policy": policy, "host": host, "domain": domain,
             "deadlines": replace(self._deadlines, rendezvous=self._deadlines.begin), "secret": self._secret,
         }  # fmt: skip
         self._stack = ExitStack()

@@ -91,6 +91,11 @@ class Subscriber(Opened):
         """Whether the last version went well here: then the next choice is for those who have that one."""
 
     @property
+    def name(self) -> str:
+        """This member's name."""
+        return self._name
+
+    @property
     def version(self) -> int:
         """The version that was installed last; -1 before the first."""
         return self._version
@@ -143,32 +148,34 @@ class Subscriber(Opened):
         return self._installation
 
     def offered(self, deadline: Deadline) -> bool:
-        """Whether there is a version for this member to `fetch`, at the latest when the deadline has passed."""
+        """Whether there is a version for this member to `fetch`, as soon as there is or the deadline has passed."""
         try:
             if self._rank == 0:
-                return bool(self._directory.newer(self._have, lambda holder: self._faults(holder, deadline), deadline))
-            return self._directory.await_choice(self._replica, self._meant, deadline).number > self._number
+                self._directory.newer(self._have, lambda holder: self._faults(holder, deadline), deadline)
+            else:
+                self._directory.await_choice(self._replica, self._meant, deadline)
         except DeadlineError:
             return False
+        return True
 
-    def fetch(self, go_on: Callable[[], None] = lambda: None, deadline: Deadline | None = None) -> Installation:
+    def fetch(self, go_on: Callable[[int], None], deadline: Deadline | None = None) -> Installation:
         """The first part of `receive` where versions land in shadow memory: as `begin`, and then every byte of the
         version beside what is served, verified and voted for. The replica serves on until `Installation.update`.
 
-        When a holder is lost, another is asked as `receive` does. `go_on` is called again and again meanwhile, but not
-        while it joins a holder or waits for it to begin; what it raises gives the version up. Raises as `receive` does.
+        When a holder is lost, another is asked, as in `receive`. `go_on` is called again and again while bytes come,
+        with their version, and while nobody has any, with -1; what it raises ends this. Raises as `receive` does.
         """
         limit = deadline or Deadline.after(self._deadlines.offer)
 
         def fetched(member: FleetMember) -> Installation:
             installation = member.begin()
-            installation.fetch(go_on)
+            installation.fetch(lambda: go_on(installation.version))
             return installation
 
         def look() -> None:
-            go_on()
+            go_on(-1)
             while not self.offered(limit.earlier(_LOOK_SECONDS)) and not limit.expired():
-                go_on()
+                go_on(-1)
 
         self._installation = self._from_somebody(fetched, limit, (*_LOST, RefitAbortedError), look)
         return self._installation
