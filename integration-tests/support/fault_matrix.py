@@ -14,10 +14,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
+from support.engine_company import ENGINE, WORKER, EngineCompany
 from support.fleet import PRELOADED, SOURCES, STRUCK, Company
 
 from weft.protocol.events import Step
@@ -37,6 +38,8 @@ WITNESS = "witness/0"
 LIMITS = 3.0
 """Seconds of every deadline but the rendezvous."""
 DELAY_SECONDS = 0.5
+ENGINE_LIMITS = 6.0
+"""The same where an engine shares the machine with them."""
 RECOVERY_SECONDS = 300.0
 """Longer than the rendezvous: a member that could not connect may wait for the end of it before it comes again."""
 MISSING = "--missing"
@@ -59,6 +62,10 @@ class Role(StrEnum):
     REPLICA_LEADER = "replica's leader"
     MEMBER = "member"
     STORE = "store"
+    WORKER = "engine's worker"
+    """Of vLLM: it has the weights, and is the only member of its replica."""
+    ENGINE = "engine"
+    """All processes of a vLLM engine."""
 
 
 class Fault(StrEnum):
@@ -76,15 +83,44 @@ class Fault(StrEnum):
     """SIGSTOP for a time that is shorter than every deadline."""
 
 
-PROCESSES = {
-    Role.SOURCE_LEADER: SOURCES[0], Role.SOURCE: SOURCES[1], Role.REPLICA_LEADER: MEMBERS[0], Role.MEMBER: MEMBERS[1],
-    Role.STORE: "store",
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who is in a fleet whose struck replica is of one kind."""
+
+    company: type[Company]
+    members: tuple[str, ...]
+    """Processes of the replica that say what they serve."""
+    processes: Mapping[Role, str]
+    stops: Mapping[Step, str]
+    """Who stops at a step, before it says that it is done, so that the fault comes then."""
+    limits: float = LIMITS
+    at_once: int = len(TRANSPORTS) * len(LANDINGS)
+    """Fleets that run at the same time."""
+    dying: Mapping[str, str] = field(default_factory=dict)
+    """Processes that take one of `members` along when they are killed."""
+
+    def lost(self, name: str) -> str:
+        """Who has to be started again when this process is killed."""
+        return self.dying.get(name, name)
+
+
+MEMORY, VLLM = "memory", "vllm"
+"""Kinds of the replica that is struck: of two cheap members, and an engine of one worker."""
+CASTS = {
+    MEMORY: Cast(
+        Company, MEMBERS,
+        {Role.SOURCE_LEADER: SOURCES[0], Role.SOURCE: SOURCES[1], Role.REPLICA_LEADER: MEMBERS[0],
+         Role.MEMBER: MEMBERS[1], Role.STORE: "store"},
+        {Step.OFFER: SOURCES[1], Step.BEGIN: MEMBERS[1], Step.MOVE: SOURCES[1], Step.VERIFY: MEMBERS[1],
+         Step.VOTE: MEMBERS[0], Step.PREPARE_COMMIT: MEMBERS[1], Step.COMMIT: MEMBERS[1], Step.RESUME: MEMBERS[0]},
+    ),
+    VLLM: Cast(
+        EngineCompany, (ENGINE,),
+        {Role.SOURCE: SOURCES[1], Role.WORKER: WORKER, Role.ENGINE: ENGINE, Role.STORE: "store"},
+        {**dict.fromkeys(Step, WORKER), Step.OFFER: SOURCES[1], Step.MOVE: SOURCES[1]},
+        ENGINE_LIMITS, 1, {WORKER: ENGINE},
+    ),
 }  # fmt: skip
-STOPS = {
-    Step.OFFER: SOURCES[1], Step.BEGIN: MEMBERS[1], Step.MOVE: SOURCES[1], Step.VERIFY: MEMBERS[1],
-    Step.VOTE: MEMBERS[0], Step.PREPARE_COMMIT: MEMBERS[1], Step.COMMIT: MEMBERS[1], Step.RESUME: MEMBERS[0],
-}  # fmt: skip
-"""Who stops at a step, before it says that it is done, so that the fault comes then."""
 
 VERBS = {
     Fault.KILL: "kill", Fault.FREEZE: "freeze", Fault.CUT: "cut", Fault.CORRUPT: "corrupt", Fault.DELAY: "freeze",
@@ -102,6 +138,7 @@ class Case:
     fault: Fault
     transport: str
     landing: str
+    engine: str = MEMORY
 
     @property
     def key(self) -> str:
@@ -117,8 +154,23 @@ class Case:
 
 
 def product() -> list[Case]:
-    """Every case."""
-    return [Case(*each) for each in itertools.product(Step, Role, Fault, TRANSPORTS, LANDINGS)]
+    """Every case of cheap targets."""
+    roles = CASTS[MEMORY].processes
+    return [Case(*each) for each in itertools.product(Step, roles, Fault, TRANSPORTS, LANDINGS)]
+
+
+STRIKES = (
+    (Role.SOURCE, Fault.KILL), (Role.SOURCE, Fault.FREEZE), (Role.WORKER, Fault.CUT), (Role.ENGINE, Fault.FREEZE),
+    (Role.WORKER, Fault.KILL), (Role.WORKER, Fault.CORRUPT), (Role.STORE, Fault.KILL),
+)  # fmt: skip
+"""What a vLLM engine goes through over gloo; over NIXL the first four of them, in place."""
+
+
+def engine_product() -> list[Case]:
+    """Every case of an engine."""
+    over = [(Step, STRIKES, [("gloo", "in_place"), ("gloo", "shadow")]), (Step, STRIKES[:4], [("nixl", "in_place")])]
+    cases = (each for factors in over for each in itertools.product(*factors))
+    return [Case(step, *strike, *kind, VLLM) for step, strike, kind in cases]
 
 
 def pairwise() -> list[Case]:
@@ -195,18 +247,21 @@ def keep_store(pipe: Connection) -> None:
 
 
 class Arena:
-    """A fleet of two sources and two replicas, one of them of two members, in which case after case is run."""
+    """A fleet of two sources and two replicas, one of which is struck, in which case after case is run."""
 
-    def __init__(self, transport: str, landing: str) -> None:
+    def __init__(self, transport: str, landing: str, engine: str) -> None:
+        self._cast = CASTS[engine]
         self._restarted: set[str] = set()
         self._gave_up = ""
         with ExitStack() as stack:
             self._store = Store()
             stack.callback(self._store.close)
-            company = Company(self._store.url, "faults", transport, landing, limits=LIMITS, options=OPTIONS[transport])
+            company = self._cast.company(
+                self._store.url, "faults", transport, landing, limits=self._cast.limits, options=OPTIONS[transport]
+            )
             self._company = stack.enter_context(company)
             self._company.start(*SOURCES, WITNESS)
-            self._company.start(*MEMBERS, size=2)
+            self._company.start(*self._cast.members, size=len(self._cast.members))
             for name in SOURCES:
                 self._company.until(name, "open")
             self._catch_up()
@@ -221,7 +276,7 @@ class Arena:
 
         Raises `AssertionError` that says what was not as promised.
         """
-        company, name, stop = self._company, PROCESSES[case.role], STOPS[case.step]
+        company, name, stop = self._company, self._cast.processes[case.role], self._cast.stops[case.step]
         for said in company.said.values():
             said.clear()
         self._restarted, old = set(), company.version
@@ -277,8 +332,9 @@ class Arena:
             self._restarted.add("store")
             self._store.start()
         else:
-            self._restarted.add(name)
-            self._company.start(name, size=len(MEMBERS))
+            lost = self._cast.lost(name)
+            self._restarted.add(lost)
+            self._company.start(lost, size=len(self._cast.members))
 
     def _catch_up(self) -> None:
         """Offer versions until everybody serves one."""
@@ -293,41 +349,42 @@ class Arena:
             outcomes = [self._end(source, version) for source in SOURCES]
             ended = all(o.get(replica, "absent") is None for o in outcomes for replica in (STRUCK, "witness"))
             said = self._said()  # lest those who go on speak to nobody
-        for name in (*MEMBERS, WITNESS):
+        for name in (*self._cast.members, WITNESS):
             if ("serves", version) not in [each[:2] for each in said[name]]:
                 self._company.until(name, "serves", version)
 
     def _said(self) -> dict[str, list[tuple[Any, ...]]]:
         """What everybody has said so far in this row."""
-        for name in (*MEMBERS, WITNESS):
+        for name in (*self._cast.members, WITNESS):
             self._company.hear(name)
         return self._company.said
 
     def _judged(self, case: Case, old: int, version: int, struck_at: float) -> dict[str, Any]:
-        name, said = PROCESSES[case.role], self._company.said
-        for target in (*MEMBERS, WITNESS):
+        name, members, said = self._cast.processes[case.role], self._cast.members, self._company.said
+        for target in (*members, WITNESS):
             for what, *words in said[target]:
                 mixed = {"serves": words[1:2], "failed": words[2:3]}.get(what, [])
                 assert mixed in ([], [[]]), f"{target} serves a mixture: {what} {words}"
-        lives = [member for member in MEMBERS if (case.fault, member) != (Fault.KILL, name)]
+        lives = [member for member in members if (case.fault, member) != (Fault.KILL, self._cast.lost(name))]
         served = {self._served(member, old, version) for member in lives}
         assert len(served - {None}) < 2, f"the members serve {served}: {said}"
-        serves = None if None in served else served.pop()
+        serves = None if None in served or not served else served.pop()
         witnessed = self._served(WITNESS, old, version)
-        if name in MEMBERS or case.fault is Fault.DELAY:
+        if self._cast.lost(name) in members or case.fault is Fault.DELAY:
             assert witnessed == version, f"the other replica serves {witnessed}, not {version}: {said}"
             assert "trainer" not in self._restarted, f"the trainer could not go on: {said}"
         if case.fault is Fault.DELAY:
             assert serves == version, f"a delay has ended version {version}: {said}"
         after = case.fault is Fault.CORRUPT and case.step is Step.VERIFY  # what arrives next may be the pause
-        if case.landing == "shadow" and case.step in BESIDE and not after:
+        if case.landing == "shadow" and case.step in BESIDE and lives and not after:
             assert serves is not None, f"nothing was served though no weights had changed: {said}"
+        assert not (gone := self._company.gone()), f"{gone} did not survive: {said}"
         outcomes = {version: "committed", old: "kept the old version, caught up", None: "refused, caught up"}
         newest = version + 1 if self._restarted else version  # what was started again has to serve as well
-        first = [next(w[2] for what, *w in said[m] if what == "serves" and w[0] >= newest) for m in MEMBERS]
+        first = [next(w[2] for what, *w in said[m] if what == "serves" and w[0] >= newest) for m in members]
         return {
-            **asdict(case), "engine": "memory", "outcome": outcomes[serves], "version": version,
-            "version_served": serves, "other_replica": outcomes[witnessed], "restarted": sorted(self._restarted),
+            **asdict(case), "outcome": outcomes[serves], "version": version, "version_served": serves,
+            "other_replica": outcomes[witnessed], "restarted": sorted(self._restarted),
             "seconds_to_recover": round(max(first) - struck_at, 2),
         }  # fmt: skip
 
@@ -349,7 +406,7 @@ def rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
                 yield _row(case, f"not applicable: {case.excluded}")
                 continue
             try:
-                arena = arena or Arena(case.transport, case.landing)
+                arena = arena or Arena(case.transport, case.landing, case.engine)
                 yield arena.run(case)
             except Exception as error:  # noqa: BLE001  # a finding, which must not hide the others
                 traceback.print_exc()
@@ -364,24 +421,27 @@ def rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
 
 def _row(case: Case, outcome: str) -> dict[str, Any]:
     empty = dict.fromkeys(("version", "version_served", "other_replica", "restarted", "seconds_to_recover"))
-    return {**asdict(case), "engine": "memory", "outcome": outcome, **empty}
+    return {**asdict(case), "outcome": outcome, **empty}
 
 
 def groups(cases: Sequence[Case]) -> list[list[Case]]:
-    """By transport and landing: those that can share a fleet."""
-    kinds = itertools.product(TRANSPORTS, LANDINGS)
-    return [[case for case in cases if (case.transport, case.landing) == kind] for kind in kinds]
+    """By engine, transport and landing: those that can share a fleet."""
+    held: dict[tuple[str, str, str], list[Case]] = {}
+    for case in cases:
+        held.setdefault((case.engine, case.transport, case.landing), []).append(case)
+    return list(held.values())
 
 
 def key_of(row: dict[str, Any]) -> str:
     """`Case.key` of a row."""
-    return "/".join(row[name] for name in ("step", "role", "fault", "transport", "landing"))
+    return "/".join(row[name] for name in ("step", "role", "fault", "transport", "landing", "engine"))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what is asked for, all fleets at a time, and put the rows into the table: the other ones stay."""
+    """Run what is asked for, many fleets at a time, and put the rows into the table: the other ones stay."""
     out, words = Path(arguments[0]), set(arguments[1:]) - {MISSING}
-    cases = [case for case in product() if words <= set(case.key.split("/"))]
+    every = [*product(), *engine_product()]
+    cases = [case for case in every if words <= set(case.key.split("/"))]
     table = {key_of(row): row for row in json.loads(out.read_text())} if out.exists() else {}
     if MISSING in arguments:
         cases = [case for case in cases if case.key not in table or table[case.key]["outcome"].startswith(WITHOUT)]
@@ -392,12 +452,13 @@ def main(arguments: Sequence[str]) -> int:
             print(*row.values(), flush=True)
             with lock:
                 table[key_of(row)] = row
-                ordered = [table[case.key] for case in product() if case.key in table]
+                ordered = [table[case.key] for case in every if case.key in table]
                 lines = ",\n".join(json.dumps(each, ensure_ascii=False) for each in ordered)
                 out.write_text(f"[\n{lines}\n]\n")
 
-    with ThreadPoolExecutor(len(groups(cases))) as pool:
-        list(pool.map(run, groups(cases)))
+    for engine, cast in CASTS.items():
+        with ThreadPoolExecutor(cast.at_once) as pool:
+            list(pool.map(run, groups([case for case in cases if case.engine == engine])))
     return any(table[case.key]["outcome"].startswith("failed") for case in cases)
 
 

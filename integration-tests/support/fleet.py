@@ -58,6 +58,8 @@ class Role:
     landing: str = "in_place"
     options: tuple[tuple[str, Any], ...] = ()
     """Of the transport."""
+    model: Any = TINY
+    """What is trained: `Tiny`, or something with its methods."""
 
 
 class Stop(Script):
@@ -75,12 +77,12 @@ class Stop(Script):
     def signalling(self, peer: str, tag: Tag, note: bytes) -> bool:
         """See `Script.signalling`."""
         kind = msgspec.msgpack.decode(note, type=Notice).kind
-        self._reach(SIGNALS.get(kind), tag.version)
+        self.reach(SIGNALS.get(kind), tag.version)
         return True
 
     def posting(self, bucket: Bucket, tag: Tag) -> None:
         """See `Script.posting`."""
-        self._reach(Step.MOVE if bucket.peer.startswith(f"{STRUCK}/") else None, tag.version)
+        self.reach(Step.MOVE if bucket.peer.startswith(f"{STRUCK}/") else None, tag.version)
 
     def arriving(self, endpoint: FaultyTransport, messages: list[Message]) -> list[Message]:
         """See `Script.arriving`."""
@@ -92,7 +94,8 @@ class Stop(Script):
                 messages[0] = replace(first, note=bytes([first.note[0] ^ 0x10]) + first.note[1:])
         return messages
 
-    def _reach(self, step: Step | None, version: int) -> None:
+    def reach(self, step: Step | None, version: int) -> None:
+        """This process is at a step of a version, if at any: stop there when told so."""
         if self._listens and self._pipe.poll():
             self.at = self._pipe.recv()
         if self.at is not None and step is not None and self.at == (step.value, version):
@@ -132,7 +135,7 @@ def play(role: Role, pipe: Connection, struck: Connection) -> None:
     common: dict[str, Any] = {
         "store": role.store, "job": role.job, "name": role.name, "transport": "faulty",
         "transport_options": {"transport": role.transport, "transport_options": dict(role.options), "script": stop},
-        "deadlines": Deadlines(rendezvous=120, offer=120, **limits), "policy": Policy(landing=role.landing),
+        "deadlines": Deadlines(rendezvous=120, offer=300, **limits), "policy": Policy(landing=role.landing),
     }  # fmt: skip
     with TemporaryDirectory() as folder:
         install(Path(folder))
@@ -145,13 +148,13 @@ def train(role: Role, pipe: Connection, stop: Stop, common: dict[str, Any]) -> N
     cannot offer any more.
     """
     rank = SOURCES.index(role.name)
-    source = MemorySource(role.name, TINY.source(rank, len(SOURCES)))
+    source = MemorySource(role.name, role.model.source(rank, len(SOURCES)))
     with Fleet(source=source, rank=rank, sources=len(SOURCES), **common) as fleet:
         pipe.send(("open", sorted(fleet.replicas)))
         while (told := pipe.recv()) != ("close",):
             _, version, step = told
             stop.at = (step, version) if step else None
-            source.load(TINY.tensors(version))
+            source.load(role.model.tensors(version))
             try:
                 offer = fleet.offer(version)
             except WeftError as error:
@@ -159,7 +162,7 @@ def train(role: Role, pipe: Connection, stop: Stop, common: dict[str, Any]) -> N
                 continue
             with suppress(DeadlineError):
                 offer.released()
-            source.load(TINY.tensors(0))
+            source.load(role.model.tensors(0))
             with suppress(RefitAbortedError, DeadlineError):
                 offer.committed()
             pipe.send(("ended", version, offer.outcomes))
@@ -171,12 +174,12 @@ def serve(role: Role, pipe: Connection, _: Stop, common: dict[str, Any]) -> None
     """
     replica, rank = role.name.split("/")
     target = MemoryTarget(
-        role.name, TINY.target(int(rank), role.size), before=lambda what, _: what == "begin" and target.poison()
+        role.name, role.model.target(int(rank), role.size), before=lambda what, _: what == "begin" and target.poison()
     )
     control = MemoryControl(role.name)
 
     def wrong(version: int) -> list[str]:
-        return mismatches(target.contents(), TINY.expected(int(rank), role.size, TINY.tensors(version)))
+        return mismatches(target.contents(), role.model.expected(int(rank), role.size, role.model.tensors(version)))
 
     while True:
         try:
@@ -204,6 +207,7 @@ class Company:
     limits: float = 8.0
     options: dict[str, Any] = field(default_factory=dict)
     """Of the transport."""
+    model: Any = TINY
     version: int = 0
     said: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
 
@@ -227,7 +231,9 @@ class Company:
             near, far = self._context.Pipe()
             self._struck[name], striking = self._context.Pipe(duplex=False)
             options = tuple(self.options.items())
-            role = Role(name, self.store, self.job, self.transport, size, self.limits, self.landing, options)
+            role = Role(
+                name, self.store, self.job, self.transport, size, self.limits, self.landing, options, self.model
+            )  # fmt: skip
             self._processes[name] = self._context.Process(target=play, args=(role, far, striking), daemon=True)
             self._processes[name].start()
             far.close()
@@ -240,6 +246,10 @@ class Company:
         self._processes.pop(name).join(10)
         self._pipes[name].close()
         self._struck[name].close()
+
+    def gone(self) -> list[str]:
+        """Whose process has ended by itself."""
+        return [name for name, process in self._processes.items() if not process.is_alive()]
 
     def cut(self, name: str) -> None:
         """End all its TCP connections."""
