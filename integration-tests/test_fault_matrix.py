@@ -10,21 +10,8 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import Checkpoints
-from support.fault_matrix import (
-    CASTS,
-    MEMORY,
-    NOT_RUN,
-    VLLM,
-    Case,
-    Fault,
-    Role,
-    engine_product,
-    groups,
-    key_of,
-    pairwise,
-    product,
-    rows,
-)
+from support.fault_cases import CASTS, MEMORY, VLLM, Case, Fault, Role, engine_product, groups, pairwise, product
+from support.fault_matrix import NOT_RUN, key_of, rows
 
 from weft.protocol.events import Step
 
