@@ -32,8 +32,9 @@ from weft.orchestration.records import Doing, Presence, ReplicaState, Request, W
 from weft.passages import Arrived, Ask, Go, Grant, Invitation, Said, Signal, Withdrawn
 from weft.plan import plan
 from weft.policy import Policy
-from weft.publication.holders import Chosen, Holder, Wanted
-from weft.publication.publisher import Coming, Turn
+from weft.publication.holders import Chosen, Holder, Kept, Wanted
+from weft.publication.publisher import Coming
+from weft.publication.readers import Turn
 from weft.records import decoded, open_record, seal
 from weft.rendezvous import EndpointRecord
 from weft.roster import Action, Event, MemberRecord
@@ -85,15 +86,12 @@ def payloads() -> dict[str, Payload]:
         ("outcome", "aborted", OutcomeRecord(7, "rollout", False, "why")),
         ("announced", "of a member", Announced("rollout", "rollout/0", 2, 5)),
         ("roll", "of a fleet", Roll(3, {"rollout": 5}, (b"n" * 16,))),
-        (
-            "holder",
-            "of a job",
-            Holder("trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0")),
-        ),
+        ("holder", "of a job", _holder()),
         ("news", "of a job", 7),
         ("wants", "of a member", Wanted("a" * 64, b"n" * 8)),
         ("layout", "of a member", "a" * 64),
-        ("chosen", "of a replica", Chosen(5, _holder(), True, (b"n" * 8, b"m" * 8), 6)),
+        ("chosen", "of a replica", Chosen(5, _holder(), True, (b"n" * 8, b"m" * 8), 6, 7)),
+        ("chosen", "of nobody", Chosen(6, Holder("", "", 0, -1), True, (b"n" * 8,), 6, 7, ("why",))),
         ("coming", "of a holder", Coming(3, 7, 6)),
         ("turn", "of a holder", Turn(3, 7, 4)),
         ("hello", "of a source", b"n" * 16),
@@ -159,7 +157,10 @@ def _with_formats(layout: Layout) -> Layout:
 
 
 def _holder() -> Holder:
-    return Holder("trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0"))
+    return Holder(
+        "trainer", "job/from/trainer", 2, 7, "d" * 32, "h", "d", True, 3, "a" * 64, Facts("0.1.0"), "e" * 32,
+        (Kept(6, "job/from/trainer+1", "f" * 32, "e" * 32),),
+    )  # fmt: skip
 
 
 def _endpoint() -> EndpointRecord:

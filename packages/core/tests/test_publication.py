@@ -244,7 +244,7 @@ def test_what_rank_0_serves_is_taken_over_before_it_is_replaced(stage: Stage, st
     publish(sources, publishers, 1)
     Deadline.after(60).wait(lambda: publishers[1].version == 1, "version 1", list)
     copies = publishers[1]._copies
-    with copies.reading(1) as there:
+    with copies.newest.reading(1) as there:
         assert there
         publish(sources, publishers, 2)
         Deadline.after(60).wait(lambda: publishers[0].version == 2, "version 2", list)
@@ -325,7 +325,7 @@ def test_a_copy_that_is_overwritten_is_never_served(stage: Stage, stack: ExitSta
     def fails(version: int) -> Any:
         raise RuntimeError("not settled")
 
-    with publishers[0]._copies.reading(1) as there:
+    with publishers[0]._copies.newest.reading(1) as there:
         assert there
         publish(sources, publishers, 2)
         for source in sources:
@@ -369,7 +369,7 @@ def test_a_holder_that_copies_for_long_is_still_known_and_one_that_is_stuck_is_n
     assert started.wait(60)
     time.sleep(2)  # four times what the store waits for
     Deadline.after(60).wait(lambda: [h.version for h in Directory(records).holders()] == [1], "a sign of life", list)
-    publishers[0]._heart._until = 0.0  # as if it had been at it for longer than `begin` and `move`
+    publishers[0]._listing._heart._until = 0.0  # as if it had been at it for longer than `begin` and `move`
     Deadline.after(60).wait(lambda: not Directory(records).holders(), "the end of the lease", list)
     go_on.set()
     assert receive(stage.subscribers(stack, "replica")).version == 2

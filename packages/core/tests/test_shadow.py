@@ -333,11 +333,11 @@ def test_fetch_is_for_shadows(store_url: str) -> None:
 def test_a_shadow_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layout: Layout = TINY.target(0, 1)
     target = MemoryTarget("rollout/0", layout)
-    monkeypatch.setattr(shadow, "_available_bytes", lambda device: shadow_bytes(layout) - 1)
+    monkeypatch.setattr(shadow, "available_bytes", lambda device: shadow_bytes(layout) - 1)
     with pytest.raises(ConfigError, match=f"needs {shadow_bytes(layout)} bytes on cpu") as caught:
         Shadow(layout, target.memory(), SHADOW)
     assert 'use landing "in_place"' in str(caught.value)
-    monkeypatch.setattr(shadow, "_available_bytes", lambda device: shadow_bytes(layout))
+    monkeypatch.setattr(shadow, "available_bytes", lambda device: shadow_bytes(layout))
     assert Shadow(layout, target.memory(), SHADOW).nbytes == shadow_bytes(layout)
 
 

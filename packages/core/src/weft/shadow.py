@@ -85,7 +85,7 @@ def _piecewise(pieces: Sequence[Piece], served: Memory, shadow: Memory) -> list[
 
 def _check(nbytes: int, device: torch.device) -> None:
     """Raise `ConfigError` when there is less memory: later it would be an allocation failure in the engine."""
-    available = _available_bytes(device)
+    available = available_bytes(device)
     if available is not None and nbytes > available:
         on_host = ' or "shadow_on_host"' if device.type != "cpu" else ""
         raise ConfigError(
@@ -94,7 +94,7 @@ def _check(nbytes: int, device: torch.device) -> None:
         )
 
 
-def _available_bytes(device: torch.device) -> int | None:
+def available_bytes(device: torch.device) -> int | None:
     """What can still be allocated; None where nobody says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from weft.contracts import Waiting
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, WeftError
 from weft.loop import step_until
 from weft.offer import Offer
-from weft.publication.copies import Copies
+from weft.publication.copies import Copy
 from weft.refit import Refit
 from weft.wire import Notice
 
@@ -24,6 +25,19 @@ class Closing(WeftError):
     """The holder closes while a replica reads."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """What the replica asks for."""
+
+    asker: str
+    have: int
+    """Anything newer will do,"""
+    exact: int | None
+    """unless it is this one alone."""
+    tensors: str
+    """What the digest of a version is of, there (`weft.publication.holders.tensors_of`)."""
+
+
 class Cell:
     """The cell of one replica at one member of a holder.
 
@@ -32,18 +46,18 @@ class Cell:
     """
 
     def __init__(
-        self, name: str, refit: Refit, copies: Copies, deadlines: Deadlines, *, leads: bool,
-        ended: Callable[[], None], served: Callable[[int, str], None], former: Cell | None = None,
+        self, name: str, refit: Refit, copy: Copy, deadlines: Deadlines, *, leads: bool,
+        ended: Callable[[], None], served: Callable[[int, str, str], None], former: Cell | None = None,
     ) -> None:  # fmt: skip
         """The replica's `former` cell, which has been told to stop, is left first. `served` is told each version that
-        the replica has installed, with its digest; `ended` that a read, or all of it, is over. Both are called in the
-        cell's own thread.
+        the replica has installed, with its digest and of which tensors that is, at the first member; `ended` that a
+        read, or all of it, is over. Both are called in the cell's own thread.
         """
         self.name = name
-        self._refit, self._copies, self._deadlines, self._leads = refit, copies, deadlines, leads
+        self._refit, self._copy, self._deadlines, self._leads = refit, copy, deadlines, leads
         self._ended, self._served = ended, served
         self._former = former
-        self._have: int | None = None
+        self._want: _Want | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"cell of {name}", daemon=True)
         self._thread.start()
@@ -101,12 +115,20 @@ class Cell:
 
     def _wanted(self) -> int | None:
         """The version to serve now, at the first member."""
-        wire = self._refit.loop.wire
+        wire, version = self._refit.loop.wire, self._copy.version
         if (asked := wire.newest("want")) is not None:
-            self._have = wire.take(asked, "want")[-1][1].numbers[0]
-        if self._have is None or self._copies.version <= self._have:
+            asker, notice = wire.take(asked, "want")[-1]
+            have, *exact = notice.numbers
+            self._want = _Want(asker, have, exact[0] if exact else None, notice.text)
+        want = self._want
+        if want is None or version <= want.have:
             return None
-        return self._copies.version
+        if want.exact not in (None, version):
+            gone = f"{self._refit.name} has given it up for version {version} meanwhile"
+            wire.tell(want.asker, want.have + 1, Notice("withdraw", text=gone))
+            self._want = None
+            return None
+        return version
 
     def _told(self) -> int | None:
         """The version to serve now, at the others."""
@@ -115,16 +137,16 @@ class Cell:
         if version is not None:
             wire.take(version, "serve")
             limit = self._deadlines.begin + self._deadlines.move  # of whoever still reads the one before
-            self._copies.await_version(version, Deadline.after(limit))
+            self._copy.await_version(version, Deadline.after(limit))
         return version
 
     def _serve(self, version: int) -> bool:
         """Whether it could be: not while a version is about to be taken over."""
         wire, d = self._refit.loop.wire, self._deadlines
-        with self._copies.reading(version) as there:
+        with self._copy.reading(version) as there:
             if not there:
                 return False
-            self._have = None
+            want, self._want = self._want, None
             if self._leads:
                 for source in self._refit.roles.sources:
                     if source != wire.me.name:
@@ -136,8 +158,8 @@ class Cell:
         for replica, reason in offer.outcomes.items():
             if reason is not None:
                 _LOG.warning("replica %s does not have version %d: %s", replica, version, reason)
-        if offer.digest:
-            self._served(version, offer.digest)
+        if want is not None and offer.digest:
+            self._served(version, offer.digest, want.tensors)
         return True
 
     def _until(self, offer: Offer, done: Callable[[], bool], seconds: float, what: str) -> None:

@@ -10,8 +10,9 @@ Keys, below `weft/<job>/`:
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from urllib.parse import quote
 
@@ -20,7 +21,7 @@ import msgspec
 from weft.content import get_content, put_content
 from weft.contracts import StoreLease
 from weft.deadline import Deadline
-from weft.errors import DeadlineError
+from weft.errors import DeadlineError, RefitAbortedError
 from weft.facts import Facts
 from weft.job_store import JobStore
 from weft.layout import Layout
@@ -31,6 +32,18 @@ LEASE_SECONDS = 20.0
 _LOOK_SECONDS = 1.0
 """Between looks at holders of whom none will do: a lease ends in silence."""
 _SHOWN_FAULTS = 5
+_TENSORS_DIGITS = 32
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True):
+    """An old version that a holder keeps. New fields go to the end, with defaults."""
+
+    version: int
+    job: str
+    """The fleet in which it is served."""
+    digest: str = ""
+    tensors: str = ""
+    """As in `Holder`."""
 
 
 class Holder(msgspec.Struct, frozen=True, array_like=True):
@@ -38,7 +51,7 @@ class Holder(msgspec.Struct, frozen=True, array_like=True):
 
     name: str
     job: str
-    """The fleet in which it serves."""
+    """The fleet in which it serves its newest version."""
     members: int
     version: int
     """The newest that it serves; -1 before the first."""
@@ -55,6 +68,20 @@ class Holder(msgspec.Struct, frozen=True, array_like=True):
     """Address of the list of its members' layouts."""
     facts: Facts = Facts()
     """What its first member runs on."""
+    tensors: str = ""
+    """Of which tensors the digest is: digests of others cannot be compared (`tensors_of`)."""
+    kept: tuple[Kept, ...] = ()
+    """Older versions, the newest of them first."""
+
+    def versions(self) -> list[Holder]:
+        """Every version that it has, the newest first, each as a holder of that one alone."""
+        newest = [msgspec.structs.replace(self, kept=())] if self.version >= 0 else []
+        return newest + [
+            msgspec.structs.replace(
+                self, version=old.version, job=old.job, digest=old.digest, tensors=old.tensors, kept=()
+            )
+            for old in self.kept
+        ]  # fmt: skip
 
 
 class Chosen(msgspec.Struct, frozen=True, array_like=True):
@@ -69,6 +96,10 @@ class Chosen(msgspec.Struct, frozen=True, array_like=True):
     """Of the members for whom it is, by rank: what each has said of itself when it came."""
     installed: int = -1
     """The version that the replica has installed last."""
+    exact: int = -1
+    """The version that it asks for; -1 for the newest."""
+    gone: tuple[str, ...] = ()
+    """Why nobody is chosen, where nobody is."""
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True):
@@ -80,6 +111,8 @@ class Wanted(msgspec.Struct, frozen=True, array_like=True):
     """Random, of this life of the member."""
 
 
+Faults = Callable[[Holder], Sequence[str]]
+"""What keeps a replica from reading from a holder; empty when nothing does."""
 Prefer = Callable[[Sequence[Holder]], Holder]
 """Chooses among holders of the newest version; there is at least one."""
 
@@ -107,22 +140,43 @@ class Directory:
         found = [self._records.find("holder", key, Holder) for key in keys]
         return [holder for holder in found if holder is not None]
 
-    def newer(self, have: int, faults: Callable[[Holder], Sequence[str]], deadline: Deadline) -> list[Holder]:
-        """Those without faults that have a version newer than `have`, as soon as there is one. Raises `DeadlineError`
-        that names everybody's version, and faults.
+    def newer(self, have: int, faults: Faults, deadline: Deadline) -> list[Holder]:
+        """Those without faults whose newest version is newer than `have`, as soon as there is one. Raises
+        `DeadlineError` that names everybody's versions, and faults.
         """
         news = have
         while True:
             limit = deadline if news == have else deadline.earlier(_LOOK_SECONDS)  # nobody rings when a lease ends
             newer = self._records.await_record("news", self._news, int, partial(operator.lt, news), limit)
             news = news if newer is None else newer
-            found = self.holders()
-            wrong = {holder.name: faults(holder) for holder in found if holder.version > have}
-            if able := [holder for holder in found if holder.name in wrong and not wrong[holder.name]]:
+            holders = self.holders()
+            able, said = _sorted([holder for holder in holders if holder.version > have], faults, holders)
+            if able:
                 return able
             if deadline.expired():
-                late = [f"{h.name} has {h.version}{_but(wrong.get(h.name, ()))}" for h in found]
+                late = [said.get(holder.name) or _has(holder) for holder in holders]
                 raise DeadlineError(f"a version newer than {have}", deadline.seconds, late or ["nobody holds any"])
+
+    def exactly(self, version: int, faults: Faults, deadline: Deadline) -> list[Holder]:
+        """Those without faults that have this version, each as a holder of that one alone. One that is newer than all
+        is waited for. Raises `DeadlineError`, and `RefitAbortedError` when nobody has it any more, or only with faults;
+        both list who has which versions.
+        """
+        published = False
+        while True:
+            holders = self.holders()
+            having = [each for holder in holders for each in holder.versions() if each.version == version]
+            able, said = _sorted(having, faults, having)
+            if able:
+                return able
+            others = [said.get(holder.name) or _has(holder) for holder in holders] or ["nobody holds any"]
+            if published:
+                raise RefitAbortedError(version, ["there is nobody to read it from", *others])
+            if deadline.expired():
+                raise DeadlineError(f"version {version}", deadline.seconds, others)
+            limit = deadline.earlier(_LOOK_SECONDS)  # replicas that pass it on ring for nobody
+            news = self._records.await_record("news", self._news, int, partial(operator.le, version), limit)
+            published = news is not None
 
     def keep(self, data: bytes) -> str:
         """Keep content that many read; returns its address."""
@@ -173,9 +227,18 @@ class Directory:
         return f"{self._records.root}/chosen/{quote(replica, safe='')}"
 
 
-def fleet_of(job: str, holder: str) -> str:
-    """The job of the fleet in which a holder serves."""
-    return f"{job}/from/{quote(holder, safe='')}"
+def fleet_of(job: str, holder: str, place: int = 0) -> str:
+    """The job of the fleet in which a holder serves one of its copies."""
+    return f"{job}/from/{quote(holder, safe='')}{f'+{place}' if place else ''}"
+
+
+def tensors_of(layouts: Iterable[Layout]) -> str:
+    """What all members together want or hold, whatever their shares: 32 hexadecimal digits, equal for equal tensors.
+
+    Versions have equal digests only among those that want the same tensors, of the same dtypes.
+    """
+    found = {(tensor.name, tuple(tensor.shape), str(tensor.dtype)) for layout in layouts for tensor in layout.tensors}
+    return hashlib.sha256(msgspec.msgpack.encode(sorted(found))).hexdigest()[:_TENSORS_DIGITS]
 
 
 def nearest(host: str, domain: str) -> Prefer:
@@ -185,6 +248,31 @@ def nearest(host: str, domain: str) -> Prefer:
         return min(holders, key=lambda h: (h.host != host, h.domain != domain, h.original, h.readers, h.name))
 
     return prefer
+
+
+def _sorted(
+    candidates: Sequence[Holder], faults: Faults, others: Sequence[Holder]
+) -> tuple[list[Holder], dict[str, str]]:
+    """Those without faults; and what is wrong with the rest, in words, by name."""
+    wrong = {each.name: [*faults(each), *_differing(each, others)] for each in candidates}
+    able = [each for each in candidates if not wrong[each.name]]
+    return able, {each.name: f"{_has(each)}{_but(wrong[each.name])}" for each in candidates if wrong[each.name]}
+
+
+def _differing(holder: Holder, others: Sequence[Holder]) -> list[str]:
+    """Equal versions are equal weights. The trainer is believed; among others, nobody."""
+    return [
+        f"its digest is {holder.digest}, but that of {other.name} is {other.digest}"
+        for other in others
+        if (other.version, other.tensors) == (holder.version, holder.tensors)
+        and holder.digest and other.digest and other.digest != holder.digest
+        and (other.original or not holder.original)
+    ]  # fmt: skip
+
+
+def _has(holder: Holder) -> str:
+    versions = ", ".join(str(each.version) for each in holder.versions())
+    return f"{holder.name} has {versions or 'none yet'}"
 
 
 def _but(faults: Sequence[str]) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -20,25 +18,21 @@ from weft.authentication import Secret
 from weft.connection import host_identity
 from weft.contracts import Source, Store
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, DeadlineError, RecordError, StoreError, WeftError
+from weft.errors import ConfigError, DeadlineError, StoreError, WeftError
 from weft.facts import Facts, facts_of
-from weft.fleet.member import cell_of
-from weft.fleet.roll import Roll, RollBook, bell
-from weft.heartbeat import Heartbeat
 from weft.job_store import JobStore
 from weft.opened import Opened
 from weft.policy import Policy
-from weft.publication.cell import Cell
-from weft.publication.copies import Copies
+from weft.publication.copies import Copies, Copy, copies_bytes
 from weft.publication.holders import Directory, Holder, fleet_of
-from weft.refit import Refit
+from weft.publication.listing import Listing
+from weft.publication.readers import Readers
 from weft.roster import Expect
 from weft.stores import open_store
 
 _LOG = logging.getLogger(__name__)
-_LOOK_SECONDS = 1.0
-"""Between looks at what nobody rings for."""
-_NONCE_BYTES = 8
+_AGAIN_SECONDS = 1.0
+"""Between attempts while the store is away."""
 _KEPT_COUNTS = 2
 """Versions whose count of members stays: the one that is served, and the next."""
 
@@ -52,35 +46,30 @@ class Coming(msgspec.Struct, frozen=True, array_like=True):
     """What it serves until `version` is complete: whoever does not yet takes it over first."""
 
 
-class Turn(msgspec.Struct, frozen=True, array_like=True):
-    """What rank 0 serves, and whom. New fields go to the end, with defaults."""
-
-    life: int
-    version: int
-    roll: int
-
-
 class Publisher(Opened):
     """One member of a holder: the trainer, or a replica that passes on what it has read. Every member makes one.
 
-    `publish` copies the weights into host memory and returns; threads serve the newest whole version to every
-    `Subscriber` that asks, while training runs on. A version is served once all members have published it. Memory on
-    the host: twice the source's bytes. Use it as a context manager; `publish` is for one thread.
+    `publish` copies the weights into host memory and returns; threads serve the newest `retain` whole versions to
+    every `Subscriber` that asks, while training runs on. A version is served once all members have published it, and
+    until it is given up for a newer one: then nobody reads it, and new readers are told so. Memory on the host: see
+    `host_bytes`. Use it as a context manager; `publish` is for one thread.
     """
 
     def __init__(
         self, *, source: Source, rank: int, members: int, store: str, job: str, name: str, holder: str = "trainer",
         transport: str, transport_options: Mapping[str, Any] | None = None, deadlines: Deadlines | None = None,
         policy: Policy | None = None, host: str | None = None, domain: str | None = None,
-        secret: Secret | bytes | str | None = None, original: bool = True,
+        secret: Secret | bytes | str | None = None, original: bool = True, retain: int = 1,
     ) -> None:  # fmt: skip
         """`holder` is the name by which subscribers know all members together; `original` says that the versions are
-        its own, and not read from another holder.
+        its own, and not read from another holder. All members `retain` the same number of versions, at least 1.
         """
         if not 0 <= rank < members:
             raise ConfigError(f"Publisher: rank is {rank}, expected 0 to {members - 1}")
+        if retain < 1:
+            raise ConfigError(f"Publisher: retain is {retain}, expected at least 1 version")
         host = host or host_identity()
-        self._source, self._rank, self._members = source, rank, members
+        self._source, self._rank, self._members, self._retain = source, rank, members, retain
         self._store_url, self._name, self._job = store, name, job
         self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)
         policy, self._deadlines = published(policy), deadlines or Deadlines()
@@ -95,19 +84,25 @@ class Publisher(Opened):
         }  # fmt: skip
         self._stack = ExitStack()
         self._stopping = threading.Event()
-        self._filling, self._noting = threading.Lock(), threading.Lock()
-        self._cells: dict[str, Cell] = {}
-        self._left: list[Cell] = []
+        self._filling = threading.Lock()
+        self._readers: list[Readers] = []
         self._counted: deque[int] = deque()
-        self._roll = Roll(0, {})
-        self._digests: dict[int, str] = {}
-        self._heart = Heartbeat(f"holder {holder}")
         self._failure: BaseException | None = None
         self._last = -1
 
     @property
+    def host_bytes(self) -> int:
+        """Host memory that `open` allocates, and nothing later: `retain + 1` times the source's bytes."""
+        return copies_bytes(self._source.layout(), self._retain)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """All that this member has and serves, the newest first."""
+        return tuple(sorted((copy.version for copy in self._copies.copies if copy.version >= 0), reverse=True))
+
+    @property
     def version(self) -> int:
-        """The version that this member serves; -1 before the first."""
+        """The newest version that this member serves; -1 before the first."""
         return self._copies.version
 
     @property
@@ -123,30 +118,44 @@ class Publisher(Opened):
     @property
     def replicas(self) -> tuple[str, ...]:
         """Those that it serves now, sorted."""
-        return tuple(sorted(name for name, cell in list(self._cells.items()) if cell.alive))
+        return tuple(sorted({name for readers in self._readers for name in readers.replicas}))
 
     def open(self) -> None:
-        """Allocate, and meet the other members. Collective. Raises `DeadlineError` that names who did not come."""
+        """Allocate, and meet the other members. Collective. Raises `DeadlineError` that names who did not come, and
+        `ConfigError` when the host has too little memory.
+        """
         deadline = Deadline.after(self._deadlines.rendezvous)
         try:
-            self._copies = Copies(self._source)
+            self._copies = Copies(self._source, self._retain)
             self._store = self._opened(deadline)
-            self._ringing = self._opened(deadline)  # a watch occupies its connection
             self._records = JobStore(self._store, self._fleet, self._secret)
-            self._book = RollBook(self._records, self._rank, self._members)
             self._directory = Directory(JobStore(self._store, self._job, self._secret))
-            address = self._directory.keep(self._copies.layout().encoded)
+            address = self._directory.keep(self._copies.layout.encoded)
             self._records.put("layout", f"{self._records.root}/layout/{self._rank}", address)
-            first = self._book.open(0, deadline)
-            self._holder = msgspec.structs.replace(self._holder, layouts=self._layouts(), facts=self._facts())
-            self._life, self._root = first.number, f"{self._records.root}/published"
-            self._attendant = threading.Thread(target=self._run, name=f"attendant of {self._name}", daemon=True)
+            self._readers = [self._readers_of(place, copy) for place, copy in enumerate(self._copies.copies)]
+            self._newest = self._readers[0]
+            first = [
+                each.open(JobStore(self._store, each.fleet, self._secret), self._opened(deadline), deadline)
+                for each in self._readers
+            ]
+            holder = msgspec.structs.replace(self._holder, layouts=self._layouts(), facts=self._facts())
+            self._listing = Listing(self._directory, holder)
+            self._attendants = [
+                threading.Thread(target=self._attend, args=(each,), name=f"attendant of {self._name}", daemon=True)
+                for each in self._readers
+            ]
             self._stack.callback(self._leave)
-            self._take(first)
-            self._attendant.start()
+            for readers, roll in zip(self._readers, first, strict=True):
+                readers.take(roll)
+            for thread in self._attendants:
+                thread.start()
         except BaseException:
             self.close()
             raise
+
+    def _readers_of(self, place: int, copy: Copy) -> Readers:
+        fleet = fleet_of(self._job, self._holder.name, place)
+        return Readers(copy, fleet, self._rank, self._members, self._deadlines, self._options, self.note)
 
     def close(self) -> None:
         """Serve nobody any more: replicas in the middle of a version abort it and read from another holder.
@@ -169,13 +178,13 @@ class Publisher(Opened):
         self._last = version
         with self._filling:
             if self._rank == 0:
-                coming = Coming(self._life, version, self._copies.stay())
-                self._records.put("coming", f"{self._root}/coming", coming)
+                coming = Coming(self._newest.life, version, self._copies.stay())
+                self._records.put("coming", f"{self._newest.root}/coming", coming)
             elif not self._ready(version, deadline or Deadline.after(self._deadlines.begin + self._deadlines.move)):
                 return
             self._copies.fill(version)
         if self._store.add(self._filled(version), 1) == self._members:
-            self._ring()
+            self._newest.ring()
         if self._rank == 0:
             self._counted.append(version)
             if len(self._counted) > _KEPT_COUNTS:
@@ -183,8 +192,9 @@ class Publisher(Opened):
 
     def _ready(self, version: int, limit: Deadline) -> bool:
         """Wait until the next copy may be replaced; False when the version is left out."""
+        life = self._newest.life
         coming = self._records.await_record(
-            "coming", f"{self._root}/coming", Coming, lambda c: c.life == self._life and c.version >= version, limit
+            "coming", f"{self._newest.root}/coming", Coming, lambda c: c.life == life and c.version >= version, limit
         )
         if coming is None:
             raise DeadlineError(f"version {version} of the member of rank 0", limit.seconds, ["rank 0"])
@@ -193,83 +203,50 @@ class Publisher(Opened):
         if coming.served == self._copies.coming:
             self._copies.turn()
         if coming.served >= self._copies.coming:
-            self._copies.await_version(coming.served, limit)
+            self._copies.newest.await_version(coming.served, limit)
         return True
 
-    def _run(self) -> None:
+    def _attend(self, readers: Readers) -> None:
         try:
             while not self._stopping.is_set():
                 try:
-                    self._lead() if self._rank == 0 else self._follow()
+                    self._lead(readers) if self._rank == 0 else self._follow(readers)
                 except StoreError as error:
                     _LOG.warning("%s serves nobody new until the store is back: %s", self._name, error)
-                    self._stopping.wait(_LOOK_SECONDS)
+                    self._stopping.wait(_AGAIN_SECONDS)
         except BaseException as error:  # noqa: BLE001  # for the next `publish`
-            if not self._stopping.is_set():
-                _LOG.error("%s does not serve any more: %s", self._name, error)
-                self._failure = error
+            self._fail(error)
 
-    def _lead(self) -> None:
+    def _lead(self, readers: Readers) -> None:
         """Take over what is complete, admit who has come, and say what is held."""
-        said: Holder | None = None
-        turned, known = Turn(self._life, -1, self._life), None
+        newest = readers is self._newest
         while not self._stopping.is_set():
-            self._heart.touch(self._deadlines.begin + self._deadlines.move)
-            if self._filling.acquire(blocking=False):  # else it is rung when that is done
-                try:
-                    if self._store.add(self._filled(self._copies.coming), 0) == self._members:
-                        self._copies.turn()
-                finally:
-                    self._filling.release()
-            alive = self.replicas
-            came = self._book.waiting()
-            members = {name: number for name, number in self._roll.replicas.items() if name in alive}
-            if came or members != self._roll.replicas:
-                self._take(self._book.write({**members, **came}))
-            turn = Turn(self._life, self._copies.version, self._roll.number)
-            if turn != turned:
-                self._records.put("turn", f"{self._root}/turn", turn)
-                turned = turn
-            version = self._copies.version
-            holder = msgspec.structs.replace(
-                self._holder, version=version, digest=self._digests.get(version, ""), readers=len(self._roll.replicas)
-            )
-            if holder != said:
-                self._heart.hold(partial(self._directory.say, holder))
-                said = holder
-            known = self._ringing.watch(bell(self._records), known, Deadline.after(_LOOK_SECONDS))
+            if newest:
+                self._listing.touch(self._deadlines.begin + self._deadlines.move)
+                self._turn()
+            readers.admit()
+            if newest:
+                self._listing.say(self._readers)
+            readers.rest()
 
-    def _follow(self) -> None:
+    def _turn(self) -> None:
+        """Take over what all members have published."""
+        if self._filling.acquire(blocking=False):  # else it is rung when that is done
+            try:
+                if self._store.add(self._filled(self._copies.coming), 0) == self._members:
+                    self._copies.turn()
+            finally:
+                self._filling.release()
+
+    def _follow(self, readers: Readers) -> None:
         """Serve what rank 0 serves, and whom it admits."""
-        key, known = f"{self._root}/turn", None
-        while not self._stopping.is_set():
-            known = self._ringing.watch(key, known, Deadline.after(_LOOK_SECONDS))
-            turn = None if known is None else self._records.opened("turn", key, Turn, known)
-            if turn is None or turn.life != self._life:
-                continue
-            if turn.version == self._copies.coming:
-                self._copies.turn()
-            if turn.roll != self._roll.number:
-                with suppress(RecordError):  # rank 0 has written others since, and says so in a newer turn
-                    self._take(self._book.read(turn.roll))
-
-    def _take(self, roll: Roll) -> None:
-        """Leave the cells of those who are gone or have come back, and join those of newcomers."""
-        before, self._roll = self._roll, roll
-        self._left = [cell for cell in self._left if cell.running]
-        former: dict[str, Cell] = {}
-        for name in before.replicas:
-            if roll.replicas.get(name) != before.replicas[name] and (cell := self._cells.pop(name, None)):
-                cell.stop()
-                former[name] = cell
-        self._left += former.values()
-        for name in roll.replicas:
-            if before.replicas.get(name) != roll.replicas[name]:
-                refit = Refit(source=self._copies, job=cell_of(self._fleet, name), **self._options)
-                self._cells[name] = Cell(
-                    name, refit, self._copies, self._deadlines, leads=self._rank == 0, ended=self._let_rank_0_look,
-                    served=self._note, former=former.get(name),
-                )  # fmt: skip
+        for turn in readers.turns():
+            if self._stopping.is_set():
+                return
+            if turn is not None:
+                if readers is self._newest and turn.version == self._copies.coming:
+                    self._copies.turn()
+                readers.follow(turn.roll)
 
     def _layouts(self) -> str:
         """The address of the list of all members' layouts; at the others nobody asks for it."""
@@ -284,37 +261,32 @@ class Publisher(Opened):
         devices = {memory.device for memory in self._source.memory().values()}
         return facts_of(min(devices, key=str, default=torch.device("cpu")), self._source)
 
-    def _note(self, version: int, digest: str) -> None:
-        """What a replica has read, and its digest."""
-        with self._noting:
-            known = self._digests.setdefault(version, digest)
-            self._digests = {each: of for each, of in self._digests.items() if each >= version}
-        if known != digest:
-            self._failure = WeftError(
-                f"version {version} of {self._holder.name} has digest {known}, but {digest} in a replica that has read "
-                "it later: the copy has changed while it was served"
-            )
-            _LOG.error("%s", self._failure)
+    def note(self, version: int, digest: str, tensors: str) -> None:
+        """What the digest of a version is in a replica that has installed it, and of which tensors (`tensors_of`)."""
+        try:
+            self._listing.note(version, digest, tensors, min(copy.version for copy in self._copies.copies))
+        except WeftError as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._stopping.is_set():
+            _LOG.error("%s does not serve any more: %s", self._name, error)
+            self._failure = error
             self._vanish()
-        self._let_rank_0_look()
 
     def _vanish(self) -> None:
         """Nobody is to be served from now on: those who read now ask another holder."""
         self._stopping.set()
-        self._heart.end()
-        for cell in list(self._cells.values()):
-            cell.stop()
-
-    def _let_rank_0_look(self) -> None:
-        if self._rank == 0:
-            with suppress(StoreError):  # it looks by itself soon
-                self._ring()
+        self._listing.end()
+        for readers in self._readers:
+            readers.stop()
 
     def _ring(self) -> None:
-        self._store.set(bell(self._records), os.urandom(_NONCE_BYTES))
+        for readers in self._readers:
+            readers.ring()
 
     def _filled(self, version: int) -> str:
-        return f"{self._root}/filled/{self._life}/{version}"
+        return f"{self._newest.root}/filled/{self._newest.life}/{version}"
 
     def _opened(self, deadline: Deadline) -> Store:
         store = open_store(self._store_url, deadline)
@@ -323,13 +295,15 @@ class Publisher(Opened):
 
     def _leave(self) -> None:
         self._vanish()
-        self._let_rank_0_look()
-        if self._attendant.ident is not None:
-            self._attendant.join()
-        self._vanish()  # whom the attendant has admitted meanwhile
-        for cell in [*self._left, *self._cells.values()]:
-            cell.join()
-        self._cells.clear()
+        if self._rank == 0:
+            with suppress(StoreError):  # it looks by itself soon
+                self._ring()
+        for thread in self._attendants:
+            if thread.ident is not None:
+                thread.join()
+        self._vanish()  # whom the attendants have admitted meanwhile
+        for readers in self._readers:
+            readers.join()
 
 
 def published(policy: Policy | None) -> Policy:

@@ -29,7 +29,7 @@ from weft.job_store import JobStore
 from weft.live import LiveSource
 from weft.opened import Opened
 from weft.policy import Policy
-from weft.publication.holders import Chosen, Directory, Holder, Prefer, nearest
+from weft.publication.holders import Chosen, Directory, Holder, Prefer, nearest, tensors_of
 from weft.publication.publisher import Publisher, published
 from weft.report import Report
 from weft.stores import open_store
@@ -55,20 +55,21 @@ class Subscriber(Opened):
 
     def __init__(
         self, *, target: Target, control: ReplicaControl | None = None, replica: str, rank: int = 0,
-        replica_size: int = 1, relay: bool = False, prefer: Prefer | None = None, store: str, job: str, name: str,
-        transport: str, transport_options: Mapping[str, Any] | None = None, deadlines: Deadlines | None = None,
-        policy: Policy | None = None, host: str | None = None, domain: str | None = None,
-        secret: Secret | bytes | str | None = None,
+        replica_size: int = 1, relay: bool = False, retain: int = 1, prefer: Prefer | None = None, store: str,
+        job: str, name: str, transport: str, transport_options: Mapping[str, Any] | None = None,
+        deadlines: Deadlines | None = None, policy: Policy | None = None, host: str | None = None,
+        domain: str | None = None, secret: Secret | bytes | str | None = None,
     ) -> None:  # fmt: skip
-        """`prefer` chooses among those that hold the newest version, at the member of rank 0; without it the nearest
-        is taken.
+        """`prefer` chooses among those that hold the version, at the member of rank 0; without it the nearest is taken.
+        A relay keeps the newest `retain` versions that it has installed.
         """
         if not 0 <= rank < replica_size:
             raise ConfigError(f"Subscriber: rank is {rank}, expected 0 to {replica_size - 1}")
         host = host or host_identity()
         self._target, self._control, self._replica, self._rank = target, control, replica, rank
         self._prefer = prefer or nearest(host, domain or host)
-        self._size, self._relay, self._store_url, self._job, self._name = replica_size, relay, store, job, name
+        self._size, self._store_url, self._job, self._name = replica_size, store, job, name
+        self._relay, self._retain = relay, retain
         self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)
         d = self._deadlines = deadlines or Deadlines()
         self._policy = published(policy)
@@ -86,6 +87,9 @@ class Subscriber(Opened):
         self._judged: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
         self._served: int | None = None
         self._number, self._version = 0, -1
+        self._exact = -1
+        """The version that is asked for now; -1 for the newest."""
+        self._tensors = ""
         self._life = os.urandom(_LIFE_BYTES)
         self._sure = False
         """Whether the last version went well here: then the next choice is for those who have that one."""
@@ -128,23 +132,25 @@ class Subscriber(Opened):
         """Leave whom this replica reads from, and serve nobody any more. Idempotent."""
         self._stack.close()
 
-    def receive(self, deadline: Deadline | None = None) -> Report:
-        """Install the newest version as soon as somebody holds one newer than that of this replica. Collective.
+    def receive(self, deadline: Deadline | None = None, *, version: int | None = None) -> Report:
+        """Install the newest version as soon as somebody holds one newer than that of this replica, or exactly
+        `version`, be it older: to go back, or to stay with one. Collective: all members ask for the same.
 
         Pauses and resumes as `Refit.receive` does. When a holder is lost, or gives the version up, another is asked
         until the deadline (`Deadlines.offer` without one), then the last error is raised. Raises `DeadlineError` when
-        nobody has anything newer.
+        nobody has anything newer, and `RefitAbortedError` that lists who holds which versions when nobody holds that
+        one any more; one that is still to come is waited for.
         """
-        report = self._from_somebody(self._received, deadline, (*_LOST, RefitAbortedError))
+        report = self._from_somebody(self._received, deadline, (*_LOST, RefitAbortedError), version=version)
         self.installed(report)
         return report
 
-    def begin(self, deadline: Deadline | None = None) -> Installation:
+    def begin(self, deadline: Deadline | None = None, *, version: int | None = None) -> Installation:
         """The first part of `receive`, for those who pause and resume their engine themselves: wait for a newer
-        version, and say that this target may be written. Hand the report of its commit to `installed`. Raises as
-        `receive` does, and `RefitAbortedError` at once: the other members may have begun.
+        version, or for that one, and say that this target may be written. Hand the report of its commit to
+        `installed`. Raises as `receive` does, and `RefitAbortedError` at once: the other members may have begun.
         """
-        self._installation = self._from_somebody(FleetMember.begin, deadline, _LOST)
+        self._installation = self._from_somebody(lambda member: member.begin(version), deadline, _LOST, version=version)
         return self._installation
 
     def offered(self, deadline: Deadline) -> bool:
@@ -185,16 +191,17 @@ class Subscriber(Opened):
         self._version = self._served = report.version
         self._installation, self._sure = None, True
         if self._publisher is not None and report.version > self._publisher.coming:
-            self._pass_on(self._publisher, report.version)
+            self._pass_on(self._publisher, report)
 
     def _from_somebody(
         self, what: Callable[[FleetMember], T], deadline: Deadline | None, lost: tuple[type[WeftError], ...],
-        again: Callable[[], None] = lambda: None,
+        again: Callable[[], None] = lambda: None, version: int | None = None,
     ) -> T:  # fmt: skip
         """Do it with one holder after the other until it succeeds; `lost` are errors after which another may do, and
         `again` is called before it.
         """
         limit = deadline or Deadline.after(self._deadlines.offer)
+        self._exact = -1 if version is None else version
         failed = self._gave_up()
         while True:
             chosen = self._choose(failed, limit) if self._rank == 0 else self._hear(limit)
@@ -222,19 +229,34 @@ class Subscriber(Opened):
         return failed
 
     def _choose(self, failed: set[str], limit: Deadline) -> Chosen:
-        """Choose for all members, and tell them."""
-        able = self._directory.newer(self._have, lambda holder: self._faults(holder, limit), limit)
-        able = [each for each in able if each.name not in failed] or able
-        newest = max(each.version for each in able)
-        holder = self._prefer([each for each in able if each.version == newest])
+        """Choose for all members, and tell them. Raises what `Directory.newer` and `exactly` do."""
         if not self._number and (last := self._directory.chosen(self._replica)) is not None:
             self._number = last.number
-        anew = self._member is None or self._holder is None or self._holder.job != holder.job
+
+        def faults(holder: Holder) -> tuple[str, ...]:
+            return self._faults(holder, limit)
+
+        try:
+            able = (
+                self._directory.newer(self._have, faults, limit)
+                if self._exact < 0
+                else self._directory.exactly(self._exact, faults, limit)
+            )
+        except RefitAbortedError as error:
+            self._tell(Holder("", "", 0, -1), limit, gone=error.reasons)
+            raise
+        able = [each for each in able if each.name not in failed] or able
+        newest = max(each.version for each in able)
+        return self._tell(self._prefer([each for each in able if each.version == newest]), limit)
+
+    def _tell(self, holder: Holder, limit: Deadline, gone: tuple[str, ...] = ()) -> Chosen:
+        """Have all members read from this holder, or none where the version is gone."""
+        anew = self._member is None or self._holder is None or self._holder.job != holder.job or self._exact >= 0
         self._number += 1
         lives = (
             () if self._size == 1 else (each.life for each in self._directory.wanted(self._replica, self._size, limit))
         )
-        chosen = Chosen(self._number, holder, anew, tuple(lives), self._version)
+        chosen = Chosen(self._number, holder, anew, tuple(lives), self._version, self._exact, gone)
         if self._size > 1:
             self._directory.choose(self._replica, chosen)
         return chosen
@@ -254,9 +276,17 @@ class Subscriber(Opened):
         return self._judged[holder.layouts, wanted]
 
     def _hear(self, limit: Deadline) -> Chosen:
-        """What rank 0 chooses."""
+        """What rank 0 chooses. Raises `RefitAbortedError` as it does."""
         chosen = self._directory.await_choice(self._replica, self._meant, limit)
         self._number = chosen.number
+        if chosen.exact != self._exact:
+            asked = [f"{'the newest version' if each < 0 else each}" for each in (chosen.exact, self._exact)]
+            raise ConfigError(
+                f"{self._name} asks for {asked[1]}, but the member of rank 0 of replica {self._replica} for "
+                f"{asked[0]}: all members ask for the same"
+            )
+        if chosen.gone:
+            raise RefitAbortedError(chosen.exact, chosen.gone)
         return chosen
 
     def _meant(self, chosen: Chosen) -> bool:
@@ -271,17 +301,21 @@ class Subscriber(Opened):
         member = self._member
         assert member is not None, "attached"
         if self._rank == 0:
-            want = Notice("want", numbers=(self._have,))
-            member.loop.wire.tell(member.roles.source_leader, self._have + 1, want)
+            have, exact = (self._have, ()) if self._exact < 0 else (self._exact - 1, (self._exact,))
+            want = Notice("want", text=self._tensors, numbers=(have, *exact))
+            member.loop.wire.tell(member.roles.source_leader, have + 1, want)
         return what(member)
 
     def _received(self, member: FleetMember) -> Report:
         try:
-            return member.receive()
+            return member.receive(None if self._exact < 0 else self._exact)
         finally:
             self._served = member.served
 
     def _attach(self, holder: Holder) -> None:
+        if self._rank == 0:
+            wanted = self._directory.wanted(self._replica, self._size, Deadline.after(self._deadlines.begin))
+            self._tensors = tensors_of(self._directory.layouts([each.layout for each in wanted]).values())
         member = FleetMember(
             target=self._target, control=self._control, replica=self._replica, replica_size=self._size,
             sources=holder.members, job=holder.job, served=self._served, deadlines=self._reading,
@@ -301,15 +335,16 @@ class Subscriber(Opened):
         source = LiveSource(self._target.layout(), self._target.memory(), lambda: None)
         return Publisher(
             source=source, rank=self._rank, members=self._size, job=self._job, holder=self._replica, original=False,
-            deadlines=self._deadlines, **self._options,
+            deadlines=self._deadlines, retain=self._retain, **self._options,
         )  # fmt: skip
 
-    def _pass_on(self, publisher: Publisher, version: int) -> None:
+    def _pass_on(self, publisher: Publisher, report: Report) -> None:
         """What goes wrong here is no reason not to serve the version."""
         try:
-            publisher.publish(version, Deadline.after(_PASS_ON_SECONDS))
+            publisher.note(report.version, report.digest, self._tensors)
+            publisher.publish(report.version, Deadline.after(_PASS_ON_SECONDS))
         except Exception as error:  # noqa: BLE001  # whatever it is
-            _LOG.warning("%s does not pass version %d on: %s", self._name, version, error)
+            _LOG.warning("%s does not pass version %d on: %s", self._name, report.version, error)
         if publisher.failure is not None:
             self._publisher = None
             publisher.close()
