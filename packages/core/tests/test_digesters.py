@@ -18,7 +18,7 @@ from hypothesis import strategies as some
 
 from weft.digest import Digest, Runs, digest_array, tensor_seed
 from weft.digest_pieces import BLOCK_BYTES, pieces
-from weft.digesters import TORCH, TRITON, Held, key_table, on_device, units
+from weft.digesters import COMPILED_BYTES, NUMPY, TORCH, TRITON, Held, key_table, on_device, units, way_on
 from weft.errors import NotSupportedError
 from weft.policy import Policy
 from weft.refit import Refit
@@ -162,12 +162,23 @@ def test_what_keeps_triton_from_running_is_told(monkeypatch: pytest.MonkeyPatch)
         on_device(TRITON, [], key_table(torch.device("cpu")))
 
 
+def test_what_keeps_numba_from_running_is_logged_and_numpy_takes_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "weft.digest_numba", None)
+    caplog.set_level("INFO")
+    assert way_on(torch.device("cpu"), COMPILED_BYTES - 1) == NUMPY
+    assert not caplog.messages
+    assert way_on(torch.device("cpu"), COMPILED_BYTES) == NUMPY
+    assert "slower than by numba: import of weft.digest_numba halted" in caplog.text
+
+
 @pytest.mark.parametrize("direct_run_bytes", [1, 1 << 40], ids=["direct", "packed"])
 def test_refits_are_digested_by_pieces_as_by_the_processor(
     store_url: str, monkeypatch: pytest.MonkeyPatch, direct_run_bytes: int
 ) -> None:
     """Straight and staged buckets, and what a member copies by itself."""
-    monkeypatch.setattr("weft.digesters.way_on", lambda device: TORCH)
+    monkeypatch.setattr("weft.digesters.way_on", lambda device, nbytes: TORCH)
     tiny = Tiny()
     weights = tiny.tensors(1)
 

@@ -13,6 +13,7 @@ import torch
 
 from weft.digest import Digest, Runs, tensor_seed
 from weft.digesters import TORCH, TRITON, Digester, Digesters, Held, key_table, on_device, units, way_on
+from weft.member import Region
 
 from .nests import random_bytes, random_nest
 
@@ -32,8 +33,8 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 def digester(way: str, held: list[Held], monkeypatch: pytest.MonkeyPatch) -> Digester:
-    monkeypatch.setattr("weft.digesters.way_on", lambda device: way)
-    return Digesters({memory.device for memory, _ in held}).of(held)
+    monkeypatch.setattr("weft.digesters.way_on", lambda device, nbytes: way)
+    return Digesters([Region("held", memory) for memory, _ in held]).of(held)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -86,7 +87,7 @@ def test_memory_of_another_than_the_current_device_is_digested(way: str, monkeyp
 
 def test_triton_is_what_digests_where_it_is_installed() -> None:
     expected = TORCH if importlib.util.find_spec("triton") is None else TRITON
-    assert way_on(torch.device("cuda", 0)) == expected
+    assert way_on(torch.device("cuda", 0), 1) == expected
 
 
 @pytest.mark.parametrize("shape", ["dense", "columns", "askew"])

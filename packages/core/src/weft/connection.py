@@ -192,7 +192,7 @@ def _join(
     transfers = transfer_program(made, program, endpoint, endpoints, members)
     prepared = transport.prepare(transfers, deadline)
     held = source or landing
-    digesters = Digesters({region.device for region in endpoint.regions}) if policy.digests else None
+    digesters = Digesters(endpoint.regions) if policy.digests else None
     local = local_moves(made, program, source, landing, digesters) if source and landing else {}
     wire = Wire(transport, announced, members, rendezvous.guard(endpoints))
 

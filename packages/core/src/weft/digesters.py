@@ -17,6 +17,7 @@ from weft.digest import TABLE, Digest, Runs, Sums
 from weft.digest_pieces import Piece, pieces
 from weft.digest_torch import SIGNED, TorchSums, Units
 from weft.errors import NotSupportedError
+from weft.member import Region
 from weft.views import byte_view
 
 _LOG = logging.getLogger(__name__)
@@ -26,15 +27,22 @@ Held = tuple[torch.Tensor, Runs]
 Digester = Callable[[], Digest]
 """The digest of what some memory holds now, after all that the current stream of its device has been asked to do."""
 
-NUMPY, TRITON, TORCH = "numpy", "triton", "torch"
+NUMPY, NUMBA, TRITON, TORCH = "numpy", "numba", "triton", "torch"
+COMPILED_BYTES = 256 << 20
+"""Memory of a member on the processor from which on its sums are compiled, if numba is there: that takes some two
+seconds of every process, in which numpy sums 10 GB.
+"""
 
 
 class Digesters:
     """Makes the digesters of one member."""
 
-    def __init__(self, devices: Collection[torch.device]) -> None:
-        """Chooses how digests are computed on each of these devices, and logs it if that is slow."""
-        self._ways = {device: way_on(device) for device in devices}
+    def __init__(self, regions: Collection[Region]) -> None:
+        """Chooses how digests are computed on each device of this memory, and logs it if that is slow."""
+        sizes: dict[torch.device, int] = {}
+        for region in regions:
+            sizes[region.device] = sizes.get(region.device, 0) + region.nbytes
+        self._ways = {device: way_on(device, nbytes) for device, nbytes in sizes.items()}
         slow = sorted(str(device) for device, way in self._ways.items() if way == TORCH)
         if slow:
             _LOG.warning(
@@ -45,7 +53,7 @@ class Digesters:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """`numpy`, `triton`, `torch`: those that are in use."""
+        """`numpy`, `numba`, `triton`, `torch`: those that are in use."""
         return tuple(sorted(set(self._ways.values())))
 
     def of(self, held: Sequence[Held]) -> Digester:
@@ -58,6 +66,9 @@ class Digesters:
 
     def _on(self, device: torch.device, held: Sequence[Held]) -> Digester:
         way = self._ways[device]
+        if way == NUMBA:
+            made: Digester = importlib.import_module("weft.digest_numba").NumbaSums(held)
+            return made
         if way == NUMPY:
             return Sums([(byte_view(memory), runs) for memory, runs in held])
         if device not in self._tables:
@@ -74,11 +85,18 @@ def refuse_devices(devices: Collection[torch.device]) -> None:
         )
 
 
-def way_on(device: torch.device) -> str:
-    """How digests of a device's memory are computed."""
-    if device.type == "cpu":
+def way_on(device: torch.device, nbytes: int) -> str:
+    """How digests of a member's memory on a device are computed."""
+    if device.type != "cpu":
+        return TRITON if importlib.util.find_spec("triton") is not None else TORCH
+    if nbytes < COMPILED_BYTES:
         return NUMPY
-    return TRITON if importlib.util.find_spec("triton") is not None else TORCH
+    try:
+        importlib.import_module("weft.digest_numba")
+    except (ImportError, OSError) as error:  # OSError: its LLVM does not load here
+        _LOG.info("digests of %d bytes are computed by numpy, three times slower than by numba: %s", nbytes, error)
+        return NUMPY
+    return NUMBA
 
 
 def key_table(device: torch.device) -> torch.Tensor:

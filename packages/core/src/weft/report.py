@@ -12,8 +12,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     """Of the whole version: 32 hexadecimal digits, equal on every replica; zeros when digests are off or sampled."""
     digested_by: str
-    """What computed this member's digests: `numpy` in memory of the processor, `triton` or, where it is not installed,
-    `torch` on GPUs; empty when digests are off.
+    """What computed this member's digests: in memory of the processor `numba` or, where there is little or it is not
+    installed, `numpy`; on GPUs `triton` or, where it is not installed, `torch`; empty when digests are off.
     """
     bytes: int
     """Bytes this member sent (a source) or wrote (a target)."""
