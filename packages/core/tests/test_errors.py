@@ -33,3 +33,12 @@ def test_an_error_survives_pickling_with_its_words_and_attributes(error: WeftErr
     found = copy.copy(error)  # by the protocol that pickle uses
     assert type(found) is type(error)
     assert (str(found), found.args, vars(found)) == (str(error), error.args, vars(error))
+
+
+def test_an_error_that_is_kept_keeps_no_frames() -> None:
+    try:
+        raise PeerLostError("trainer/3", "its link is gone") from OSError("reset")
+    except PeerLostError as error:
+        kept = error.again()
+    assert str(kept) == "lost trainer/3: its link is gone"
+    assert (kept.__traceback__, kept.__cause__, kept.__context__) == (None, None, None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -260,6 +262,25 @@ def test_a_member_that_never_publishes_its_endpoint_is_named_on_every_member(ope
     assert all(
         isinstance(error, DeadlineError | RendezvousError) and "late: rollout0/0" in str(error) for error in errors
     )
+
+
+@pytest.mark.trap(28)
+def test_an_error_of_a_wait_without_its_event_keeps_nothing_once_it_is_gone(open_one: Callable[[], Store]) -> None:
+    people = [Person(open_one(), name).announce() for name in TEAM]
+    rendezvous = people[0].rendezvous
+    assert rendezvous.members()
+    rendezvous._deadline = Deadline.after(SHORT_SECONDS)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(DeadlineError):
+            rendezvous.endpoints(TEAM)
+            raise AssertionError("nobody has published an endpoint")
+        kept = weakref.ref(rendezvous)
+        del people, rendezvous
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.trap(18, 64)

@@ -262,7 +262,7 @@ class Inbox:
         with self._lock:
             if error.peer not in self._lost:
                 self._lost.add(error.peer)
-                self._losses.append(error)
+                self._losses.append(error.again())
         self.stir()
 
     def stir(self) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 
 class WeftError(Exception):
     """Base of every error that weft raises on purpose. All of them survive pickling, so that pools and actors that
     carry exceptions between processes deliver them whole.
     """
+
+    def again(self) -> Self:
+        """The same words, to keep or to raise: a kept error would collect the frames that it is raised in, and they all
+        that they use, weights and staging included.
+        """
+        return copy(self)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Words and attributes, without the class's own constructor, which takes something else than the words."""

@@ -97,7 +97,7 @@ class Exchange:
                 raise PeerLostError(peer, "not connected")
             error = self._peers[peer].error
             if error is not None:
-                raise error
+                raise error.again()
 
     def reaches(self, peer: str) -> bool:
         """Whether it is connected, or being connected, and not lost."""

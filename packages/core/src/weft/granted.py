@@ -71,7 +71,7 @@ class GrantedWork:
     def poll(self) -> bool:
         """Whether the bytes are in place over there; raises what prevented it, again and again."""
         if self.bucket.error is not None:
-            raise self.bucket.error
+            raise self.bucket.error.again()
         return self.bucket.done
 
     def cancel(self) -> None:

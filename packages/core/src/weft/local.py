@@ -91,14 +91,14 @@ class LocalWork:
             try:
                 self.transport.copy(self.prepared.program, self.bucket, self.envelope)
             except TransportError as error:
-                self.error = error
+                self.error = error.again()
         return self.finished
 
     def poll(self) -> bool:
         """Whether the bytes have been copied; raises what prevented it."""
         finished = self.advance()
         if self.error is not None:
-            raise self.error
+            raise self.error.again()
         return finished
 
     def cancel(self) -> None:

@@ -392,8 +392,8 @@ class Rendezvous:
             if (found := look()) is not None:
                 return found
             if expired:
-                error = DeadlineError(what, self._deadline.seconds, late())
-                self._append(Action.FAIL, str(error))
-                raise error
+                names = late()
+                self._append(Action.FAIL, str(DeadlineError(what, self._deadline.seconds, names)))
+                raise DeadlineError(what, self._deadline.seconds, names)
             self._store.watch(key(), None, Deadline.after(min(look_seconds, self._deadline.remaining())))
             look_seconds = min(2 * look_seconds, _LONGEST_LOOK_SECONDS)

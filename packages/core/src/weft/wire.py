@@ -18,7 +18,7 @@ from weft.records import decoded
 _LOG = logging.getLogger(__name__)
 _TEXT_CHARACTERS = 15_000
 """Longer reasons are cut, so that a notice fits a signal."""
-_NUMBERS = {"credit": (2,), "commit": (2,), "outcome": (1, 3), "replica-outcome": (1, 3), "roll": (1,), "want": (1, 2)}
+_NUMBERS = {"credit": (2,), "commit": (2,), "outcome": (1, 3), "replica-outcome": (1, 3), "roll": (1,), "want": (1,)}
 """How many numbers come with notices of these kinds."""
 
 
@@ -72,7 +72,7 @@ class Wire:
         try:
             self.transport.signal(peer, tag, self._guard.signal(peer, tag, said) if self._guard else said)
         except PeerLostError as error:
-            self._lost[error.peer] = error.with_traceback(None)  # else it holds this frame, and all that there is
+            self._lost[error.peer] = error.again()
 
     def note(self, peer: str, version: int, bucket: int, note: bytes) -> bytes:
         """What to post with a bucket so that the peer gets this note."""
@@ -84,7 +84,7 @@ class Wire:
         try:
             messages = self.transport.poll()
         except PeerLostError as error:
-            self._lost[error.peer] = error.with_traceback(None)
+            self._lost[error.peer] = error.again()
             return True
         for message in messages:
             self._sort(message)
@@ -148,7 +148,7 @@ class Wire:
     def check(self, peers: Callable[[], Iterable[str]]) -> None:
         """Raise `PeerLostError` when one of these peers is known to be gone."""
         if self._lost and (lost := self.lost(peers())):
-            raise lost[0]
+            raise lost[0].again()
 
     @property
     def any_lost(self) -> bool:

@@ -84,7 +84,7 @@ class Link:
     def ready(self) -> bool:
         """Whether both sides have come. Raises what prevented it."""
         if self.error is not None:
-            raise self.error
+            raise self.error.again()
         return self.up
 
     def submit(self, parcel: Parcel) -> None:

@@ -87,7 +87,7 @@ class GlooWork:
         """Whether the source bytes have left; raises what prevented it, again and again."""
         self.advance()
         if self.parcel.error is not None:
-            raise self.parcel.error
+            raise self.parcel.error.again()
         return self.parcel.done
 
     def cancel(self) -> None:
@@ -241,7 +241,7 @@ class GlooTransport:
         self._require_open()
         link = self._link(peer)
         if link.error is not None:
-            raise link.error
+            raise link.error.again()
         link.submit(Parcel(encode(tag, None, note), ()))
 
     def poll(self) -> Sequence[Arrival]:

@@ -138,7 +138,7 @@ class Link:
             if peer is None:
                 raise PeerLostError(name, "not connected")
             if peer.error is not None:
-                raise peer.error
+                raise peer.error.again()
             return peer
 
     def known(self, name: str) -> Peer | None:

@@ -96,7 +96,7 @@ class MappedWork:
     def poll(self) -> bool:
         """Whether every byte is in place over there; raises what prevented it, again and again."""
         if self.post.error is not None:
-            raise self.post.error
+            raise self.post.error.again()
         return not self.post.active
 
     def cancel(self) -> None:

@@ -85,7 +85,7 @@ class Lane:
         if transfer.done:
             return
         transfer.given_up = True
-        transfer.error = transfer.error or error
+        transfer.error = transfer.error or (error and error.again())
         if self.may_abort:
             for entry in [entry for entry in self.flight if entry[0] is transfer]:
                 self.flight.remove(entry)

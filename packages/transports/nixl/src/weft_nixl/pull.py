@@ -79,7 +79,7 @@ class PullWork:
         with self.lock:
             self.pull.offer(self)
             if self.error is not None:
-                raise self.error
+                raise self.error.again()
             return self.done
 
     def cancel(self) -> None:

@@ -28,7 +28,7 @@ class PushWork:
             if not self.transfer.done:
                 self.lane.advance()
             if self.transfer.error is not None:
-                raise self.transfer.error
+                raise self.transfer.error.again()
             return self.transfer.done
 
     def cancel(self) -> None:
