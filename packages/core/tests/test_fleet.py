@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -131,17 +131,25 @@ class Replica:
     before: Mapping[int, Hook] = field(default_factory=dict)
     received: dict[int, list[int]] = field(default_factory=dict)
     ends: dict[int, BaseException] = field(default_factory=dict)
+    ranks: Sequence[int] | None = None
+    """Those that `start` need not be called for; None for all."""
 
     def __post_init__(self) -> None:
-        self._threads = [
-            threading.Thread(target=self._serve, args=(rank,), name=f"{self.name}/{rank}", daemon=True)
-            for rank in range(self.size)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: dict[int, threading.Thread] = {}
+        for rank in range(self.size) if self.ranks is None else self.ranks:
+            self.start(rank)
+
+    def start(self, rank: int) -> None:
+        name = f"{self.name}/{rank}"
+        self._threads[rank] = threading.Thread(target=self._serve, args=(rank,), name=name, daemon=True)
+        self._threads[rank].start()
+
+    def end_of(self, rank: int) -> BaseException:
+        self._threads[rank].join(90)
+        return self.ends.pop(rank)
 
     def join(self) -> None:
-        for thread in self._threads:
+        for thread in self._threads.values():
             thread.join(90)
             assert not thread.is_alive(), f"{self.name} does not end"
 
@@ -261,6 +269,50 @@ def test_who_waits_for_one_that_died_while_it_joined_tries_again_soon(
     late.join()
     assert not late.ends
     assert limits == [brisk.begin]
+    stage.stop()
+    early.join()
+
+
+def test_who_comes_back_while_the_sources_join_its_former_life_is_not_left_behind(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its own patience ends."""
+    announce, endpoints, fail = Rendezvous.announce, Rendezvous.endpoints, Rendezvous.fail
+    lives, tried, gone = count(1), set[str](), threading.Semaphore(0)
+
+    def slow(rendezvous: Rendezvous, *arguments: Any) -> None:
+        life = next(lives) if rendezvous._name == "late/0" else 0
+        if life == 2:  # a slow one: sources that come meanwhile meet the first life, and whoever met it goes again
+            for _ in range(3):
+                gone.acquire(timeout=1.0)
+        announce(rendezvous, *arguments)
+        if life == 1:
+            raise SystemExit("it is killed")
+
+    def given_up(rendezvous: Rendezvous, *arguments: Any) -> Any:
+        name = rendezvous._name
+        if name.startswith("trainer/") and rendezvous._job.endswith("/late") and name not in tried:
+            tried.add(name)
+            raise DeadlineError("endpoints", 1.0, ["late/0"])
+        return endpoints(rendezvous, *arguments)
+
+    def failed(rendezvous: Rendezvous, *arguments: Any) -> None:
+        fail(rendezvous, *arguments)
+        gone.release()
+
+    monkeypatch.setattr(Rendezvous, "announce", slow)
+    monkeypatch.setattr(Rendezvous, "endpoints", given_up)
+    monkeypatch.setattr(Rendezvous, "fail", failed)
+    early = Replica(stage, "early")
+    stage.start()
+    stage.until(lambda: 1 in stage.reports, "the first version")
+    late = Replica(stage, "late", size=2, versions=2, ranks=[0])
+    late.end_of(0)
+    late.start(0)
+    late.start(1)
+    stage.until(lambda: bool(stage.installed("late")), "the late replica")
+    late.join()
+    assert not late.ends
     stage.stop()
     early.join()
 

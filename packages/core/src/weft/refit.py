@@ -174,7 +174,7 @@ class Refit(Opened):
             store = open_store(self._store_url, deadline)
             self._store = CountedStore(store)
             self._board = Board(JobStore(store, self._job, self._secret), f"weft/{self._job}/refit")
-            self._rendezvous = Rendezvous(self._store, self._job, self._expect, deadline, self._secret)
+            self._rendezvous = Rendezvous(self._store, self._job, self._expect, deadline, self._secret, self._announced)
             connection = join(
                 self._rendezvous,
                 transport,
@@ -189,6 +189,9 @@ class Refit(Opened):
         except BaseException:
             self.close()
             raise
+
+    def _announced(self) -> None:
+        """Called in `open` as soon as the others can find this member."""
 
     def _shaped(self, transport: Transport) -> Policy:
         """The policy, with what the transport decides filled in."""

@@ -99,13 +99,16 @@ class Rendezvous:
     """
 
     def __init__(
-        self, store: Store, job: str, expect: Expect, deadline: Deadline, secret: Secret | None = None
-    ) -> None:
+        self, store: Store, job: str, expect: Expect, deadline: Deadline, secret: Secret | None = None,
+        announced: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`announced` is called as soon as the others can find this member."""
         if not job:
             raise ConfigError("expected the name of a job, found an empty one")
         self._store, self._job, self._expect, self._deadline = store, job, expect, deadline
         self._records = JobStore(store, job, secret)
         self._root = self._records.root
+        self._announced = announced
         self._guard: Guard | None = None
         self._roster = Roster()
         self._entries_read = 0
@@ -144,6 +147,7 @@ class Rendezvous:
             member, policy, found, planner_version, self._expect.sources, self._expect.replicas, facts or Facts()
         )
         self._append(Action.JOIN, record=record)
+        self._announced()
 
     def members(self) -> tuple[Member, ...]:
         """Everybody who takes part, sorted by name: the same on every member. Waits for them.

@@ -51,6 +51,8 @@ class FleetMember(Refit):
         self._fleet, self._replica, self._size, self._url = job, replica, replica_size, store
         self._patience = (deadlines or Deadlines()).rendezvous
         self._connect_seconds = self._deadlines.begin  # as long as the sources take to join
+        self._records: JobStore | None = None
+        self._call: Announcement | None = None
 
     def open(self) -> None:
         """Wait to be admitted, and join this replica's cell. Raises as `Refit.open`.
@@ -61,17 +63,24 @@ class FleetMember(Refit):
         deadline = Deadline.after(self._patience)
         store = open_store(self._url, deadline)
         try:
-            self._try(JobStore(store, self._fleet, self._secret), deadline)
+            self._records = JobStore(store, self._fleet, self._secret)
+            self._try(deadline)
         except BaseException:
             self.close()
             raise
         finally:
+            self._records = None
             store.close()
 
-    def _try(self, records: JobStore, deadline: Deadline) -> None:
+    def _announced(self) -> None:
+        """Ask the sources to come: only now, or they might meet a former life of this member and be gone when this one
+        comes. Anew every time: sources that have tried to join the cell once wait for another announcement.
+        """
+        assert self._records is not None, "it is being opened"
+        self._call = Announcement(self._records, self._replica, self.name, self._size, self._patience)
+
+    def _try(self, deadline: Deadline) -> None:
         while True:
-            # Anew every time: sources that have tried to join the cell once wait for another announcement.
-            announcement = Announcement(records, self._replica, self.name, self._size, self._patience)
             try:
                 return super().open()
             except (RendezvousError, TransportError, DeadlineError) as error:
@@ -79,5 +88,7 @@ class FleetMember(Refit):
                     raise
                 _LOG.info("%s tries again to join its cell: %s", self.name, error)
             finally:
-                announcement.end()
+                if self._call is not None:
+                    self._call.end()
+                    self._call = None
             time.sleep(_AGAIN_SECONDS)
