@@ -22,7 +22,7 @@ class Waits:
     """A loop of core's in which every wait ends at its deadline, just in time; `seconds` is how long all took."""
 
     def __init__(self, session: Any) -> None:
-        self.seconds, self.session = 0.0, session
+        self.seconds, self.session, self.wire = 0.0, session, SimpleNamespace(pump=bool)
 
     def until(self, done: Any, step: Any, deadline: Deadline, what: str, late: Any) -> None:
         self.seconds += deadline.seconds
@@ -32,7 +32,7 @@ class Waits:
 
 
 def installation(stage: Stage, shadow: bool, leader: bool = False) -> tuple[Installation, Waits]:
-    calls = dict.fromkeys(("pause", "prepare", "commit", "abort"), lambda *_: None)
+    calls = dict.fromkeys(("step", "pause", "prepare", "commit", "abort"), lambda *_: None)
     session: Any = SimpleNamespace(
         stage=stage, shadow=shadow, version=4, leader=object() if leader else None, waiting_for=list, **calls
     )

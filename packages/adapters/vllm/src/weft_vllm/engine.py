@@ -5,8 +5,8 @@ vLLM's calls and weft's steps: `init_weight_transfer_engine` makes the target an
 `finish_weight_update` commits. An error of any step reaches the caller of the `LLM` with the words of every worker;
 weights may then be mixed, and `weft_vllm.control` refuses.
 
-Where the policy lands in shadow memory, a thread beside the worker's own fetches every version as it is offered
-(`weft_vllm.watch`); `start_weight_update` picks that up, and only `update_weights` changes what is served.
+Where the policy lands in shadow memory, a thread beside the worker's own fetches every version as it is offered or
+published (`weft_vllm.watch`); `start_weight_update` picks that up, and only `update_weights` changes what is served.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WeftInitInfo(compat.WeightTransferInitInfo):
     policy: dict[str, Any] = field(default_factory=dict)
     """Fields of `weft.Policy`, equal to the sources'; the others keep their defaults. With a `landing` in shadow memory
     the engine watches: it fetches while it serves. With the `drive` `published` it reads from whoever holds a version
-    (`weft.Subscriber`), in place.
+    (`weft.Subscriber`).
     """
     relay: bool = False
     """Where versions are published: whether this engine passes on what it has."""
@@ -122,18 +122,17 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
             "secret": Secret.of_environment(),
         }  # fmt: skip
         self._deadlines = deadlines
+        member: Refit | Subscriber
         if policy.drive == "published":
-            self._refit = Subscriber(rank=place.rank, relay=init_info.relay, **common)
-            self._refit.open()
-            return
-        if init_info.fleet:
-            refit: Refit = FleetMember(sources=init_info.sources, **common)
+            member = Subscriber(rank=place.rank, relay=init_info.relay, **common)
+        elif init_info.fleet:
+            member = FleetMember(sources=init_info.sources, **common)
         else:
-            refit = Refit(expect=Expect(init_info.sources, init_info.replicas), **common)
-        self._refit = refit
-        refit.open()
+            member = Refit(expect=Expect(init_info.sources, init_info.replicas), **common)
+        self._refit = member
+        member.open()
         if policy.shadow:
-            self._watcher = Watcher(refit, self.device)
+            self._watcher = Watcher(member, self.device)
             self._watcher.start()
 
     def start_weight_update(self) -> None:
@@ -205,8 +204,7 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         """Leave the job; weights stay as they are. Idempotent."""
         self.give_up("the engine is shutting down")
         if self._watcher is not None:
-            d = self._deadlines
-            fetched = self._watcher.stop(Deadline.after(d.begin))
+            fetched = self._watcher.stop(Deadline.after(limits.fetched(self._deadlines)))
             self._watcher = None
             if fetched is not None:
                 fetched.abort(ConfigError("the engine is shutting down"))
@@ -256,6 +254,4 @@ def _contradictions(init_info: WeftInitInfo, policy: Policy) -> list[str]:
             faults.append("a fleet has no fixed number of replicas: leave replicas out")
         return [*faults, 'relay is for drive "published"'] if init_info.relay else faults
     faults = ['sources and replicas are for drive "lock_step"'] if init_info.sources or init_info.replicas != 1 else []
-    if init_info.fleet:
-        faults.append('fleet is for drive "lock_step"')
-    return [*faults, 'drive "published" lands in_place: nobody would fetch beside'] if policy.shadow else faults
+    return [*faults, 'fleet is for drive "lock_step"'] if init_info.fleet else faults

@@ -13,9 +13,11 @@ _ON_THE_WAY_SECONDS = 10.0
 
 
 def fetched(deadlines: Deadlines) -> float:
-    """Seconds until a worker that watches has fetched what is yet to be offered."""
+    """Seconds until a worker that watches has fetched what is yet to be offered; where versions are published, their
+    holder is joined before, and asked for it.
+    """
     d = deadlines
-    return d.offer + d.begin + 2 * d.move + d.vote + _ON_THE_WAY_SECONDS
+    return d.offer + 3 * d.begin + 3 * d.move + d.vote + _ON_THE_WAY_SECONDS
 
 
 def begun(deadlines: Deadlines) -> float:

@@ -12,10 +12,13 @@ import torch
 from weft.deadline import Deadline
 from weft.errors import ConfigError, RefitAbortedError
 from weft.installation import Installation
+from weft.publication import Subscriber
 from weft.refit import Refit
 
 _POLL_SECONDS = 5e-3
 """Between looks at what has arrived, while there is nothing else to do."""
+_LOOK_SECONDS = 1.0
+"""Between looks whether to go on, while nobody has published anything; and before a version is fetched again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +33,15 @@ class Watched:
 
 
 class Watcher:
-    """A thread that waits for offers and fetches them into shadow memory (trap 51: it applies nothing).
+    """A thread that waits for what is offered or published and fetches it into shadow memory (trap 51: it applies
+    nothing).
 
-    While the thread runs, the `Refit` is its own; `take` ends it and hands a fetched version over to the caller, who
-    starts it again when that version has been installed or given up. All waits end by the deadlines of the `Refit`.
+    While the thread runs, the member is its own; `take` ends it and hands a fetched version over to the caller, who
+    starts it again when that version has been installed or given up. All waits end by the deadlines of the member.
     """
 
-    def __init__(self, refit: Refit, device: torch.device) -> None:
-        self._refit, self._device = refit, device
+    def __init__(self, member: Refit | Subscriber, device: torch.device) -> None:
+        self._member, self._device = member, device
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._fetched: Installation | None = None
@@ -53,8 +57,8 @@ class Watcher:
         self._thread.start()
 
     def stop(self, deadline: Deadline) -> Installation | None:
-        """End the thread: the `Refit` belongs to the caller, and so does a version that is ready. What is being fetched
-        is given up. Raises `DeadlineError`: the thread then still has the `Refit`, and `stop` may be called again.
+        """End the thread: the member belongs to the caller, and so does a version that is ready. What is being fetched
+        is given up. Raises `DeadlineError`: the thread then still has the member, and `stop` may be called again.
         """
         thread = self._thread
         if thread is None:
@@ -72,7 +76,7 @@ class Watcher:
         deadline.wait(
             lambda: self.state.stage == "ready" or self._failed is not None,
             "a version in shadow memory",
-            lambda: [f"{self._refit.name} is {self.state.stage}"],
+            lambda: [f"{self._member.name} is {self.state.stage}"],
         )
         if self.state.stage == "ready" and (fetched := self.stop(deadline)) is not None:
             return fetched
@@ -102,22 +106,43 @@ class Watcher:
     def _watch(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.set_device_index(self._device)  # every thread has its own
-        while not self._stopping.wait(_POLL_SECONDS):
-            version = None
+        while not self._stopping.is_set():
             try:
-                version = self._refit.offered()
-                if version is None:
+                installation = self._next()
+                if installation is None:
                     continue
-                installation = self._refit.begin()
-                version = installation.version
-                self.state = Watched("fetching", version)
-                installation.fetch(self._go_on)
-                self.state = Watched("ready", version)
+                self.state = Watched("ready", installation.version)
                 while not self._stopping.wait(_POLL_SECONDS):
                     installation.tend()
                 self._fetched = installation
             except Exception as error:  # noqa: BLE001 - `take` raises it, and the engine serves on
+                version = None if self.state.stage == "failed" else self.state.version
                 self.state = Watched("failed", version, f"{type(error).__name__}: {error}")
+
+    def _next(self) -> Installation | None:
+        """A version that has been fetched; None when there was none so far."""
+        member = self._member
+        return self._published(member) if isinstance(member, Subscriber) else self._offered(member)
+
+    def _offered(self, refit: Refit) -> Installation | None:
+        if self._stopping.wait(_POLL_SECONDS) or (version := refit.offered()) is None:
+            return None
+        self.state = Watched("fetching", version)
+        installation = refit.begin()
+        installation.fetch(self._go_on)
+        return installation
+
+    def _published(self, subscriber: Subscriber) -> Installation | None:
+        if self.state.stage == "failed":
+            self._stopping.wait(_LOOK_SECONDS)  # it is fetched again, and whoever asks is to be told before
+        if self._stopping.is_set() or not subscriber.offered(Deadline.after(_LOOK_SECONDS)):
+            return None
+        self.state = Watched("fetching")
+        return subscriber.fetch(self._fetching)
+
+    def _fetching(self, version: int) -> None:
+        self.state = Watched("fetching", None if version < 0 else version)
+        self._go_on()
 
     def _go_on(self) -> None:
         time.sleep(0)  # forward passes want the interpreter, too
