@@ -4,10 +4,12 @@ Importing it needs no vLLM; whatever drives an engine says what to install where
 """
 
 from weft_vllm.analytic import VllmAdapter, adapter, vllm_layout
+from weft_vllm.http_control import HttpControl
 from weft_vllm.replica_control import AsyncVllmControl, VllmControl, async_control, control
+from weft_vllm.server import ServerError
 from weft_vllm.steps import RefusedError, ReplicaReport
 
 __all__ = [
-    "AsyncVllmControl", "RefusedError", "ReplicaReport", "VllmAdapter", "VllmControl", "adapter", "async_control",
-    "control", "vllm_layout",
+    "AsyncVllmControl", "HttpControl", "RefusedError", "ReplicaReport", "ServerError", "VllmAdapter", "VllmControl",
+    "adapter", "async_control", "control", "vllm_layout",
 ]  # fmt: skip

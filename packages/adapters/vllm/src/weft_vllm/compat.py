@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from weft.errors import ConfigError, NotSupportedError, PluginError
+from weft.errors import ConfigError, NotSupportedError
+from weft_vllm.series import TESTED_SERIES, check
 
 try:
     import vllm
@@ -53,9 +54,6 @@ __all__ = [
 
 BACKEND = "weft"
 """Name of the weight-transfer backend: `LLM(..., weight_transfer_config={"backend": "weft"})`."""
-TESTED_SERIES = ("0.31", "0.32")
-UNTESTED_SERIES = ("0.33",)
-"""Neighbours with the same surfaces: accepted, and reported as untested."""
 CPU_LINEAR_POLICIES = ("plain", "packed")
 """`plain`: dense weights stay as they were loaded, and live. `packed`: the engine's own kernels pack them."""
 DEFAULTED_BUFFERS = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
@@ -66,28 +64,6 @@ _GUARDED_CALLS = (
 )  # fmt: skip
 _AT_LOAD = "_weft_at_load"
 _log = logging.getLogger("weft_vllm")
-
-
-@dataclass(frozen=True, slots=True)
-class Support:
-    """Which vLLM this is, and how well weft knows it."""
-
-    version: str
-    tested: bool
-
-
-def check(version: str) -> Support:
-    """Accept a version of vLLM. Raises `PluginError` for a series that weft does not know; untested neighbours are
-    accepted.
-    """
-    series = ".".join(version.split(".")[:2])
-    if series not in (*TESTED_SERIES, *UNTESTED_SERIES):
-        raise PluginError(
-            f"vLLM {version} is installed; this weft-vllm is tested with {', '.join(TESTED_SERIES)} and accepts "
-            f"{', '.join(UNTESTED_SERIES)} untested. Install vllm>=0.31,<0.33, or a weft-vllm made for {series}"
-        )
-    return Support(version, series in TESTED_SERIES)
-
 
 support = check(vllm.__version__)
 if not support.tested:

@@ -99,19 +99,7 @@ class VllmControl:
         return verify_engine(self._llm, path, casts=casts, ignore=ignore)
 
     def _perform(self, calls: Calls) -> Any:
-        try:
-            call = next(calls)
-            while True:
-                try:
-                    answer = self._answer(call)
-                except BaseException as error:  # noqa: BLE001 - the steps decide what it means, and raise it
-                    call = calls.throw(error)
-                else:
-                    call = calls.send(answer)
-        except StopIteration as end:
-            return end.value
-        finally:
-            calls.close()  # so that the steps see an interruption that came between two calls, too
+        return steps.perform(calls, self._answer)
 
     def _answer(self, call: Call) -> Any:
         if call.name == "pause":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,25 @@ class UpdateRequest:
 
 
 Calls = Generator[Call, Any, Any]
+
+
+def perform(calls: Calls, answer: Callable[[Call], Any]) -> Any:
+    """Have every call answered, and give what they come to. An error of a call goes to the steps, which decide what it
+    means, and raise it.
+    """
+    try:
+        call = next(calls)
+        while True:
+            try:
+                given = answer(call)
+            except BaseException as error:  # noqa: BLE001 - see above
+                call = calls.throw(error)
+            else:
+                call = calls.send(given)
+    except StopIteration as end:
+        return end.value
+    finally:
+        calls.close()  # so that the steps see an interruption that came between two calls, too
 
 
 @dataclass
