@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from weft.protocol import replica, target
+from weft.protocol import replica, sources, target
 from weft.protocol.events import Actions, Event, Tell
 from weft.testing.explorer import explore
 from weft.testing.worlds import Job
@@ -18,6 +18,9 @@ JOBS = {
     "two sources": Job(sources=("trainer/0", "trainer/1")),
     "three members": Job(replicas=(("first", "second", "third"),), shadow=True, faults=0),
     "two replicas": Job(replicas=(("first",), ("second",)), faults=0),
+    "a chain": Job(replicas=(("first",), ("second",)), chained=True),
+    "a chain of three": Job(replicas=(("first",), ("second",), ("third",)), chained=True, faults=0),
+    "a chain beside": Job(replicas=(("first",), ("second",)), chained=True, shadow=True, faults=0),
 }
 
 
@@ -78,6 +81,25 @@ def test_a_leader_that_tells_nobody_how_it_ended_is_found(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(replica, "_end", silent)
     assert "nothing has failed" in explore(Job(faults=0), 1).broken[0][0]
+
+
+@pytest.mark.parametrize(("early", "words"), [(True, "serves old weights"), (False, "nothing has failed")])
+def test_relays_that_are_told_too_early_or_never_are_found(
+    early: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, offer = sources._begun, sources._offer
+
+    def silent(state: sources.Sources, known: sources.Receiving) -> sources.Change:
+        return begun(state, replace(known, relays=()))
+
+    def hasty(state: sources.Sources) -> Actions:
+        told = (Tell(relay, Notice("go", known.replica)) for known in state.replicas for relay in known.relays)
+        return (*offer(state), *told)
+
+    monkeypatch.setattr(sources, "_begun", silent)
+    if early:
+        monkeypatch.setattr(sources, "_offer", hasty)
+    assert words in explore(replace(JOBS["a chain"], faults=0), 1).broken[0][0]
 
 
 @pytest.mark.trap(48)

@@ -105,7 +105,7 @@ def test_a_relay_stays_in_its_replica_and_waits_for_what_it_reads(seed: int) -> 
     sources = frozenset(m.name for m in made.members if m.is_source)
     for rank in case.targets:
         program = lowered(made, rank.member.name)
-        waits = gates(program, sources)
+        waits = gates(program, frozenset(m.name for m in made.members if m.replica == rank.member.replica))
         read = {bucket.index: bucket for bucket in program.sends}
         taken = {bucket.index: bucket for bucket in program.receives}
         assert waits.keys() == read.keys()
@@ -317,16 +317,16 @@ def test_a_member_refuses_to_pass_on_what_it_does_not_have(what: str) -> None:
         wrong, words = replace(own, parts=Parts(**columns)), "passes on what this target does not have there"
     elif what == "replica":
         members = tuple(
-            msgspec.structs.replace(member, replica="other") if member.name == "rollout/1" else member
+            msgspec.structs.replace(member, replica="before") if member.name == "rollout/1" else member
             for member in own.members
         )
-        wrong, words = replace(own, members=members), "rollout/1: a copy passes on to another replica"
+        wrong, words = replace(own, members=members), "rollout/1: a copy passes on to a replica before this one"
     else:  # what it passes on is to come from the very member that waits for it
         sender = own.routes.source.copy()
         box = own.parts.tensor[own.routes.part[mine[0]]]
         sender[(own.routes.target == own.me) & (own.parts.tensor[own.routes.part] == box)] = own.routes.target[mine[0]]
         columns = {f.name: getattr(own.routes, f.name) for f in fields(Routes)} | {"source": sender}
-        wrong, words = replace(own, routes=Routes(**columns)), "passes on what no source sends here"
+        wrong, words = replace(own, routes=Routes(**columns)), "passes on what nobody sends here before"
     with pytest.raises(PlanError, match=words):
         prove(wrong, None, layout)
 

@@ -14,7 +14,7 @@ from weft.holders import holder_sets, nearest
 from weft.join import Joined, Overlaps
 from weft.member import Member
 from weft.policy import Policy
-from weft.relays import passed_on_by
+from weft.relays import Wants, passed_on_by
 from weft.routes import Sent, spell_out
 from weft.rows import Rows
 from weft.table import Int64s, Ragged, distinct, ragged_ranges, stable_order, volume
@@ -52,13 +52,13 @@ def assign(
     set_of_class, sets = holder_sets(classes, joined.sources.layout, holding)
     set_of_box, layouts = set_of_class[boxes.box], len(source_addresses)
     givers = None
-    if policy.relay != "never":
+    if policy.relay != "never" or policy.chain == "always":
         wanted = wanted.apart()
         box, target = wanted.lists.values, wanted.targets[wanted.lists.rows()]
-        givers = passed_on_by(
-            boxes, box, target, nearest(sets, set_of_box[box], target, members), members, policy.relay,
-            tensor, landing.group[boxes.target], landing.scratch[boxes.target] < 0, box_bytes,
-        )  # fmt: skip
+        level = nearest(sets, set_of_box[box], target, members).level
+        live = landing.scratch[boxes.target] < 0
+        wants = Wants(boxes, box, target, level, tensor, landing.group[boxes.target], live, box_bytes)
+        givers = passed_on_by(wants, members, policy.relay, policy.chain == "always")
     sent, bound = _sent(wanted, sets, set_of_box, box_bytes, members, source_layout, givers, policy)
     routes, boxes, place = spell_out(wanted, sent, box_bytes)
     # A place is a source layout, of which any row that has the box will do, or behind them a row of a target.

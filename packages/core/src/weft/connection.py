@@ -34,6 +34,7 @@ from weft.prepare import (
 )
 from weft.rendezvous import Rendezvous
 from weft.replay import Clock
+from weft.roles import Relay, Roles, peers_of, relays_of, roles_of
 from weft.shadow import Shadow
 from weft.slices import Slice, prove, slice_of
 from weft.views import Memory
@@ -49,17 +50,6 @@ class Identity:
     replica_size: int
     host: str
     domain: str
-
-
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """Who leads whom."""
-
-    sources: tuple[str, ...]
-    source_leader: str
-    replicas: Mapping[str, tuple[str, ...]]
-    """Members of every replica, sorted."""
-    replica_leaders: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +70,8 @@ class Connection:
     """A source's buckets; a mere target's are those that it passes on."""
     gates: Mapping[int, frozenset[int]]
     """Per bucket that it passes on, those it must have taken before."""
+    relays: tuple[Relay, ...]
+    """All that pass on between replicas; the leader of the sources alone knows them."""
     receives: tuple[Step, ...]
     local: Mapping[int, LocalMoves]
     source: tuple[Layout, Memory] | None
@@ -107,17 +99,6 @@ def host_identity() -> str:
     """A name of this machine that differs between machines and containers: host name and boot id."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text().strip()[:8]}" if boot.exists() else socket.gethostname()
-
-
-def roles_of(members: tuple[Member, ...]) -> Roles:
-    """Leaders are the first by name, so that everybody names the same."""
-    sources = tuple(sorted(m.name for m in members if m.is_source))
-    replicas: dict[str, list[str]] = {}
-    for member in members:
-        if member.is_target:
-            replicas.setdefault(member.replica or member.name, []).append(member.name)
-    whole = {replica: tuple(sorted(names)) for replica, names in sorted(replicas.items())}
-    return Roles(sources, sources[0], whole, {replica: names[0] for replica, names in whole.items()})
 
 
 def join(
@@ -169,7 +150,7 @@ def _join(
     rendezvous.announce(announced, own, msgspec.msgpack.encode(policy), facts)
     members = rendezvous.members()
     roles = roles_of(members)
-    made = _slice(rendezvous, identity.name, roles.source_leader, members, own, policy)
+    made, relays = _slice(rendezvous, identity.name, roles.source_leader, members, own, policy)
     prove(made, source[0] if source else None, target[0] if target else None)
     program, clock = lower(made), Clock()
     with clock.phase("allocate"):
@@ -183,7 +164,7 @@ def _join(
     rendezvous.publish_endpoint(
         endpoint_record(identity.name, announced.incarnation, 0, transport.address(), endpoint, made.fingerprint)
     )
-    peers = _peers(identity.name, roles, program)
+    peers = peers_of(identity.name, roles, program, relays)
     endpoints = rendezvous.endpoints(peers)
     by_name = {member.name: member for member in members}
     connecting = deadline.earlier(connect_seconds)
@@ -205,7 +186,7 @@ def _join(
         me=announced, roles=roles, facts=rendezvous.facts(), slice=made, program=program, endpoint=endpoint,
         wire=wire, prepared=prepared,
         sends=tuple(make_steps(made, program, endpoint, held, True, digesters)) if held else (),
-        gates={} if source else gates(program, frozenset(roles.sources)),
+        gates={} if source else gates(program, roles.mates(identity.replica)), relays=relays,
         receives=tuple(make_steps(made, program, endpoint, landing, False, digesters)) if landing else (),
         local=local, source=source, target=target, shadow=shadow,
         scratch_slots={m.name: n for m, n in zip(made.members, made.scratch_slots, strict=True)},
@@ -218,8 +199,10 @@ def _join(
 def _slice(
     rendezvous: Rendezvous, name: str, planner: str, members: Sequence[Member], own: Mapping[str, Layout],
     policy: Policy,
-) -> Slice:  # fmt: skip
-    """This member's slice: one member reads all layouts and plans, the others read what it publishes for them."""
+) -> tuple[Slice, tuple[Relay, ...]]:  # fmt: skip
+    """This member's slice: one member reads all layouts and plans, the others read what it publishes for them. That one
+    also finds who passes on between replicas.
+    """
     key = fingerprint(members, policy)
     if name != planner:
         made = Slice.decode(rendezvous.slice(key, planner))
@@ -227,29 +210,10 @@ def _slice(
             raise RecordError(
                 f"{planner} published a slice of {made.name} of plan {made.fingerprint} for {name}, {key}"
             )
-        return made
+        return made, ()
     addresses = {address for m in members for address in (m.source_layout, m.target_layout) if address}
     layouts = {address: own[address] if address in own else rendezvous.layout(address) for address in sorted(addresses)}
     whole = plan([m for m in members if m.is_source], [m for m in members if m.is_target], layouts, policy)
     others = (member.name for member in whole.members if member.name != name)
     rendezvous.publish_slices(key, ((other, slice_of(whole, other).encoded) for other in others))
-    return slice_of(whole, name)
-
-
-def _peers(name: str, roles: Roles, program: MemberProgram) -> set[str]:
-    """Whom a member must reach: the other ends of its buckets, its leaders, and, for a leader, those it leads."""
-    peers = {bucket.peer for bucket in (*program.sends, *program.receives)}
-    if name in roles.sources:
-        peers.add(roles.source_leader)
-    for replica, names in roles.replicas.items():
-        leader = roles.replica_leaders[replica]
-        if name in names:
-            peers.add(leader)
-        if name == leader:
-            peers.update(names)
-            peers.add(roles.source_leader)
-        if name == roles.source_leader:
-            peers.add(leader)
-    if name == roles.source_leader:
-        peers.update(roles.sources)
-    return peers - {name}
+    return slice_of(whole, name), relays_of(whole)

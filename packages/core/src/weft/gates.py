@@ -10,21 +10,23 @@ from weft.lower import LoweredBucket, MemberProgram
 from weft.table import Int64s, pairs_by_key
 
 
-def gates(program: MemberProgram, sources: frozenset[str]) -> Mapping[int, frozenset[int]]:
-    """Per bucket that a target passes on, the buckets from sources that write the memory it is read from.
+def gates(program: MemberProgram, mates: frozenset[str]) -> Mapping[int, frozenset[int]]:
+    """Per bucket that a target passes on, the buckets that write the memory it is read from, both by index.
 
-    Both by index. Memory is compared by the outermost bounds of a bucket in each buffer: a bucket may wait for more
-    than it needs, but only for what sources send in the same group. That comes whatever is passed on, so nobody waits
-    in a ring.
+    `mates` are the other members of its replica that are no sources. What goes to them waits only for what comes from
+    elsewhere, what goes to another replica for all: replicas pass on in one order, so nobody waits in a ring. Memory is
+    compared by the outermost bounds of a bucket in each buffer: a bucket may wait for more than it needs, but only for
+    what comes in the same group.
     """
-    received = [bucket for bucket in program.receives if bucket.peer in sources]
-    writer, written = _bounds(received, "target")
+    writer, written = _bounds(program.receives, "target")
     reader, read = _bounds(program.sends, "source")
     left, right = pairs_by_key(read[:, 0], written[:, 0])
     meets = (read[left, 1] < written[right, 2]) & (written[right, 1] < read[left, 2])
     needed: dict[int, set[int]] = {}
-    for passed, taken in zip(reader[left[meets]].tolist(), writer[right[meets]].tolist(), strict=True):
-        needed.setdefault(program.sends[passed].index, set()).add(received[taken].index)
+    for n, m in zip(reader[left[meets]].tolist(), writer[right[meets]].tolist(), strict=True):
+        passed, taken = program.sends[n], program.receives[m]
+        if passed.peer not in mates or taken.peer not in mates:
+            needed.setdefault(passed.index, set()).add(taken.index)
     return {index: frozenset(buckets) for index, buckets in needed.items()}
 
 

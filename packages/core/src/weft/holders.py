@@ -12,6 +12,7 @@ from weft.table import Int64s, Ragged, distinct, ragged_classes, ragged_ranges, 
 
 LEVELS = 5
 """Of locality: 0 same process, 1 same device, 2 same host, 3 same fabric domain, 4 further."""
+HOST, DOMAIN = 2, 3
 
 
 def locality(source: Member, target: Member) -> int:

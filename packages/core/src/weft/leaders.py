@@ -5,7 +5,7 @@ The machines are `weft.protocol.sources` and `weft.protocol.replica`; here they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -13,6 +13,7 @@ from weft.board import Board
 from weft.deadline import Deadline, Deadlines
 from weft.protocol import replica, sources
 from weft.protocol.events import Event, heard, tell
+from weft.roles import Relay
 from weft.wire import Wire
 
 _ANSWER_SECONDS = 10.0
@@ -41,15 +42,22 @@ class SourceLeader:
 
     def __init__(
         self, wire: Wire, board: Board, members: Sequence[str], leaders: Mapping[str, str], deadlines: Deadlines,
-        version: int,
+        version: int, relays: Iterable[Relay] = (),
     ) -> None:  # fmt: skip
+        """`leaders` are those of the replicas."""
         self._wire, self._board, self._version = wire, board, version
         self._seconds = {
             "begin": deadlines.begin,
             "rest": deadlines.move + deadlines.vote + deadlines.commit,
             "answer": min(_ANSWER_SECONDS, deadlines.begin / 2),
         }
-        receiving = tuple(sources.Receiving(name, leader) for name, leader in leaders.items())
+        to: dict[str, list[Relay]] = {name: [] for name in leaders}
+        for relay in relays:
+            to[relay.to].append(relay)
+        receiving = tuple(
+            sources.Receiving(name, leader, tuple(r.name for r in to[name]), frozenset(r.replica for r in to[name]))
+            for name, leader in leaders.items()
+        )
         self._state = sources.Sources(tuple(members), receiving)
         self._limit = {name: Deadline.after(deadlines.begin) for name in leaders}
 

@@ -23,10 +23,10 @@ from weft.rows import Rows
 from weft.statistics import Statistics, statistics_of
 from weft.table import Int64s, distinct, stable_order
 
-PLANNER_VERSION = 3
+PLANNER_VERSION = 4
 """Grows when equal inputs would give another plan; part of the fingerprint."""
 _WORTH_RELAYING = 4
-"""`Policy(relay="auto")` relays where that saves at least one in so many bytes between hosts."""
+"""What is `auto` in the policy is chosen where it saves at least one in so many bytes."""
 
 
 class PlannedTensor(msgspec.Struct, frozen=True, array_like=True):
@@ -184,19 +184,37 @@ def plan(
     )
     slots = [layouts[m.target_layout].scratch_slots if m.target_layout is not None else 0 for m in members]
 
-    def planned(relay: str) -> Plan:
+    def planned(relay: str, chain: str) -> Plan:
         parts, routes, bound = assign(
             joined, found, classes, members, source_addresses, target_addresses, landing, item_bytes,
-            msgspec.structs.replace(policy, relay=relay),
+            msgspec.structs.replace(policy, relay=relay, chain=chain),
         )  # fmt: skip
         scratch_slots = np.array(slots, dtype=np.int64)
         return Plan(members, tensors, aliases, policy, joined.splits, parts, routes, scratch_slots, bound)
 
-    if policy.relay != "auto":
-        return planned(policy.relay)
-    direct = planned("never")
-    between, once = direct.statistics.cross_host_bytes, direct.statistics.once_per_host_bytes
-    return planned("host") if (between - once) * _WORTH_RELAYING >= between > 0 else direct
+    relay, chain = policy.relay, policy.chain
+    chosen = planned("never" if relay == "auto" else relay, "never" if chain == "auto" else chain)
+    if relay == "auto":
+        between, once = chosen.statistics.cross_host_bytes, chosen.statistics.once_per_host_bytes
+        relay = "host" if _worth(between, once) else "never"
+        if relay == "host":
+            chosen = planned(relay, "never" if chain == "auto" else chain)
+    if chain == "auto" and len({m.replica or m.name for m in members if m.is_target}) > 1:
+        chained = planned(relay, "always")
+        if _is_better(chained.statistics, chosen.statistics):
+            chosen = chained
+    return chosen
+
+
+def _worth(before: int, after: int) -> bool:
+    return (before - after) * _WORTH_RELAYING >= before > 0
+
+
+def _is_better(chained: Statistics, direct: Statistics) -> bool:
+    """What the busiest member sends or takes bounds a refit; then come the bytes between domains."""
+    busiest, before = chained.busiest_bytes, direct.busiest_bytes
+    far, far_before = chained.cross_domain_bytes, direct.cross_domain_bytes
+    return _worth(before, busiest) or (busiest <= before and _worth(far_before, far))
 
 
 def _landing(layouts: Sequence[Layout], targets: Rows) -> Landing:

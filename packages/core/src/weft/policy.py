@@ -57,6 +57,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """With digests, one bucket in so many has one, in turn while versions grow by one. Above 1, versions have no digest
     of their own.
     """
+    chain: Annotated[str, one_of("never", "always", "auto")] = "never"
+    """`always`: what several replicas want comes from sources to the first of them, by name, and each passes it on to
+    the next while more arrives; `never`: sources send to every replica themselves; `auto`: where that saves at least a
+    quarter of what the busiest member sends or takes, or of the bytes between domains without more for the busiest. A
+    replica that gives a version up takes those behind it along.
+    """
 
     def check(self) -> None:
         """Raise `ConfigError` with every contradiction, or `NotSupportedError` for what has its place but is not
@@ -72,6 +78,14 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("policy: " + "; ".join(faults))
         if self.encodings:
             raise NotSupportedError(f"encodings {', '.join(self.encodings)} are not built yet: only declared casts are")
+
+    def check_alone(self) -> None:
+        """Raise `ConfigError` for what means nothing where each replica has a plan of its own."""
+        if self.chain != "never":
+            raise ConfigError(
+                f"policy: chain is {self.chain}, but each replica has a plan of its own here, and chains are for "
+                "several replicas of one plan (weft.Refit); to pass on whole versions, see weft.Subscriber(relay=True)"
+            )
 
     @property
     def shadow(self) -> bool:

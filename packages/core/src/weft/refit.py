@@ -11,7 +11,7 @@ import msgspec
 
 from weft.authentication import Secret
 from weft.board import Board
-from weft.connection import Connection, Identity, Roles, host_identity, join
+from weft.connection import Connection, Identity, host_identity, join
 from weft.contracts import ReplicaControl, Source, Target, Transport, Trusting
 from weft.deadline import Deadline, Deadlines
 from weft.errors import ConfigError, RefitAbortedError
@@ -25,6 +25,7 @@ from weft.plugins import load
 from weft.policy import Policy
 from weft.rendezvous import Rendezvous
 from weft.report import Report
+from weft.roles import Roles
 from weft.roster import Expect
 from weft.serving import NoControl, Serving
 from weft.slices import Slice

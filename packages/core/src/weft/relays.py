@@ -1,62 +1,129 @@
-"""Relays: targets that pass on what they received, so that a box comes once to every host, or fabric domain.
+"""Relays: targets that pass on what they received, so that a box comes once to every host or fabric domain, or once
+from all sources.
 
-A relay is a copy whose sender is no source: it reads the sender's own target memory. Relays stay within a replica,
-and one is passed on once, by a member that has it from sources: a replica that is aborted takes nobody else along.
+A relay is a copy whose sender is no source: it reads the sender's own target memory. Within a replica a box is passed
+on once, by a member that has it from elsewhere. Between replicas it goes along a chain, always to a replica with a
+later name; so nobody waits in a ring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from weft.holders import Shares, places
+from weft.holders import DOMAIN, HOST, LEVELS, places
 from weft.join import Overlaps
 from weft.member import Member
 from weft.table import Int64s, Ragged, ragged_classes, unique_rows
 
 Truths = npt.NDArray[np.bool_]
-_LEVEL = {"host": 2, "domain": 3}
+_LEVEL = {"host": HOST, "domain": DOMAIN}
 """Within which level of locality (`weft.holders`) each policy passes boxes on."""
 
 
-def passed_on_by(
-    boxes: Overlaps, box: Int64s, target: Int64s, shares: Shares, members: Sequence[Member], within: str,
-    tensor: Int64s, group: Int64s, live: Truths, nbytes: Int64s,
-) -> Int64s:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """Copies in plan order: copy i brings row `box[i]` of `boxes` to member `target[i]`."""
+
+    boxes: Overlaps
+    box: Int64s
+    target: Int64s
+    level: Int64s
+    """How far the nearest source of each copy is (`weft.holders`)."""
+    tensor: Int64s
+    """Of every row of `boxes`, as the next two."""
+    group: Int64s
+    live: Truths
+    """Whether it lands in live memory."""
+    nbytes: Int64s
+
+    @property
+    def identity(self) -> Int64s:
+        """Number of every copy's box. In equal boxes the group is equal, too: nobody waits for a later group of a
+        member that waits for it.
+        """
+        columns = [self.tensor[:, None], self.group[:, None], self.boxes.lo, self.boxes.hi]
+        return unique_rows(np.concatenate(columns, axis=1))[1][self.box]
+
+    def able(self, sources: Truths) -> Truths:
+        """Copies that may be passed on: from live memory, by members that are no sources."""
+        return self.live[self.box] & ~sources[self.target]
+
+
+def passed_on_by(wants: Wants, members: Sequence[Member], within: str, chained: bool) -> Int64s:
     """For every copy that is relayed, the copy whose target passes it on; -1 for those that come from sources.
 
-    Copy i, in plan order, brings row `box[i]` of `boxes` to member `target[i]`. `tensor`, `group`, `live` (whether it
-    lands in live memory) and `nbytes` are of every row of `boxes`. Copies of one box to one replica on one host (or in
-    one domain) where no source is are a ring: one of them comes from sources, and the rest from its target. Rings of
-    the same members share the work by bytes. In a ring the box is in the same group of all, so that nobody waits for a
-    later group of a member that waits for it.
+    `within` is `Policy.relay`, and `chained` whether replicas pass on to each other.
     """
-    count, found = len(members), np.full(len(target), -1, dtype=np.int64)
-    replicas: dict[str, int] = {}
-    replica = np.array([replicas.setdefault(m.replica or m.name, len(replicas)) for m in members], dtype=np.int64)
-    _, place = unique_rows(np.stack([places(members)[_LEVEL[within]], replica], axis=1))
-    _, identity = unique_rows(np.concatenate([tensor[:, None], group[:, None], boxes.lo, boxes.hi], axis=1))
-    far = np.flatnonzero(shares.level > _LEVEL[within])
-    _, ring, size = np.unique(identity[box[far]] * count + place[target[far]], return_inverse=True, return_counts=True)
+    found = np.full(len(wants.target), -1, dtype=np.int64)
+    names = sorted({m.replica or m.name for m in members})
+    numbers = {name: n for n, name in enumerate(names)}
+    replica = np.array([numbers[m.replica or m.name] for m in members], dtype=np.int64)
+    if within != "never":
+        _pass_within(found, wants, members, replica, _LEVEL[within])
+    if chained:
+        _pass_between(found, wants, members, replica)
+    return found
+
+
+def _pass_within(found: Int64s, wants: Wants, members: Sequence[Member], replica: Int64s, level: int) -> None:
+    """Copies of one box to one replica on one host (or in one domain) where no source is are a ring: one of them comes
+    from elsewhere, and the rest from its target. Rings of the same members share the work by bytes.
+    """
+    count, target = len(members), wants.target
+    _, place = unique_rows(np.stack([places(members)[level], replica], axis=1))
+    far = np.flatnonzero(wants.level > level)
+    key = wants.identity[far] * count + place[target[far]]
+    _, ring, size = np.unique(key, return_inverse=True, return_counts=True)
     far, ring = far[size[ring] > 1], ring[size[ring] > 1]
     _, first = np.unique(ring * count + target[far], return_index=True)  # by ring, then by member
     row, ring_of = far[first], ring[first]
-    source = np.array([m.is_source for m in members])
-    able = live[box[row]] & ~source[target[row]]
+    able = wants.able(np.array([m.is_source for m in members]))[row]
     givers = Ragged.by_key(ring_of[able], row[able], len(size))
     some = np.flatnonzero(givers.sizes)
     if not len(some):
-        return found
+        return
     givers = Ragged(givers.starts[some], givers.sizes[some], givers.values)
     kind, _ = ragged_classes(Ragged(givers.starts, givers.sizes, target[givers.values]))
-    nbytes_of = nbytes[box[givers.values[givers.starts]]]
+    nbytes_of = wants.nbytes[wants.box[givers.values[givers.starts]]]
     chosen = np.full(len(size), -1, dtype=np.int64)
     chosen[some] = givers.values[givers.starts + _turns(kind, nbytes_of, givers.sizes)]
     giver = chosen[ring]
     found[far] = np.where(target[giver] == target[far], -1, giver)
-    return found
+
+
+def _pass_between(found: Int64s, wants: Wants, members: Sequence[Member], replica: Int64s) -> None:
+    """What would come from sources on other hosts comes from the replica before, of those that want the same box: of
+    those on one's own host if there are any, else in one's own domain, else anywhere. Its members take turns.
+    """
+    codes, target = places(members), wants.target
+    able = np.flatnonzero(wants.able(np.array([m.is_source for m in members])))
+    need = np.flatnonzero((found < 0) & (wants.level > HOST))
+    identity = wants.identity
+    for level in (HOST, DOMAIN, LEVELS - 1):
+        if not len(need):
+            return
+        place, width = codes[level], int(codes[level].max()) + 1
+        ring = identity * width + place[target]
+        after = ring * (int(replica.max()) + 1) + replica[target]
+        order = able[np.lexsort((able, target[able], after[able]))]
+        begins = np.searchsorted(after[order], after[need])  # behind those of earlier replicas in this ring
+        last = order[np.maximum(begins - 1, 0)]
+        has = (begins > 0) & (ring[last] == ring[need]) if len(order) else np.zeros(len(need), dtype=bool)
+        first = np.searchsorted(after[order], after[last])
+        found[need[has]] = order[(first + _rank(after[need], target[need]) % np.maximum(begins - first, 1))[has]]
+        need = need[~has]
+
+
+def _rank(key: Int64s, member: Int64s) -> Int64s:
+    """The place of every entry among those of its key, by member."""
+    order = np.lexsort((member, key))
+    rank = np.empty(len(key), dtype=np.int64)
+    rank[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+    return rank
 
 
 def _turns(kind: Int64s, size: Int64s, count: Int64s) -> Int64s:

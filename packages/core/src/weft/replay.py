@@ -76,6 +76,17 @@ class Sender:
         """Whether every bucket has left: source bytes may change."""
         return not any(self._queues.values()) and not any(self._active.values())
 
+    @property
+    def left(self) -> int:
+        """Buckets that have not left yet."""
+        return sum(map(len, self._queues.values())) + sum(map(len, self._active.values()))
+
+    @property
+    def held_up(self) -> bool:
+        """Whether it is the receivers that this member waits for: there is a bucket for one of them."""
+        heads = (queue[0] for queue in self._queues.values() if queue)
+        return any(self._active.values()) or any(self._may_read(step.bucket.index) for step in heads)
+
     def waiting_for(self) -> list[str]:
         """Receivers that have not taken everything yet."""
         return sorted(peer for peer in self._queues if self._queues[peer] or self._active[peer])
@@ -143,14 +154,14 @@ class Receiver:
 
     def __init__(
         self, wire: Wire, prepared: Prepared | None, steps: Sequence[Step], local: Mapping[int, LocalMoves],
-        target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, sources: Collection[str], *,
-        partial: bool, digest_every: int, shadow: Shadow | None = None,
+        target: Target, layout: Layout, memory: Memory, version: int, clock: Clock, sources: Collection[str],
+        mates: frozenset[str], *, partial: bool, digest_every: int, shadow: Shadow | None = None,
     ) -> None:  # fmt: skip
         """`memory` is what is served; with a `shadow`, bytes land there until `flip`. `sources` are the members that
-        send by themselves, others pass on; `partial` says that groups for which nothing comes keep what they hold
-        (`Policy.only`).
+        send by themselves, others pass on; `mates` those that do so within the replica. `partial` says that groups for
+        which nothing comes keep what they hold (`Policy.only`).
         """
-        self._sources, self._shadow, self._digest_every = sources, shadow, digest_every
+        self._sources, self._mates, self._shadow, self._digest_every = sources, mates, shadow, digest_every
         self._wire, self._prepared, self._version, self._clock = wire, prepared, version, clock
         self._steps = {step.bucket.index: step for step in steps}
         self._local, self._target, self._layout, self._memory = local, target, layout, memory
@@ -197,14 +208,14 @@ class Receiver:
     def take(self) -> None:
         """Take what has arrived. Raises `TransportError` when a digest differs or a bucket comes twice.
 
-        The loss of a member that passes on is its leader's to tell, who knows the reason.
+        The loss of a member of the same replica is its leader's to tell, who knows the reason.
         """
         for message in self._wire.arrivals(self._version):
             step = self._steps.pop(message.bucket or 0, None)
             if step is None or step.bucket.peer != message.peer:
                 raise TransportError(f"bucket {message.bucket} from {message.peer} came twice or is not of this plan")
             self._take(step, message.note)
-        self._wire.check(lambda: {step.bucket.peer for step in self._steps.values()}.intersection(self._sources))
+        self._wire.check(lambda: {step.bucket.peer for step in self._steps.values()} - self._mates)
 
     def land(self, read: Callable[[int], bool]) -> None:
         """Land the groups whose bytes are all here, in order, but none that is still `read`: landing may change it."""

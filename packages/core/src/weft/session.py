@@ -15,6 +15,7 @@ from weft.leaders import ReplicaLeader, SourceLeader
 from weft.protocol import source, target
 from weft.protocol.events import Event, heard, tell
 from weft.protocol.target import Stage
+from weft.relaying import Relaying
 from weft.replay import Clock, Receiver, Sender
 from weft.wire import Wire
 
@@ -142,7 +143,7 @@ class TargetSession:
     """A target's part in one version."""
 
     def __init__(
-        self, wire: Wire, version: int, side: Target, receiver: Receiver, relay: Sender, replica: str,
+        self, wire: Wire, version: int, side: Target, receiver: Receiver, relay: Relaying, replica: str,
         leader_name: str, leader: ReplicaLeader | None, clock: Clock,
     ) -> None:  # fmt: skip
         """`relay` passes on what the receiver has taken; most have nothing to pass on."""
@@ -206,10 +207,7 @@ class TargetSession:
 
     def _move(self) -> None:
         self.receiver.take()
-        if not self.relay.done:  # else credits are for this member's source
-            for peer, notice in self._wire.take(self.version, "credit"):
-                self.relay.take_credit(peer, *notice.numbers)
-            self.relay.step()
+        self.relay.step()
         self.receiver.land(self.relay.reads)
         if self.receiver.done and self.relay.done:
             self._feed(Event("arrived", numbers=self.receiver.digest.lanes))
@@ -233,7 +231,7 @@ class TargetSession:
         """Give the version up here, and tell the leader unless it was the leader who said so."""
         if self.stage in (Stage.ABORTED, Stage.INSTALLED):
             return
-        self.relay.cancel()
+        self.relay.give_up(f"{self._wire.me.name} gives the version up: {type(error).__name__}: {error}")
         by_leader = isinstance(error, RefitAbortedError)
         self._feed(Event("abort" if by_leader else "error", text=f"{type(error).__name__}: {error}"), error)
         if self.leader is not None and not by_leader:

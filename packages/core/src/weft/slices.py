@@ -230,36 +230,43 @@ def _coverage(own: Slice, rows: Rows, parts: Parts, row: Int64s, part: Int64s) -
 
 
 def _relay_faults(own: Slice, target: Layout, rows: Rows) -> list[str]:
-    """What this member passes on must lie in live memory, in the group of the receiver's, and come from sources."""
-    sent = np.unique(own.routes.part[own.routes.source == own.me])
-    parts = own.parts.select(sent)
-    row, part, wrong = _placed(rows, parts, parts.source_buffer, parts.source_offset, parts.source_strides)
+    """What this member passes on must lie in live memory, in the group of the receiver's, and come here: from sources
+    or other replicas what goes to its own replica, so that nobody waits in a ring. Other replicas come later by name.
+    """
+    me, routes = own.me, own.routes
+    replicas = np.array([member.replica or member.name for member in own.members])
+    abroad, sends = replicas != replicas[me], routes.source == me
+    wrong_way = np.unique(routes.target[sends & (replicas[routes.target] < replicas[me])]).tolist()
+    elsewhere = (routes.target == me) & (own.is_source | abroad)[routes.source]
     live = np.array([buffer.kind is Kind.LIVE for buffer in target.buffers], dtype=bool)
     group = np.array([buffer.group for buffer in target.buffers], dtype=np.int64)
-    mine = own.members[own.me].replica
-    strangers = [
-        own.members[n].name
-        for n in np.unique(own.routes.target[own.routes.source == own.me]).tolist()
-        if own.members[n].replica != mine
-    ]
-    late = ~live[rows.buffer[row]] | (group[rows.buffer[row]] != parts.group[part])
-    got = own.parts.select(own.routes.part[(own.routes.target == own.me) & own.is_source[own.routes.source]])
+    faults = [f"{own.members[n].name}: a copy passes on to a replica before this one" for n in wrong_way]
+    for passed, come in (
+        (sends & ~abroad[routes.target], elsewhere), (sends & abroad[routes.target], routes.target == me)
+    ):  # fmt: skip
+        parts = own.parts.select(np.unique(routes.part[passed]))
+        got = own.parts.select(routes.part[come])
+        row, part, wrong = _placed(rows, parts, parts.source_buffer, parts.source_offset, parts.source_strides)
+        late = ~live[rows.buffer[row]] | (group[rows.buffer[row]] != parts.group[part])
+        never = parts.tensor[_come(rows, parts, row, part, got) != parts.numel]
+        for tensors, what in (
+            (wrong, "what this target does not have there"),
+            (np.unique(parts.tensor[part[late]]).tolist(), "what is not live memory of the receiver's group"),
+            (np.unique(never).tolist(), "what nobody sends here before"),
+        ):
+            faults += [f"{own.tensors[n].name}: a copy passes on {what}" for n in tensors]
+    return faults
+
+
+def _come(rows: Rows, parts: Parts, row: Int64s, part: Int64s, got: Parts) -> Int64s:
+    """Of every part, how many elements `got` writes. `row` and `part` say which part lies in which row."""
     here, come_part, _ = _placed(rows, got, got.target_buffer, got.target_offset, got.target_strides)
     left, right = pairs_by_key(row, here)
     left, right = part[left], come_part[right]
     lo, hi, meets = intersect(parts.lo[left], parts.hi[left], got.lo[right], got.hi[right])
     come = np.zeros(len(parts), dtype=np.int64)
     np.add.at(come, left[meets], volume(lo[meets], hi[meets]))
-    never = parts.tensor[come != parts.numel]
-    return [
-        *(f"{name}: a copy passes on to another replica" for name in strangers),
-        *(f"{own.tensors[n].name}: a copy passes on what this target does not have there" for n in wrong),
-        *(
-            f"{own.tensors[n].name}: a copy passes on what is not live memory of the receiver's group"
-            for n in np.unique(parts.tensor[part[late]]).tolist()
-        ),
-        *(f"{own.tensors[n].name}: a copy passes on what no source sends here" for n in np.unique(never).tolist()),
-    ]
+    return come
 
 
 def _damage(own: Slice) -> str | None:

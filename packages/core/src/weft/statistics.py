@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from weft.copies import Loops, Parts, Routes
+from weft.holders import DOMAIN, places
 from weft.member import Member
 from weft.table import Int64s, stable_order, unique_rows, volume
 
@@ -22,6 +23,8 @@ class Statistics(msgspec.Struct, frozen=True):
     """Those of them that stay within one member."""
     cross_host_bytes: int
     """Those of them that move between hosts."""
+    cross_domain_bytes: int
+    """Those of them that move between fabric domains."""
     once_per_host_bytes: int
     """What would move between hosts if targets of one host passed each box on to each other: the gain of relays."""
     copies: int
@@ -43,6 +46,13 @@ class Statistics(msgspec.Struct, frozen=True):
     peers: dict[str, int]
     """Other members each one is connected to."""
 
+    @property
+    def busiest_bytes(self) -> int:
+        """What the busiest member sends, or takes: at the speed of its link, no refit is faster."""
+        return max(
+            max(each.values(), default=0) for each in (self.egress_bytes, self.relayed_bytes, self.ingress_bytes)
+        )
+
 
 def statistics_of(
     members: Sequence[Member], tensors: int, parts: Parts, loops: Loops, routes: Routes, part_bytes: Int64s, bound: int
@@ -50,6 +60,7 @@ def statistics_of(
     """Add up. `part_bytes` are bytes per part, `bound` those that the busiest sender sends in any plan."""
     count = len(members)
     egress, ingress, peers = (np.zeros(count, dtype=np.int64) for _ in range(3))
+    domain = places(members)[DOMAIN]
     hosts: dict[str, list[int]] = {}
     for m, member in enumerate(members):
         hosts.setdefault(member.host, []).append(m)
@@ -57,7 +68,7 @@ def statistics_of(
     box_bytes = part_bytes[first_of_box]
     starts = np.searchsorted(routes.target, np.arange(count + 1)).tolist()
     lengths = _Lengths.of(parts, loops)
-    local = far = once = segments = 0
+    local = far = farther = once = segments = 0
     for neighbours in hosts.values():
         elsewhere = np.ones(count, dtype=bool)
         elsewhere[neighbours] = False
@@ -73,6 +84,7 @@ def statistics_of(
             peers[m] += len(senders)
             away = elsewhere[source]
             local, far = local + int(size[source == m].sum()), far + int(size[away].sum())
+            farther += int(size[domain[source] != domain[m]].sum())
             came[box[part[away]]] = True
             order = stable_order(source, count)
             segments += lengths.segments(part[order], source[order])
@@ -80,8 +92,8 @@ def statistics_of(
     sources = np.array([m.is_source for m in members])
     mean, busiest = (egress[sources].mean(), int(egress[sources].max())) if sources.any() else (0.0, 0)
     return Statistics(
-        bytes=int(ingress.sum()), local_bytes=local, cross_host_bytes=far, once_per_host_bytes=once, copies=len(routes),
-        tensors=tensors, segments=segments,
+        bytes=int(ingress.sum()), local_bytes=local, cross_host_bytes=far, cross_domain_bytes=farther,
+        once_per_host_bytes=once, copies=len(routes), tensors=tensors, segments=segments,
         egress_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if m.is_source},
         ingress_bytes={m.name: int(n) for m, n in zip(members, ingress, strict=True) if m.is_target},
         relayed_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if n and not m.is_source},

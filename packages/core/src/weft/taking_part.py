@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from weft.board import Board
 from weft.connection import Connection
@@ -12,6 +13,7 @@ from weft.deadline import Deadlines
 from weft.leaders import ReplicaLeader, SourceLeader
 from weft.policy import Policy
 from weft.prepare import Step
+from weft.relaying import Relaying
 from weft.replay import Clock, Receiver, Sender
 from weft.session import SourceSession, TargetSession
 from weft.wire import Notice
@@ -33,7 +35,8 @@ class TakingPart:
         leader = None
         if roles.source_leader == me.name:
             leaders = roles.replica_leaders
-            leader = SourceLeader(wire, self.board, roles.sources, leaders, self.deadlines, version)
+            relays = connection.relays
+            leader = SourceLeader(wire, self.board, roles.sources, leaders, self.deadlines, version, relays)
         senders = {replica: self._sender(names, version, clock) for replica, names in roles.replicas.items()}
         own_replica = me.replica if connection.local else None
         return SourceSession(wire, version, senders, roles.source_leader, leader, clock, own_replica)
@@ -64,12 +67,19 @@ class TakingPart:
         assert connection.target is not None, "only members with a target install"
         receiver = Receiver(
             wire, connection.prepared, connection.receives, connection.local, target, *connection.target, version,
-            clock, roles.sources, partial=bool(self.policy.only), digest_every=self.policy.digest_every,
-            shadow=connection.shadow,
+            clock, roles.sources, roles.mates(replica), partial=bool(self.policy.only),
+            digest_every=self.policy.digest_every, shadow=connection.shadow,
         )  # fmt: skip
-        relay = self._moving(
-            connection.passed_on, version, clock, lambda bucket: receiver.has(connection.gates[bucket])
-        )
+
+        def passing(names: Sequence[str]) -> Sender:
+            steps = [step for step in connection.passed_on if step.bucket.peer in names]
+            return self._moving(steps, version, clock, lambda bucket: receiver.has(connection.gates[bucket]))
+
+        peers = {step.bucket.peer for step in connection.passed_on}
+        others = {name: partial(passing, names) for name, names in roles.replicas.items() if peers & {*names}}
+        others.pop(replica, None)
+        patience = self.deadlines.move / 2  # to give up those behind before this replica must give up itself
+        relay = Relaying(wire, version, passing(members), others, roles.source_leader, patience)
         return TargetSession(wire, version, target, receiver, relay, replica, leader_name, leader, clock)
 
     def decline(self, version: int, reasons: Sequence[str]) -> None:

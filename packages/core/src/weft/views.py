@@ -84,10 +84,15 @@ def execute(
 
 
 def _ends(plan: Plan, layouts: Mapping[str, Layout]) -> Iterator[tuple[int, str, str, str, str]]:
-    """(copy, sender, target member, sender's buffer, target's buffer) of every copy; what is passed on comes last."""
+    """(copy, sender, target member, sender's buffer, target's buffer) of every copy; what is passed on comes last, and
+    in the order of replicas: into each of them from those before, then within it.
+    """
     copies = plan.copies
+    replicas = np.array([member.replica or member.name for member in plan.members])
     passed_on = ~np.array([member.is_source for member in plan.members])[copies.source]
-    for n in np.argsort(passed_on, kind="stable").tolist():
+    into = replicas[copies.target]
+    within = replicas[copies.source] == into
+    for n in np.lexsort((passed_on & within, np.where(passed_on, into, ""), passed_on)).tolist():
         source, target = plan.members[copies.source[n]], plan.members[copies.target[n]]
         held, wanted = layouts[source.sends_from or ""], layouts[target.target_layout or ""]
         yield (

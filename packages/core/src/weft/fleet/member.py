@@ -42,6 +42,7 @@ class FleetMember(Refit):
         deadlines: Deadlines | None = None, policy: Policy | None = None, host: str | None = None,
         domain: str | None = None, secret: Secret | bytes | str | None = None, served: int | None = None,
     ) -> None:  # fmt: skip
+        (policy or Policy()).check_alone()
         super().__init__(
             target=target, control=control, transport=transport, transport_options=transport_options, store=store,
             job=cell_of(job, replica), name=name, replica=replica, replica_size=replica_size,

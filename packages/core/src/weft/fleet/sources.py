@@ -49,6 +49,7 @@ class Fleet(Opened):
         """`replicas` must have come before `open` returns; more may come at any time."""
         if not 0 <= rank < sources:
             raise ConfigError(f"Fleet: rank is {rank}, expected 0 to {sources - 1}")
+        (policy or Policy()).check_alone()
         self._source, self._rank, self._sources, self._replicas = source, rank, sources, replicas
         self._store_url, self._job = store, job
         self._secret = secret if isinstance(secret, Secret | None) else Secret(secret)

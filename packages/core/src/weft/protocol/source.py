@@ -1,4 +1,6 @@
-"""A source: holds its weights, sends them to the replicas that it is told of, and learns how each of them ended."""
+"""A source: holds its weights, sends them to the replicas that it is told of, and learns how each of them ended. A
+target that passes a version on to other replicas is a source to these.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +41,8 @@ class Source:
     """The replica of this very member, where it copies from these weights by itself: read until that has ended."""
     digest: tuple[int, int] = (0, 0)
     """Of the version, once a replica has installed it."""
+    relay: bool = False
+    """Whether it passes on what it received: if it gives up, those that have everything from it need not know."""
 
     @property
     def released(self) -> bool:
@@ -103,7 +107,7 @@ def _give_up(state: Source, text: str) -> tuple[Source, Actions]:
     actions: list[Tell | Do] = []
     for known in state.replicas:
         actions.append(Do("stop", known.replica))
-        if not known.ended:
+        if not known.ended and not (state.relay and known.stage is Stage.SENT):
             actions.append(Tell(state.leader, Notice("source-failed", known.replica, text)))
             state = _put(state, replace(known, ended=True, reason=text))
     return state, tuple(actions)

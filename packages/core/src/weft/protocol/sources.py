@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 
 from weft.protocol.events import Action, Actions, Do, Event, Tell
 from weft.wire import Notice
@@ -30,7 +31,13 @@ class Receiving:
 
     replica: str
     leader: str
+    relays: tuple[str, ...] = ()
+    """Members of other replicas that pass on to it."""
+    after: frozenset[str] = frozenset()
+    """The replicas of these."""
     stage: Stage = Stage.WAITING
+    begun: bool = False
+    """Whether the sources, and its relays, have been told to send."""
     text: str = ""
     """Why it was withdrawn."""
 
@@ -61,6 +68,16 @@ class Sources:
 
 
 def step(state: Sources, event: Event) -> tuple[Sources, Actions]:
+    """One event. Replicas that are to get the version from one that ends before it has begun are withdrawn, too."""
+    state, actions = _step(state, event)
+    for known in state.replicas:
+        if known.stage is Stage.ENDED and not known.begun:
+            state, caused = _each(state, partial(_missing_out, known))
+            actions = (*actions, *caused)
+    return state, actions
+
+
+def _step(state: Sources, event: Event) -> tuple[Sources, Actions]:
     """Events: `source-offered` and `source-failed` by sources, `replica-begun` and `replica-outcome` by leaders, `lost`
     of one of them, `late` (its text says how long was waited) and `give-up`. Of those that come together, outcomes
     go first: a replica's own reason is better than what its end did to a source.
@@ -74,7 +91,7 @@ def step(state: Sources, event: Event) -> tuple[Sources, Actions]:
         case "replica-outcome":
             return _one(state, event.replica, lambda known: _end(state, known, event.text, event.numbers))
         case "source-failed":
-            text = f"source {event.sender}: {event.text}"
+            text = f"{'source' if event.sender in state.members else 'relay'} {event.sender}: {event.text}"
             return _one(state, event.replica, lambda known: _withdraw(known, text))
         case "replica-begun":
             return _one(state, event.replica, lambda known: _begun(state, known))
@@ -117,8 +134,8 @@ def _offer(state: Sources) -> Actions:
 def _begun(state: Sources, known: Receiving) -> Change:
     if known.stage is not Stage.WAITING:
         return known, ()
-    go = tuple(Tell(source, Notice("go", known.replica)) for source in state.members)
-    return replace(known, stage=Stage.BEGUN), (Do("wait", known.replica, "rest"), *go)
+    go = tuple(Tell(source, Notice("go", known.replica)) for source in (*state.members, *known.relays))
+    return replace(known, stage=Stage.BEGUN, begun=True), (Do("wait", known.replica, "rest"), *go)
 
 
 def _withdraw(known: Receiving, text: str) -> Change:
@@ -130,6 +147,12 @@ def _withdraw(known: Receiving, text: str) -> Change:
         return known, ()
     told = Tell(known.leader, Notice("withdraw", known.replica, text))
     return replace(known, stage=Stage.WITHDRAWN, text=text), (Do("wait", known.replica, "answer"), told)
+
+
+def _missing_out(ended: Receiving, known: Receiving) -> Change:
+    if ended.replica not in known.after:
+        return known, ()
+    return _withdraw(known, f"replica {ended.replica}, which passes it on, has not begun: {ended.text}")
 
 
 def _lost(state: Sources, known: Receiving, event: Event) -> Change:
@@ -155,4 +178,5 @@ def _give_up(state: Sources, known: Receiving, text: str) -> Change:
 
 def _end(state: Sources, known: Receiving, text: str, numbers: tuple[int, ...] = (0,)) -> Change:
     outcome = Notice("outcome", known.replica, text, numbers)
-    return replace(known, stage=Stage.ENDED), tuple(Tell(source, outcome) for source in state.members)
+    told = tuple(Tell(source, outcome) for source in (*state.members, *known.relays))
+    return replace(known, stage=Stage.ENDED, text=text), told

@@ -308,4 +308,6 @@ class Publisher(Opened):
 
 def published(policy: Policy | None) -> Policy:
     """The policy, with the drive that publishers and subscribers agree on."""
-    return msgspec.structs.replace(policy or Policy(), drive="published")
+    policy = policy or Policy()
+    policy.check_alone()
+    return msgspec.structs.replace(policy, drive="published")

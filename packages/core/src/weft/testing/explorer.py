@@ -110,7 +110,8 @@ def _unended(job: Job, world: World) -> Iterator[str]:
     for (member, _), state in world.machines:
         if member in world.dead:
             continue
-        if isinstance(state, source.Source | sources.Sources) and not state.done:
+        over = isinstance(state, source.Source) and state.relay and state.released
+        if isinstance(state, source.Source | sources.Sources) and not (state.done or over):
             yield f"{member} waits without end: {state}"
         if isinstance(state, target.Target) and state.stage not in OVER:
             yield f"{member} waits without end: {state}"

@@ -22,7 +22,7 @@ OVER = (target.Stage.OFFERED, target.Stage.INSTALLED, target.Stage.ABORTED)
 
 State = sources.Sources | source.Source | replica.Replica | target.Target
 Slot = tuple[str, str]
-"""(member, role): where a machine is. Roles: `sources`, `source`, `replica`, `target`."""
+"""(member, role): where a machine is. Roles: `sources`, `source`, `replica`, `target`, `relay`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,19 @@ class Job:
     sources: tuple[str, ...] = ("trainer",)
     replicas: tuple[tuple[str, ...], ...] = (("first", "second"),)
     shadow: bool = False
+    chained: bool = False
+    """Whether sources send to the first replica alone, and each member of one passes on to all of the next."""
     faults: int = 1
     """How many members may fail or die, and how many deadlines may pass although something would still happen."""
+
+    def after(self, name: str) -> tuple[str, ...]:
+        """The members that pass on to this replica."""
+        names = [members[0] for members in self.replicas]
+        return self.replicas[names.index(name) - 1] if self.chained and name != names[0] else ()
+
+    def before(self, member: str) -> tuple[str, ...]:
+        """The replica that this member passes on to, if any."""
+        return tuple(members[0] for members in self.replicas if member in self.after(members[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +73,19 @@ def first_world(job: Job) -> World:
     machines: list[tuple[Slot, State]] = []
     leader = job.sources[0]
     names = [members[0] for members in job.replicas]
-    machines.append(((leader, "sources"), sources.Sources(job.sources, tuple(map(sources.Receiving, names, names)))))
+    receiving = (sources.Receiving(name, name, job.after(name), frozenset(job.after(name)[:1])) for name in names)
+    machines.append(((leader, "sources"), sources.Sources(job.sources, tuple(receiving))))
     for member in job.sources:
         machines.append(((member, "source"), source.Source(leader, tuple(map(source.Serving, names)))))
     for members in job.replicas:
         first = members[0]
         machines.append(((first, "replica"), replica.Replica(first, members, leader, job.shadow)))
         machines += [((member, "target"), target.Target(first, first, job.shadow)) for member in members]
+        machines += [
+            ((member, "relay"), source.Source(leader, tuple(map(source.Serving, job.before(member))), relay=True))
+            for member in members
+            if job.before(member)
+        ]
     weights = tuple((member, "old") for members in job.replicas for member in members)
     return World(tuple(machines), weights=weights, faults=job.faults)
 
@@ -99,7 +116,9 @@ def _hear(world: World, sender: str, receiver: str, notice: Notice) -> World:
     event = heard(sender, notice)
     if notice.kind in ("offer", "begin"):
         return _call(world, receiver, notice)
-    for role, kinds in (("sources", _TO_SOURCES), ("source", _TO_SOURCE), ("target", _TO_TARGET)):
+    roles = {role for (member, role), _ in world.machines if member == receiver}
+    relaying = "relay" if "relay" in roles else "source"
+    for role, kinds in (("sources", _TO_SOURCES), (relaying, _TO_SOURCE), ("target", _TO_TARGET)):
         if notice.kind in kinds:
             return _feed(world, (receiver, role), event)
     assert notice.kind in _TO_REPLICA, notice
@@ -122,11 +141,11 @@ def _doings(job: Job, world: World) -> Iterator[tuple[str, World]]:
         if member in world.dead:
             continue
         if isinstance(state, source.Source):
-            if member not in world.called:
+            if not state.relay and member not in world.called:
                 held = replace(world, called=world.called | {member})
                 yield f"{member} holds its weights", _feed(held, (member, role), Event("held"))
             for known in state.replicas:
-                if known.stage is source.Stage.SENDING and not known.ended:
+                if known.stage is source.Stage.SENDING and not known.ended and _may_send(job, world, member, state):
                     event = Event("sent", replica=known.replica)
                     yield f"{member} has sent to {known.replica}", _feed(world, (member, role), event)
         elif isinstance(state, target.Target) and (kind := _ready(job, world, member, state)):
@@ -140,7 +159,7 @@ def _ready(job: Job, world: World, member: str, state: target.Target) -> str | N
         case target.Stage.OFFERED:
             return "ready" if member in world.called else None
         case target.Stage.BEGUN:
-            return "arrived" if all(_has_sent(world, each, state.replica) for each in job.sources) else None
+            return "arrived" if _has_all(job, world, member) and _has_passed_on(world, member) else None
         case target.Stage.VOTED:
             return "paused"
         case target.Stage.CLEARED:
@@ -150,8 +169,23 @@ def _ready(job: Job, world: World, member: str, state: target.Target) -> str | N
     return None
 
 
+def _has_all(job: Job, world: World, member: str) -> bool:
+    name = next(members[0] for members in job.replicas if member in members)
+    return all(_has_sent(world, each, name) for each in (*job.sources, *job.after(name)))
+
+
+def _may_send(job: Job, world: World, member: str, state: source.Source) -> bool:
+    return not state.relay or _has_all(job, world, member)
+
+
+def _has_passed_on(world: World, member: str) -> bool:
+    state = dict(world.machines).get((member, "relay"))
+    return state is None or (isinstance(state, source.Source) and state.released)
+
+
 def _has_sent(world: World, member: str, name: str) -> bool:
-    state = world.state((member, "source"))
+    machines = dict(world.machines)
+    state = machines.get((member, "source")) or machines[member, "relay"]
     assert isinstance(state, source.Source)
     return any(known.replica == name and known.stage is source.Stage.SENT for known in state.replicas)
 
@@ -179,7 +213,7 @@ def _mind(job: Job, world: World, member: str, dead: str) -> World:
         elif isinstance(state, replica.Replica) and dead in state.needed():
             world = _conclude(_feed(world, slot, Event("lost", dead, text=text)), member)
         elif isinstance(state, target.Target) and state.stage not in OVER:
-            missing = state.stage is target.Stage.BEGUN and dead in job.sources
+            missing = state.stage is target.Stage.BEGUN and dead in (*job.sources, *job.after(state.replica))
             if dead == state.leader or (missing and not _has_sent(world, dead, state.replica)):
                 world = _feed(world, slot, Event("error", text=text))
         elif isinstance(state, source.Source) and not state.done:
@@ -192,7 +226,11 @@ def _miss(job: Job, world: World, slot: Slot, state: source.Source, dead: str) -
         members = next(members for members in job.replicas if members[0] == known.replica)
         if dead in members and known.stage is source.Stage.SENDING:
             world = _feed(world, slot, Event("error", replica=known.replica, text=f"lost {dead}"))
-    return _give_up(world, slot[0]) if dead == state.leader else world
+    if dead != state.leader:
+        return world
+    if state.relay:  # the target of this member sees to its relay
+        return _feed(world, (slot[0], "target"), Event("error", text=f"lost {dead}"))
+    return _give_up(world, slot[0])
 
 
 def _deaths(world: World) -> Iterator[tuple[str, World]]:
@@ -208,7 +246,7 @@ def _failures(world: World) -> Iterator[tuple[str, World]]:
         if isinstance(state, target.Target) and (state.stage not in OVER or member in world.called):
             yield f"{member} fails", _feed(world, (member, role), Event("error", text="failed"))
         elif isinstance(state, source.Source):
-            for known in state.replicas:
+            for known in state.replicas:  # of a relay, too, when it has waited long enough
                 event = Event("error", replica=known.replica, text="failed")
                 yield f"{member} fails to send to {known.replica}", _feed(world, (member, role), event)
 
@@ -224,7 +262,7 @@ def _deadlines(world: World) -> Iterator[tuple[str, World]]:
                 if known.stage is not sources.Stage.ENDED:
                     event = Event("late", replica=known.replica, text="in time")
                     yield f"{member} is tired of waiting for {known.replica}", _feed(world, slot, event)
-        elif isinstance(state, source.Source) and not state.done:
+        elif isinstance(state, source.Source) and not state.done and not state.relay:
             yield f"{member} is tired of waiting", _give_up(world, member)
         elif isinstance(state, target.Target) and state.stage not in OVER:
             yield f"{member} is tired of waiting", _feed(world, slot, Event("error", text="late"))
@@ -239,6 +277,7 @@ def _give_up(world: World, member: str) -> World:
 
 _STEPS: dict[str, Callable[..., tuple[State, Actions]]] = {
     "sources": sources.step, "source": source.step, "replica": replica.step, "target": target.step,
+    "relay": source.step,
 }  # fmt: skip
 
 
@@ -247,7 +286,12 @@ def _feed(world: World, slot: Slot, event: Event) -> World:
     state, actions = _STEPS[slot[1]](before, event)
     machines = tuple((place, state if place == slot else other) for place, other in world.machines)
     world = _act(replace(world, machines=machines), slot[0], actions)
-    return _weigh(world, slot[0], state) if isinstance(state, target.Target) else world
+    if not isinstance(state, target.Target):
+        return world
+    relay = (slot[0], "relay")
+    if state.stage is target.Stage.ABORTED and before != state and relay in dict(machines):
+        world = _feed(world, relay, Event("give-up", text="aborted"))
+    return _weigh(world, slot[0], state)
 
 
 def _conclude(world: World, member: str) -> World:
