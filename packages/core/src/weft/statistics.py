@@ -25,6 +25,8 @@ class Statistics(msgspec.Struct, frozen=True):
     """Those of them that move between hosts."""
     cross_domain_bytes: int
     """Those of them that move between fabric domains."""
+    between_replicas_bytes: int
+    """What targets pass on to other replicas."""
     once_per_host_bytes: int
     """What would move between hosts if targets of one host passed each box on to each other: the gain of relays."""
     copies: int
@@ -68,7 +70,9 @@ def statistics_of(
     box_bytes = part_bytes[first_of_box]
     starts = np.searchsorted(routes.target, np.arange(count + 1)).tolist()
     lengths = _Lengths.of(parts, loops)
-    local = far = farther = once = segments = 0
+    replica = np.unique([m.replica or m.name for m in members], return_inverse=True)[1]
+    is_source = np.array([m.is_source for m in members])
+    local = far = farther = chained = once = segments = 0
     for neighbours in hosts.values():
         elsewhere = np.ones(count, dtype=bool)
         elsewhere[neighbours] = False
@@ -85,15 +89,16 @@ def statistics_of(
             away = elsewhere[source]
             local, far = local + int(size[source == m].sum()), far + int(size[away].sum())
             farther += int(size[domain[source] != domain[m]].sum())
+            chained += int(size[(replica[source] != replica[m]) & ~is_source[source]].sum())
             came[box[part[away]]] = True
             order = stable_order(source, count)
             segments += lengths.segments(part[order], source[order])
         once += int(box_bytes[came].sum())
-    sources = np.array([m.is_source for m in members])
-    mean, busiest = (egress[sources].mean(), int(egress[sources].max())) if sources.any() else (0.0, 0)
+    mean, busiest = (egress[is_source].mean(), int(egress[is_source].max())) if is_source.any() else (0.0, 0)
     return Statistics(
         bytes=int(ingress.sum()), local_bytes=local, cross_host_bytes=far, cross_domain_bytes=farther,
-        once_per_host_bytes=once, copies=len(routes), tensors=tensors, segments=segments,
+        between_replicas_bytes=chained, once_per_host_bytes=once, copies=len(routes), tensors=tensors,
+        segments=segments,
         egress_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if m.is_source},
         ingress_bytes={m.name: int(n) for m, n in zip(members, ingress, strict=True) if m.is_target},
         relayed_bytes={m.name: int(n) for m, n in zip(members, egress, strict=True) if n and not m.is_source},

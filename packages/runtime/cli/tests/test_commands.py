@@ -77,6 +77,20 @@ def test_plan_with_relays_moves_once_to_a_host_what_several_ranks_there_want(wef
     assert "never, host, domain" in err
 
 
+def test_plan_with_a_chain_sends_to_one_replica_alone(weft, toy_framework: Path) -> None:
+    sides = ("plan", "--model", toy_framework, "--source", "toy:tp2", "--target", "toy:dp3")
+    alone = ("--ranks-per-host", "1")
+    found = json.loads(weft(*sides, *alone, "--chain", "always", "--json")[1])
+    assert found["bytes"] == 3 * sum(found["egress_bytes"].values())
+    assert sum(found["relayed_bytes"].values()) == found["between_replicas_bytes"] == found["bytes"] * 2 // 3
+    assert len(found["relayed_bytes"]) == 2
+    _, out, _ = weft(*sides, *alone, "--chain", "always")
+    words = f"2 targets pass on {found['between_replicas_bytes']:,} bytes, {found['between_replicas_bytes']:,} of them"
+    assert words in " ".join(out.split())
+    _, out, _ = weft("explain", "a", *sides[1:], *alone, "--chain", "always")
+    assert "passes on what it received to another replica" in out
+
+
 def test_plan_lists_the_members_that_move_something(weft, toy_framework: Path) -> None:
     code, out, _ = weft("plan", "--model", toy_framework, "--source", "toy:tp1,dp4", "--target", "toy:tp1")
     assert code == 0

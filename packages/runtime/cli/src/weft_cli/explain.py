@@ -42,6 +42,8 @@ class Origin(msgspec.Struct, frozen=True):
     """One of `DISTANCES`: how near the sender is to the target."""
     relayed: bool
     """Whether the sender is a target that passes on what it received."""
+    chained: bool
+    """Whether it does so to another replica."""
     holders: int | None
     """Sources that hold the whole box; None where only a plan file is known."""
     nearest_holders: int | None
@@ -178,9 +180,10 @@ def _origins(
                 source_offset=int(copies.source_offset[n]),
                 distance=DISTANCES[distance],
                 relayed=not source.is_source,
+                chained=not source.is_source and source.replica != target.replica,
                 holders=len(holders) if held else None,
                 nearest_holders=len(equal) if held else None,
-                share=egress[source.name] / sent if sent else None,
+                share=egress[source.name] / sent if sent and source.is_source else None,
             )
         )
     return origins

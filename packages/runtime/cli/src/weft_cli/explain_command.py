@@ -61,7 +61,7 @@ def _place(buffer: str, offset: int) -> str:
 
 def _reason(origin: Origin) -> str:
     if origin.relayed:
-        return f"{origin.distance}; passes on what it received"
+        return f"{origin.distance}; passes on what it received{' to another replica' if origin.chained else ''}"
     if origin.holders is None or origin.nearest_holders is None:
         return origin.distance
     if origin.holders == 1:

@@ -49,6 +49,10 @@ class Figures(msgspec.Struct, frozen=True):
     """Those of them that stay within one member."""
     cross_host_bytes: int
     """Those of them that move between hosts."""
+    cross_domain_bytes: int
+    """Those of them that move between fabric domains."""
+    between_replicas_bytes: int
+    """What replicas pass on to each other."""
     once_per_host_bytes: int
     """What would move between hosts if every box came once to each host that wants it."""
     copies: int
@@ -85,6 +89,8 @@ def figures(made: Plan, sides: Sides) -> Figures:
         bytes=statistics.bytes,
         local_bytes=statistics.local_bytes,
         cross_host_bytes=statistics.cross_host_bytes,
+        cross_domain_bytes=statistics.cross_domain_bytes,
+        between_replicas_bytes=statistics.between_replicas_bytes,
         once_per_host_bytes=statistics.once_per_host_bytes,
         copies=statistics.copies,
         segments=statistics.segments,

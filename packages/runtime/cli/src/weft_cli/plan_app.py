@@ -24,6 +24,10 @@ _RELAY = typer.Option(
     help="host or domain: engines' ranks on one pass on what several of them want; auto: host, where it saves a "
     "quarter of the bytes between hosts; or never."
 )
+_CHAIN = typer.Option(
+    help="always: the trainer sends to one replica, and each passes on to the next; auto: where that saves a quarter "
+    "of what the busiest member sends, or of the bytes between domains; or never."
+)
 _RANKS_PER_HOST = typer.Option(min=1, help="Ranks that share a host; sources and targets have hosts of their own.")
 _JSON = typer.Option("--json", help="Print JSON instead of a table.")
 
@@ -38,6 +42,7 @@ def plan(
     only: Annotated[list[str] | None, _ONLY] = None,
     ignore: Annotated[list[str] | None, _IGNORE] = None,
     relay: Annotated[str, _RELAY] = "never",
+    chain: Annotated[str, _CHAIN] = "never",
     ranks_per_host: Annotated[int, _RANKS_PER_HOST] = 8,
     transport: Annotated[
         str | None,
@@ -71,7 +76,7 @@ def plan(
     """
     dtypes = source_dtype or dtype, dtype
     request = plan_command.Request(
-        model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or (), relay
+        model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or (), relay, chain
     )
     plan_command.show(request, transport, save, as_json=as_json)
 
@@ -92,6 +97,7 @@ def explain(
     only: Annotated[list[str] | None, _ONLY] = None,
     ignore: Annotated[list[str] | None, _IGNORE] = None,
     relay: Annotated[str, _RELAY] = "never",
+    chain: Annotated[str, _CHAIN] = "never",
     ranks_per_host: Annotated[int, _RANKS_PER_HOST] = 8,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
@@ -116,7 +122,7 @@ def explain(
     if model is not None and source is not None and target is not None:
         dtypes = source_dtype or dtype, dtype
         request = plan_command.Request(
-            model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or (), relay
+            model, source, target, dtypes, ranks_per_host, casts or (), only or (), ignore or (), relay, chain
         )
     explain_command.show(what, request, rank, as_json=as_json)
 

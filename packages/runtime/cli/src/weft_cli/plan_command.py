@@ -38,6 +38,7 @@ class Request:
     only: Sequence[str] = ()
     ignore: Sequence[str] = ()
     relay: str = "never"
+    chain: str = "never"
 
     @property
     def policy(self) -> Policy:
@@ -45,7 +46,8 @@ class Request:
         declared = [":".join(self.dtypes)] if self.dtypes[0] != self.dtypes[1] else []
         pairs = [cast.partition(":") for cast in (*declared, *self.casts)]
         casts = tuple((source, target) for source, _, target in pairs)
-        return Policy(casts=casts, only=tuple(self.only), ignore=tuple(self.ignore), relay=self.relay)
+        only, ignore = tuple(self.only), tuple(self.ignore)
+        return Policy(casts=casts, only=only, ignore=ignore, relay=self.relay, chain=self.chain)
 
 
 def describe(request: Request, report: Report) -> Sides:
@@ -107,6 +109,7 @@ def _summary(request: Request, found: Figures) -> Table:
         ("balance", f"busiest sender {found.busiest_over_mean:.2f} x the mean, {found.egress_over_bound:.2f} x the "
          f"least possible; busiest receiver {found.ingress_over_bound:.2f} x the least possible"),
         ("peers", f"at most {found.most_peers}"),
+        *_relays(found),
         *(("packed", f"{each.copies:,} copies of {each.bytes:,} bytes: {each.reason}") for each in found.packed),
         ("memory", f"at most {most.total:,} bytes, on {memory}: {most.scratch:,} of scratch, {most.staging_in:,} and "
          f"{most.staging_out:,} of staging in and out"),
@@ -116,6 +119,14 @@ def _summary(request: Request, found: Figures) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _relays(found: Figures) -> list[tuple[str, str]]:
+    if not found.relayed_bytes:
+        return []
+    passed_on, abroad = sum(found.relayed_bytes.values()), found.between_replicas_bytes
+    who = _count(len(found.relayed_bytes), "target")
+    return [("relays", f"{who} pass on {passed_on:,} bytes, {abroad:,} of them to other replicas")]
 
 
 def _count(number: int, what: str) -> str:

@@ -158,7 +158,11 @@ def bench_packing(
 def bench_planner(
     cases: Annotated[
         list[str] | None,
-        typer.Option("--case", help="qwen3-30b-a3b, kimi-k2-tp1 or kimi-k2-tp2; all if not given. Several times."),
+        typer.Option(
+            "--case",
+            help="qwen3-30b-a3b, kimi-k2-tp1, kimi-k2-tp2, kimi-k2-hosts (relays within hosts) or kimi-k2-chain (from "
+            "replica to replica, too); all if not given. Several times.",
+        ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Keep the plans in this folder.", file_okay=False)] = None,
     beside_megatron: Annotated[

@@ -42,12 +42,18 @@ class PlannerCase(msgspec.Struct, frozen=True):
     """As for `weft plan --model`."""
     source: str
     target: str
+    relay: str = "never"
+    chain: str = "never"
 
 
 CASES = (
     PlannerCase("qwen3-30b-a3b", "qwen3-30b-a3b", "megatron:tp2,pp2,dp16,ep32,etp1", "vllm:tp4,dp8,ep32"),
     PlannerCase("kimi-k2-tp1", "kimi-k2", "megatron:tp1,pp16,dp128,ep64", "vllm:dp128,ep128,replicas8"),
     PlannerCase("kimi-k2-tp2", "kimi-k2", "megatron:tp2,pp16,dp64,ep32,etp1", "vllm:tp8,dp16,ep128,replicas8"),
+    PlannerCase("kimi-k2-hosts", "kimi-k2", "megatron:tp1,pp16,dp128,ep64", "vllm:dp128,ep128,replicas8", "host"),
+    PlannerCase(
+        "kimi-k2-chain", "kimi-k2", "megatron:tp1,pp16,dp128,ep64", "vllm:dp128,ep128,replicas8", "host", "always"
+    ),
 )
 
 
@@ -105,7 +111,7 @@ def _measure(argument: bytes) -> bytes:
     case, described, save = msgspec.msgpack.decode(argument, type=tuple[PlannerCase, Described, str])
     decode_seconds, sides = read_sides(described)
     before, _ = rss_bytes()
-    plan_seconds, made = timed(partial(_plan_with_statistics, sides))
+    plan_seconds, made = timed(partial(_plan_with_statistics, sides, case))
     _, peak = rss_bytes()
     statistics = made.statistics
     if save:
@@ -125,6 +131,10 @@ def _measure(argument: bytes) -> bytes:
         bytes=statistics.bytes,
         cross_host_bytes=statistics.cross_host_bytes,
         once_per_host_bytes=statistics.once_per_host_bytes,
+        between_replicas_bytes=statistics.between_replicas_bytes,
+        busiest_source_bytes=max(statistics.egress_bytes.values()),
+        busiest_relay_bytes=max(statistics.relayed_bytes.values(), default=0),
+        busiest_target_bytes=max(statistics.ingress_bytes.values()),
         distinct_layouts=len(sides.layouts),
         decode_seconds=decode_seconds,
         plan_seconds=plan_seconds,
@@ -144,8 +154,8 @@ def _measure(argument: bytes) -> bytes:
     return msgspec.msgpack.encode(row)
 
 
-def _plan_with_statistics(sides: Sides) -> Plan:
-    made = make_plan(sides, Policy())
+def _plan_with_statistics(sides: Sides, case: PlannerCase) -> Plan:
+    made = make_plan(sides, Policy(relay=case.relay, chain=case.chain))
     assert made.statistics.bytes
     return made
 

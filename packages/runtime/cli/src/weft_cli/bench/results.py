@@ -21,6 +21,14 @@ class PlannerRow(msgspec.Struct, frozen=True, kw_only=True):
     """Those of them that move between hosts, of 8 ranks each."""
     once_per_host_bytes: int
     """What would move between hosts if every box came once to each host that wants it."""
+    between_replicas_bytes: int
+    """What replicas pass on to each other."""
+    busiest_source_bytes: int
+    """What the busiest source sends."""
+    busiest_relay_bytes: int
+    """What the busiest target passes on."""
+    busiest_target_bytes: int
+    """What the busiest target takes."""
     distinct_layouts: int
     decode_seconds: float
     """Every distinct layout from its record."""
