@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from weft_vllm import HttpControl, RefusedError, ServerError, limits
 
 from .http_server import FakeVllm, Handler
 
+PAGE = Path(__file__).parents[4] / "docs" / "guide" / "vllm-serve.md"
 REFIT = [
     "pause {}", "start_weight_update", "update_weights", "finish_weight_update", "weft_report", "version 4",
     "reset {}", "reset_encoder_cache", "resume",
@@ -233,6 +236,21 @@ def test_an_interruption_leaves_the_server_paused_and_says_so() -> None:
             control.refit(deadlines=Deadlines())
         assert fake.paused
         assert "KeyboardInterrupt: by hand" in str(control.refusing)
+
+
+def test_the_orchestrator_of_the_guide_refits_every_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r'```python title="orchestrator.py"\n(.*?)```', PAGE.read_text(), re.DOTALL)
+    with FakeVllm() as one, FakeVllm() as two:
+        monkeypatch.setattr(sys, "argv", ["orchestrator.py", "file:///s", one.url, two.url])
+        exec(compile(block, str(PAGE), "exec"), {})
+        assert (one.joined["replica"], two.joined["replica"]) == ("rollout0", "rollout1")
+        assert one.joined["replicas"] == 2
+        printed = capsys.readouterr().out
+        for server in (one, two):
+            assert server.calls.count("pause keep") == 2
+            assert printed.count(f"{server.url} serves version 4") == 2
 
 
 @pytest.mark.trap(58, 64)
