@@ -87,10 +87,10 @@ def _shadow(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
     return _dense(name, digests, cycles, reuse, policy=shadow, beside=Policy(digests=digests), **tcp)
 
 
-def _sampled(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
-    """Digests of one bucket in eight, in turn with refits without any."""
-    sampled = Policy(digests=digests, digest_every=_SAMPLED)
-    return _dense(name, digests, cycles, reuse, policy=sampled, beside=Policy(digests=False))
+def _digested(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
+    """Digests of every bucket, or of one in eight, in turn with refits without any."""
+    policy = Policy(digests=digests, digest_every=_SAMPLED if name.endswith("sampled") else 1)
+    return _dense(name, digests, cycles, reuse, policy=policy, beside=Policy(digests=False))
 
 
 def _pull(name: str, digests: bool, cycles: int, reuse: bool) -> Case:
@@ -119,7 +119,9 @@ NAMED: Mapping[str, Callable[[str, bool, int, bool], Case]] = {
     "nixl-staging": _staging,
     "nixl-shadow": _shadow,
     "nixl-tcp-shadow": _shadow,
-    "nixl-sampled": _sampled,
+    "nixl-digested": _digested,
+    "nixl-sampled": _digested,
+    "gloo-digested": _digested,
     "four-ranks-gloo": _four,
     "four-ranks-nixl": _four,
 }
