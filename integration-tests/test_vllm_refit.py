@@ -150,12 +150,8 @@ def check_case(case: dict[str, Any], directory: Path) -> None:
         assert ties(result["trained"]["gaps"]), "what vLLM's trainer factory sent is not what is served"
         assert result["trained"]["weight_version"] == "1"
     if case.get("published"):
-        published = result["published"]
-        assert ties(published["gaps"]), "what was published is not what is served"
-        late = published["late"]
-        assert (late["version"], late["digest"], late["holder"]) == (2, published["digest"], "rollout0")
-        assert late["wrong"] == []
-        assert late["compared"] > 0
+        check_published(result["published"]["in_place"])
+        check_published(result["published"]["shadow"])
 
 
 def check_watching(watched: dict[str, Any]) -> None:
@@ -184,6 +180,20 @@ def check_watching(watched: dict[str, Any]) -> None:
         assert ties(watched[after]), f"{after}: the old version is not served any more"
     assert watched["last"] == 5
     assert ties(watched["after_last"])
+
+
+def check_published(published: dict[str, Any]) -> None:
+    """What the engine reads is served after the refit and not before, and is what somebody reads from it (trap 51)."""
+    assert ties(published["before"]), "what was fetched is served before the refit"
+    assert ties(published["gaps"]), "what was published is not what is served"
+    assert len(published["memory"]) > 0
+    late = published["late"]
+    assert (late["version"], late["digest"], late["holder"]) == (2, published["digest"], "rollout0")
+    for rank in published["memory"]:
+        assert rank["wrong"] == []
+        assert rank["compared_bytes"] > 0
+    assert late["wrong"] == []
+    assert late["compared"] > 0
 
 
 def ties(gaps: list[float]) -> bool:
