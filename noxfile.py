@@ -254,9 +254,11 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
-def soak(session: nox.Session) -> None:
-    """1,000 refits under random faults over each transport and landing, with the arguments after --."""
-    command = [str(engines(session)), "-m", "support.soak", *(session.posargs or ["--out", str(NOX / "soak.json")])]
+@nox.parametrize("module", [nox.param("soak", id="memory"), nox.param("vllm_soak", id="vllm")])
+def soak(session: nox.Session, module: str) -> None:
+    """Refits under random faults, 1,000 of cheap targets or some of a real engine, with the arguments after --."""
+    arguments = session.posargs or ["--out", str(NOX / f"{module}.json")]
+    command = [str(engines(session)), "-m", f"support.{module}", *arguments]
     session.run(*command, external=True, env={"PYTHONPATH": str(ROOT / "integration-tests")})
 
 

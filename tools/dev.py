@@ -38,7 +38,7 @@ COMMANDS = {
     "wheels": ("build wheels and sdists, install them without an index, discover the plug-ins", ["wheels"]),
     "docs": ("build the documentation", ["docs"]),
     "faults": ("every step, role and fault in fleets of real processes; writes docs/fault-matrix.json", ["faults"]),
-    "soak": ("1,000 refits under random faults while replicas answer all the time; minutes", ["soak"]),
+    "soak": ("refits under random faults while replicas, or a vLLM engine, answer all the time; minutes", ["soak"]),
     "gpu": ("the GPU matrix; skips, with the reason, what this machine has no GPU for", ["gpu"]),
 }
 
@@ -54,7 +54,7 @@ def has_library(name: str) -> bool:
 # Debian package -> (the sessions that need it, is it there?). libnuma1: vLLM's CPU kernels; iproute2: tests across
 # two network namespaces; redis-server: the tests of weft-redis.
 DEBIAN: dict[str, tuple[set[str], Callable[[], bool]]] = {
-    "libnuma1": ({"tests", "integration", "demo", "wheels"}, lambda: has_library("libnuma.so.1")),
+    "libnuma1": ({"tests", "integration", "demo", "wheels", "soak"}, lambda: has_library("libnuma.so.1")),
     "redis-server": ({"tests"}, lambda: shutil.which("redis-server") is not None),
     "iproute2": ({"integration"}, lambda: all(shutil.which(name, path=SBIN) for name in ("ip", "tc"))),
 }

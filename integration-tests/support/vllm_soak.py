@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m support.vllm_soak")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--refits", type=int, default=40, help="of each mode")
-    parser.add_argument("--between", type=float, default=1.5, help="mean seconds between two faults")
+    parser.add_argument("--between", type=float, default=1.0, help="mean seconds between two faults")
     parser.add_argument("--mode", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--case", nargs="+", default=["published:gloo", "lock_step:nixl"], metavar="DRIVE:TRANSPORT")
     parser.add_argument("--out", type=Path, required=True)
