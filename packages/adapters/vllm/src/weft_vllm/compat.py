@@ -119,11 +119,6 @@ def check_parallelism(config: VllmConfig) -> None:
         )
 
 
-def shares_experts(config: VllmConfig) -> bool:
-    """Whether these are data-parallel engines whose forward passes are one."""
-    return bool(config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe)
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a worker is among those that share its forward pass."""

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError, DeadlineError, NotSupportedError
+from weft.errors import ConfigError, DeadlineError
 from weft.verification import Verification
 from weft_vllm import steps
 from weft_vllm.steps import Call, Calls, Gate, RefusedError, ReplicaReport
@@ -117,11 +117,9 @@ class AsyncVllmControl:
     `RefusedError`, and it schedules nothing.
     """
 
-    def __init__(self, engine: Any, every_engine: Callable[..., Awaitable[list[Any]]], keeps: bool = True) -> None:
-        """`every_engine` asks each data-parallel engine (`weft_vllm.compat.every_engine`); `keeps` says whether
-        requests can be kept over a pause.
-        """
-        self._engine, self._every_engine, self._keeps = engine, every_engine, keeps
+    def __init__(self, engine: Any, every_engine: Callable[..., Awaitable[list[Any]]]) -> None:
+        """`every_engine` asks each data-parallel engine (`weft_vllm.compat.every_engine`)."""
+        self._engine, self._every_engine = engine, every_engine
         self._accept = engine.add_request
         self._mode = "abort"
         self._gate = Gate()
@@ -133,14 +131,6 @@ class AsyncVllmControl:
     def refusing(self) -> str | None:
         """Why the engine takes no requests, or None when it does."""
         return self._gate.refused
-
-    def _set(self, mode: str) -> None:
-        if mode == "keep" and not self._keeps:
-            raise NotSupportedError(
-                "data-parallel engines that share experts cannot keep requests over a pause: their requests have been "
-                'seen to stand still after it; pause with mode "abort" or "wait"'
-            )
-        self._mode = mode
 
     def _check(self) -> None:
         if self.refusing is not None:
@@ -164,7 +154,7 @@ class AsyncVllmControl:
 
         Raises `DeadlineError`, and schedules again, when that takes longer than `deadline` allows.
         """
-        self._set(mode)
+        self._mode = mode
         await self._perform(steps.pause(self._gate, mode, _PAUSE_SECONDS if deadline is None else deadline.remaining()))
 
     async def invalidate_caches(self, version: int) -> None:
@@ -191,7 +181,7 @@ class AsyncVllmControl:
         self, version: int | None = None, *, mode: str = "abort", deadlines: Deadlines | None = None
     ) -> ReplicaReport:
         """As `VllmControl.refit`; every call of the engine ends by `deadlines`."""
-        self._set(mode)
+        self._mode = mode
         report: ReplicaReport = await self._perform(steps.refit(self._gate, version, mode, deadlines or Deadlines()))
         return report
 
@@ -255,7 +245,7 @@ def async_control(engine: Any) -> AsyncVllmControl:
     """
     _check_backend(engine.vllm_config)
     compat = importlib.import_module("weft_vllm.compat")
-    return AsyncVllmControl(engine, compat.every_engine, not compat.shares_experts(engine.vllm_config))
+    return AsyncVllmControl(engine, compat.every_engine)
 
 
 def _check_backend(config: Any) -> None:
