@@ -54,6 +54,44 @@ def test_what_both_targets_want_leaves_the_trainers_once(store: str, transport: 
         assert min(passed_on) > first // 3
 
 
+@TRANSPORTS
+def test_what_all_replicas_want_goes_from_one_to_the_next(store: str, transport: str) -> None:
+    with Cast(cast(store, transport, chain=True, large=True, limits=30.0)) as crew:
+        said = crew.ends(*NAMES)
+    for version in (1, 2):
+        reports = {n: entry for n in NAMES for entry in said[n] if entry[:2] == ("report", version)}
+        assert all(reports[name][3] == [] for name in NAMES), said
+        assert len({entry[2] for entry in reports.values()}) == 1
+        sent = reports["trainer/0"][4] + reports["trainer/1"][4]
+        assert sent == reports["rollout0/0"][4] == reports["rollout0/1"][4] == reports["rollout0/0"][5]
+        assert reports["rollout0/1"][5] == 0
+
+
+@pytest.mark.trap(40, 41, 48)
+@TRANSPORTS
+def test_the_last_of_a_chain_dies_alone(store: str, transport: str) -> None:
+    last = "rollout0/1"
+    with Cast(cast(store, transport, chain=True, large=True, limits=20.0, **{last: {"freeze": "land"}})) as crew:
+        crew.until(last, "frozen")
+        crew.kill(last)
+        said = crew.ends("rollout0/0")["rollout0/0"]
+        reports = [entry for entry in said if entry[0] == "report"]
+        assert [(version, wrong) for _, version, _, wrong, *_ in reports[:1]] == [(1, [])], said
+        for error in crew.errors("trainer/0", "trainer/1").values():
+            assert f"lost {last}" in error[2], error
+
+
+@pytest.mark.trap(40, 41, 48)
+@TRANSPORTS
+def test_the_first_of_a_chain_takes_those_behind_it_along_by_name(store: str, transport: str) -> None:
+    first = "rollout0/0"
+    with Cast(cast(store, transport, chain=True, large=True, limits=20.0, **{first: {"freeze": "begin"}})) as crew:
+        crew.until(first, "frozen")
+        crew.kill(first)
+        for error in crew.errors("rollout0/1", "trainer/0").values():
+            assert f"lost {first}" in error[2], error
+
+
 @pytest.mark.trap(28, 75)
 @pytest.mark.timeout(700)
 @TRANSPORTS

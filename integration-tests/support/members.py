@@ -51,6 +51,8 @@ class Role:
     """Versions that are reported one by one: nobody empties a pipe that fills meanwhile."""
     relay: bool = False
     """Every target wants the whole model, on another host than the trainers', and they pass it on to each other."""
+    chain: bool = False
+    """Every target is a replica of its own, on a host of its own: they pass the whole model on, one to the next."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the transport."""
     host: str | None = None
@@ -84,7 +86,7 @@ def act(role: Role, pipe: Connection) -> None:
             done.add(what)
 
     rank = int(role.name[-1])
-    share = (0, 1) if role.relay else (rank, role.targets)
+    share = (0, 1) if role.relay or role.chain else (rank, role.targets)
     source = target = None
     if role.name.startswith("trainer"):
         source = MemorySource(
@@ -131,11 +133,16 @@ def _refit(role: Role, source: MemorySource | None, target: MemoryTarget | None)
         rendezvous=role.rendezvous, offer=limits, begin=limits, move=limits, vote=limits, commit=limits
     )
     host = ("trainers" if source else "engines") if role.relay else None
+    replica, replicas, size = "rollout0", 1, role.targets
+    if role.chain:
+        replica, replicas, size = f"rollout{role.name[-1]}", role.targets, 1
+        host = "trainers" if source else replica
     return Refit(
         source=source, target=target, transport=role.transport, transport_options=role.options, store=role.store,
-        job=role.job, name=role.name, replica=None if source else "rollout0", replica_size=role.targets,
-        expect=Expect(role.sources, 1), deadlines=deadlines, host=role.host or host,
-        policy=Policy(bucket_bytes=1 << 18, staging_bytes=1 << 22, relay="host" if role.relay else "never"),
+        job=role.job, name=role.name, replica=None if source else replica, replica_size=size,
+        expect=Expect(role.sources, replicas), deadlines=deadlines, host=role.host or host,
+        policy=Policy(bucket_bytes=1 << 18, staging_bytes=1 << 22, relay="host" if role.relay else "never",
+                      chain="always" if role.chain else "never"),
     )  # fmt: skip
 
 
