@@ -53,7 +53,8 @@ class FakeVllm:
     def answer(self, route: str, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
         """Status and JSON."""
         name = body.get("method", route.removeprefix("/"))
-        said = {"pause": f"pause {query.get('mode')}", "reset_prefix_cache": f"reset {[*query.values()]}"}
+        forgets = "" if query.get("clear_cache") == "false" else " and forget"
+        said = {"pause": f"pause {query.get('mode')}{forgets}", "reset_prefix_cache": f"reset {[*query.values()]}"}
         said["update_weight_version"] = f"version {body.get('new_version')}"
         if route not in ("/version", "/is_paused", "/get_world_size") and name != "weft_state":
             self.calls.append(said.get(name, name))

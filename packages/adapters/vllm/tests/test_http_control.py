@@ -94,8 +94,12 @@ def test_a_replica_that_is_refused_is_paused_and_a_control_that_comes_later_goes
         later = HttpControl(fake.url)
         with pytest.raises(RefusedError, match="found paused"):
             later.resume(2)
+        begun = len(fake.calls)
         later.refit()
+        assert fake.calls[begun:][:2] == ["weft_abort", "pause abort"], "what the other one left is given up"
         assert not fake.paused
+        later.refit()
+        assert fake.calls.count("weft_abort") == 1
 
 
 @pytest.mark.trap(40)

@@ -55,7 +55,7 @@ class HttpControl:
         self._seconds = seconds
         self._gate = Gate()
         self._mode = "keep"  # of a pause that is not this control's: then requests may have been kept
-        self._met = False
+        self._met = self._left = False
 
     def __repr__(self) -> str:
         return f"HttpControl({self.url!r})"
@@ -123,8 +123,12 @@ class HttpControl:
         self, version: int | None = None, *, mode: str = "abort", deadlines: Deadlines | None = None
     ) -> ReplicaReport:
         """As `VllmControl.refit`; every request ends by `deadlines`. While workers wait for others the server answers
-        nobody, `/is_paused` included.
+        nobody, `/is_paused` included. What an earlier control has begun and left is given up first.
         """
+        self._meet()
+        if self._left:
+            self._workers("weft_abort", ("whoever began this update has left it",), self._seconds)
+            self._left = False
         self._mode = mode
         report: ReplicaReport = self._perform(steps.refit(self._gate, version, mode, deadlines or Deadlines()))
         return report
@@ -169,7 +173,8 @@ class HttpControl:
         if not support.tested:
             _LOG.warning("%s: vLLM %s: weft-vllm is tested with %s only", self.url, version, series.TESTED_SERIES)
         self._gate.paused = None
-        if not paused and not any(state.touched for state in states):
+        self._left = paused or any(state.touched for state in states)
+        if not self._left:
             self._gate.refused = None
         elif self._gate.refused is None:
             self._gate.refuse("it was found paused, or with weights that may be mixed, and nobody has said why")
