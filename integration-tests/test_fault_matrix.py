@@ -43,7 +43,7 @@ def test_every_step_has_its_rows(engine: str, cases: list[Case]) -> None:
 @pytest.mark.trap(40, 48)
 def test_the_table_has_exactly_the_rows_of_the_product() -> None:
     made = {key_of(row): row for row in json.loads(TABLE.read_text())}
-    every = product()
+    every = [*product(), *engine_product()]
     assert list(made) == [case.key for case in every], "run python3 tools/dev.py faults"
     for case in every:
         row = made[case.key]

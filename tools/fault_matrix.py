@@ -17,6 +17,7 @@ from distributions import ROOT
 
 TABLE = ROOT / "docs" / "fault-matrix.json"
 PAGE = ROOT / "docs" / "fault-matrix.md"
+KINDS = {"memory": "cheap targets", "vllm": "vLLM engines"}
 Row = dict[str, Any]
 
 HEAD = """# The fault matrix
@@ -36,6 +37,12 @@ a replica that keeps its old version has to have it whole, and no member may ser
 replica. Where a replica was struck, or anybody was delayed, the other replica has to have the version that was on its
 way. With a shadow, a failure before the vote must not make the replica refuse.
 
+In the tables marked vllm the replica that is struck is a real vLLM engine of one worker, over the weights of a tiny
+Llama, beside a cheap one. Versions are checkpoints of which Transformers has said what they answer. After every refit
+and after every failure the engine is asked: it has to answer as its version and no other does, and to have the bytes of
+that checkpoint, or to refuse by name. All its processes stay those that they are, unless its worker is killed: the
+engine ends with it, and another one is started. Every deadline is six seconds.
+
 | fault | what is done |
 | --- | --- |
 | kill | SIGKILL |
@@ -43,6 +50,14 @@ way. With a shadow, a failure before the vote must not make the replica refuse.
 | cut | every TCP connection of the process ends, also that to the store; new ones can be made |
 | corrupt | one bit of what arrives there next, a bucket or a notice, is another one |
 | delay | SIGSTOP for half a second; every deadline is three seconds |
+
+| struck | what that is |
+| --- | --- |
+| sources' leader, source | a process of the trainer |
+| replica's leader, member | a process of the cheap replica of two members |
+| engine's worker | the process of a vLLM engine that has the weights |
+| engine | all processes of a vLLM engine |
+| store | the process of the store; killed, it comes back empty |
 
 | in the tables | the replica that was struck, or was being fed |
 | --- | --- |
@@ -54,7 +69,7 @@ way. With a shadow, a failure before the vote must not make the replica refuse.
 | ? | not run: `python3 tools/dev.py faults -- --missing` does it |
 
 Numbers are seconds from the fault until the replica serves that version or a later one; where something was started
-again, a later one.
+again, a later one. Where an engine's worker is killed, most of them are the start of another engine on a busy machine.
 """
 
 
@@ -64,14 +79,16 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def _summary(rows: Sequence[Row]) -> Iterator[str]:
-    counts = Counter((row["fault"], _outcome(row)) for row in rows)
-    outcomes = sorted({outcome for _, outcome in counts})
-    yield f"## All {len(rows)} rows\n"
-    yield f"| fault | {' | '.join(outcomes)} |"
-    yield f"| --- |{' ---: |' * len(outcomes)}"
-    for fault in dict.fromkeys(row["fault"] for row in rows):
-        yield f"| {fault} | {' | '.join(str(counts[fault, outcome]) for outcome in outcomes)} |"
-    yield ""
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        held = [row for row in rows if row["engine"] == engine]
+        counts = Counter((row["fault"], _outcome(row)) for row in held)
+        outcomes = sorted({outcome for _, outcome in counts})
+        yield f"## All {len(held)} rows of {KINDS[engine]}\n"
+        yield f"| fault | {' | '.join(outcomes)} |"
+        yield f"| --- |{' ---: |' * len(outcomes)}"
+        for fault in dict.fromkeys(row["fault"] for row in held):
+            yield f"| {fault} | {' | '.join(str(counts[fault, outcome]) for outcome in outcomes)} |"
+        yield ""
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
