@@ -18,7 +18,7 @@ from weft.records import decoded
 _LOG = logging.getLogger(__name__)
 _TEXT_CHARACTERS = 15_000
 """Longer reasons are cut, so that a notice fits a signal."""
-_NUMBERS = {"credit": (2,), "commit": (2,), "outcome": (1, 3), "replica-outcome": (1, 3), "roll": (1,), "want": (1,)}
+_NUMBERS = {"credit": (2,), "commit": (2,), "outcome": (1, 3), "replica-outcome": (1, 3), "roll": (1,), "want": (1, 2)}
 """How many numbers come with notices of these kinds."""
 
 
