@@ -212,7 +212,7 @@ class HttpControl:
             self._post("/pause", NoneType, seconds, query={"mode": mode, "clear_cache": "false"})
         except DeadlineError as error:
             why = ": it finishes the requests that run, which the modes abort and keep do not" if mode == "wait" else ""
-            raise DeadlineError(error.what, error.seconds, [*(f"{late}{why}" for late in error.late)]) from None
+            raise DeadlineError(error.what, error.seconds, [f"{late}{why}" for late in error.late]) from None
 
     def _workers(self, method: str, arguments: Sequence[Any], seconds: float) -> list[Any]:
         """What each worker answers, in rank order."""
