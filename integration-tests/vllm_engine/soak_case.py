@@ -40,6 +40,8 @@ PATIENT = Deadlines(**{**DEADLINES, "begin": 14.0})
 """Of the engine's control: a pause waits for requests, but not for longer than sources do."""
 BUCKET_BYTES = 64 * 1024
 """A version is some 30 buckets, so that faults come between them."""
+BETWEEN_SECONDS = 0.4
+"""From one refit to the next, in the mean."""
 STREAMS = 4
 PROMPTS = 6
 """So few that later requests find their beginnings in the cache."""
@@ -137,7 +139,6 @@ class Soak:
             self.strikes.on.set()
             while self.refits - refits < self.case["refits"] * quarter / 4:
                 await self.refit()
-                await asyncio.sleep(self.random.uniform(0, 0.6))
             self.strikes.on.clear()
             await self.settle()
         self.strikes.done["kill the trainer"] = self.trainer.killed
@@ -169,6 +170,7 @@ class Soak:
         """Offer a version, and install it; whether that went well."""
         if self.failed >= FAILURES or self.strikes.lost_store or not (self.published or self.trainer.alive):
             await self.join()
+        await asyncio.sleep(self.random.uniform(0, 2 * BETWEEN_SECONDS))
         self.version += 1
         await self.worker(flips)
         offered = asyncio.create_task(self.trainer.offer(self.version))

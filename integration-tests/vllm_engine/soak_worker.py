@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from soak_trainer import Job
 
-from weft.errors import StoreError
 from weft.testing.faults import install
 from weft_vllm.engine import WeftInitInfo
 
@@ -23,8 +21,6 @@ def join(worker: Any, fields: dict[str, Any]) -> None:
         worker.soak_faults, worker.soak_plugins = job.faults(), TemporaryDirectory()
         install(Path(worker.soak_plugins.name))
         sys.path.insert(0, worker.soak_plugins.name)
-    with suppress(StoreError):  # it has been started anew: nobody is there to be told
-        worker.weight_transfer_engine.shutdown()
     members = {} if job.drive == "published" else {"sources": 1, "replicas": 1}
     policy = {**job.policy, "drive": "published"} if job.drive == "published" else job.policy
     worker.weight_transfer_engine.init_transfer_engine(

