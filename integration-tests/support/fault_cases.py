@@ -125,13 +125,14 @@ STRIKES = (
     (Role.SOURCE, Fault.KILL), (Role.SOURCE, Fault.FREEZE), (Role.WORKER, Fault.CUT), (Role.ENGINE, Fault.FREEZE),
     (Role.WORKER, Fault.KILL), (Role.WORKER, Fault.CORRUPT), (Role.STORE, Fault.KILL),
 )  # fmt: skip
-"""What a vLLM engine goes through."""
+"""What a vLLM engine goes through over gloo; over NIXL the first four of them, in place."""
 
 
 def engine_product() -> list[Case]:
-    """Every case of an engine, over gloo."""
-    cases = itertools.product(Step, STRIKES, LANDINGS)
-    return [Case(step, *strike, "gloo", landing, VLLM) for step, strike, landing in cases]
+    """Every case of an engine."""
+    over = [(Step, STRIKES, [("gloo", "in_place"), ("gloo", "shadow")]), (Step, STRIKES[:4], [("nixl", "in_place")])]
+    cases = (each for factors in over for each in itertools.product(*factors))
+    return [Case(step, *strike, *kind, VLLM) for step, strike, kind in cases]
 
 
 def pairwise() -> list[Case]:
