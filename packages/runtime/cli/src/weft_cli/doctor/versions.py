@@ -9,8 +9,8 @@ from importlib.metadata import distributions
 from weft.diagnosis import Finding
 
 _OF_INTEREST = (
-    "megatron-core", "nixl", "numba", "numpy", "nvidia-nccl", "nvidia-nvshmem", "nvshmem4py", "ray", "safetensors", "torch",
-    "transformer-engine", "transformers", "triton", "vllm",
+    "megatron-core", "nixl", "numba", "numpy", "nvidia-nccl", "nvidia-nvshmem", "nvshmem4py", "ray", "safetensors",
+    "torch", "transformer-engine", "transformers", "triton", "vllm",
 )  # fmt: skip
 """Distributions that weft works with, and those whose names go on with a CUDA version (`nixl-cu12`)."""
 _OWN = "weft-"
