@@ -12,13 +12,15 @@ import pytest
 import torch
 
 import weft.publication.copies
+import weft.publication.keeper
 from weft.deadline import Deadline
 from weft.errors import ConfigError, DeadlineError, RefitAbortedError
 from weft.job_store import JobStore
 from weft.policy import Policy
-from weft.publication import Publisher, Subscriber
+from weft.publication import Keeper, Publisher, Subscriber
 from weft.publication.copies import Copies, copies_bytes
 from weft.publication.holders import Chosen, Directory, Holder
+from weft.publication.keeper import whole
 from weft.report import Report
 from weft.stores import open_store
 from weft.testing.members import MemoryControl, MemorySource, MemoryTarget
@@ -83,7 +85,7 @@ def listed(stage: Stage) -> dict[str, list[int]]:
 
 
 def test_a_replica_goes_back_stays_and_goes_on_while_the_newest_versions_are_kept(
-    stage: Stage, stack: ExitStack
+    stage: Stage, stack: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     sources, publishers = keeping(stage, stack, 3)
     publish_all(sources, publishers, 1, 2, 3, 4, 5)
@@ -100,6 +102,7 @@ def test_a_replica_goes_back_stays_and_goes_on_while_the_newest_versions_are_kep
     assert receive(wide).version == 6
     assert receive(wide, 5).digest == newest.digest
     assert [each.versions for each in publishers] == [(6, 5, 4)] * 2
+    assert "from another holder" not in caplog.text
 
 
 def test_a_version_that_nobody_has_any_more_says_who_has_which(stage: Stage, stack: ExitStack) -> None:
@@ -336,3 +339,39 @@ def test_whoever_reads_old_and_new_versions_reads_them_whole_while_others_are_pu
     together([train, lambda: serve(0), lambda: serve(1)])
     for version in publishers[0].versions:
         assert [receive(replica, version).version for replica in replicas] == [version] * 2
+
+
+def test_a_keeper_has_no_model_and_outlives_trainers_however_they_cut_theirs(stage: Stage, stack: ExitStack) -> None:
+    options = {key: value for key, value in stage.options("keeper/0").items() if key != "name"}
+    with ExitStack() as trainer:
+        sources, publishers = keeping(stage, trainer, 1, size=2)
+        publish_all(sources, publishers, 1)
+        keeper = stack.enter_context(Keeper(retain=2, **options))
+        assert keeper.keep(Deadline.after(60)).version == 1
+        publish_all(sources, publishers, 2)
+        assert keeper.keep(Deadline.after(60)).version == 2
+        assert keeper.holder == "trainer"
+    with pytest.raises(DeadlineError, match="a version newer than 2"):
+        keeper.keep(Deadline.after(0.2))
+    Deadline.after(60).wait(lambda: listed(stage) == {"keeper": [2, 1]}, "what is kept", list)
+    wide = stage.subscribers(stack, "wide", 2)
+    assert [receive(wide, 1).version, receive(wide).version] == [1, 2]
+    assert wide[0].holder == "keeper"
+    sources, publishers = keeping(stage, stack, 1, size=3)
+    publish_all(sources, publishers, 3)
+    assert keeper.keep(Deadline.after(60)).version == 3
+    Deadline.after(60).wait(lambda: keeper.versions == (3, 2), "what is kept", list)
+
+
+def test_what_a_keeper_needs_is_known_before_it_is_allocated(
+    stage: Stage, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, publishers = keeping(stage, stack, 1, size=1)
+    publish_all(sources, publishers, 1)
+    layout = whole([TINY.source(rank, 2) for rank in range(2)])
+    assert layout.nbytes == TINY.source(0, 1).nbytes
+    needed = copies_bytes(layout, 4)
+    monkeypatch.setattr(weft.publication.keeper, "available_bytes", lambda device: needed - 1)
+    options = {key: value for key, value in stage.options("keeper/0").items() if key != "name"}
+    with pytest.raises(ConfigError, match=rf"keeping 3 versions, .*needs {needed} bytes .*and {needed - 1} are"):
+        Keeper(retain=3, **options).open()

@@ -33,7 +33,7 @@ from weft.names import NameMap
 from weft.offer import Offer
 from weft.plan import Plan, plan
 from weft.policy import Policy
-from weft.publication import Holder, Publisher, Subscriber
+from weft.publication import Holder, Keeper, Publisher, Subscriber
 from weft.refit import Refit
 from weft.report import Report
 from weft.roster import Expect
@@ -56,6 +56,7 @@ __all__ = [
     "FleetReport",
     "Holder",
     "Installation",
+    "Keeper",
     "Kind",
     "Layout",
     "LayoutBuilder",

@@ -234,12 +234,19 @@ def test_plugins_prints_every_group(weft, toy_framework: Path, monkeypatch: pyte
         assert word in out
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "diff", "plugins", "demo", "verify"])
+@pytest.mark.parametrize("command", ["plan", "explain", "diff", "plugins", "demo", "verify", "keep"])
 def test_help_teaches_with_examples(weft, command: str) -> None:
     code, out, _ = weft(command, "--help")
     assert code == 0
     assert f"weft {command}" in out
     assert "--json" in out
+
+
+def test_keep_says_all_that_it_needs(weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_JOB", "grpo-7")
+    code, _, err = weft("keep")
+    assert code == 2
+    assert "weft keep needs transport, store" in err
 
 
 def test_demo_without_its_extra_says_what_to_install(weft, monkeypatch: pytest.MonkeyPatch) -> None:

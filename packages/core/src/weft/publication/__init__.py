@@ -6,7 +6,8 @@ it asks for one.
 """
 
 from weft.publication.holders import Holder
+from weft.publication.keeper import Keeper
 from weft.publication.publisher import Publisher
 from weft.publication.subscriber import Subscriber
 
-__all__ = ["Holder", "Publisher", "Subscriber"]
+__all__ = ["Holder", "Keeper", "Publisher", "Subscriber"]

@@ -110,6 +110,11 @@ class Subscriber(Opened):
         return self._holder.name if self._holder is not None else ""
 
     @property
+    def versions(self) -> tuple[int, ...]:
+        """What this replica passes on, the newest first; nothing without `relay`."""
+        return () if self._publisher is None else self._publisher.versions
+
+    @property
     def _have(self) -> int:
         """The version that is to be replaced by a newer one; -1 when weights may be mixed: any whole one will do."""
         return -1 if self._served is None else self._served

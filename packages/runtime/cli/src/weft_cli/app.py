@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from weft.errors import ConfigError, WeftError
-from weft_cli import config_command, plan_app, plugins_command
+from weft_cli import config_command, keep_app, plan_app, plugins_command
 from weft_cli.bench.app import bench_commands
 from weft_cli.doctor import command as doctor_command
 from weft_cli.sides import parse_side
@@ -114,7 +114,7 @@ def doctor(
         raise typer.Exit(REFUSED)
 
 
-for command in (plan_app.plan, plan_app.explain, plan_app.diff):
+for command in (plan_app.plan, plan_app.explain, plan_app.diff, keep_app.keep):
     application.command()(command)
 
 
