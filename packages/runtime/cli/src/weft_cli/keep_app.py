@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from weft import Keeper, load_config
+from weft import Config, Keeper, load_config
 from weft.deadline import Deadline
 from weft.errors import ConfigError, StoreError, WeftError
 
@@ -51,7 +51,12 @@ def keep(
 
         weft keep --file weft.toml --json | jq .version
     """
-    config = load_config({"deadlines": {"offer": timeout}}, file=file)
+    say = partial(_say, sys.stdout, as_json)
+    with redirect_stdout(sys.stderr):  # transports print to what is standard output when they are loaded
+        _keep(name, retain, load_config({"deadlines": {"offer": timeout}}, file=file), seconds, say)
+
+
+def _keep(name: str, retain: int, config: Config, seconds: float, say: Callable[..., None]) -> None:
     settings = config.settings
     needed = {"transport": settings.transport, "store": settings.store, "job": settings.job}
     if missing := [name for name, value in needed.items() if value is None]:
@@ -62,8 +67,7 @@ def keep(
         host=settings.host, domain=settings.domain, secret=settings.secret,
     )  # fmt: skip
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    say = partial(_say, sys.stdout, as_json)
-    with suppress(KeyboardInterrupt), redirect_stdout(sys.stderr), keeper:  # transports print there
+    with suppress(KeyboardInterrupt), keeper:
         say("keeps {retain} versions in {host_bytes} bytes", retain=retain, host_bytes=keeper.host_bytes)
         limit = Deadline.after(seconds or math.inf)
         while not limit.expired():
