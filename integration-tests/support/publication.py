@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -12,8 +14,10 @@ from typing import Any
 
 import torch
 
+import weft.publication.holders
 from weft.contracts import Bucket
 from weft.deadline import Deadlines
+from weft.errors import RefitAbortedError
 from weft.member import Tag
 from weft.publication import Publisher, Subscriber
 from weft.testing.faults import Script, install
@@ -22,6 +26,7 @@ from weft.testing.tiny import Tiny, mismatches
 
 TINY = Tiny()
 TRAINER = "trainer"
+PINNED = "pinned"
 _SECONDS = 120.0
 
 
@@ -39,32 +44,49 @@ class Halt(Script):
             self._pipe.recv()
 
 
-def play(name: str, store: str, job: str, transport: str, pipe: Connection) -> None:
+def play(name: str, store: str, job: str, transport: str, lease_seconds: float, pipe: Connection) -> None:
     """One process, until it is killed."""
     torch.set_num_threads(1)
+    weft.publication.holders.LEASE_SECONDS = lease_seconds
     limits = dict.fromkeys(("begin", "move", "vote", "commit"), 8.0)
+    halt = Halt(pipe, listens=name not in (TRAINER, PINNED))
     common: dict[str, Any] = {
         "store": store, "job": job, "name": f"{name}/0", "transport": "faulty",
-        "transport_options": {
-            "transport": transport, "transport_options": {}, "script": Halt(pipe, listens=name != TRAINER),
-        },
+        "transport_options": {"transport": transport, "transport_options": {}, "script": halt},
         "deadlines": Deadlines(rendezvous=_SECONDS, offer=600, **limits),
     }  # fmt: skip
     with TemporaryDirectory() as folder:
         install(Path(folder))
         sys.path.insert(0, folder)
-        train(pipe, common) if name == TRAINER else serve(name, pipe, common)
+        plays = {TRAINER: train, PINNED: follow}.get(name)
+        plays(pipe, common) if plays is not None else serve(name, pipe, common)
 
 
 def train(pipe: Connection, common: dict[str, Any]) -> None:
     """Publishes the versions that it is told to."""
     source = MemorySource("trainer/0", TINY.source(0, 1))
-    with Publisher(source=source, rank=0, members=1, **common) as publisher:
+    with Publisher(source=source, rank=0, members=1, retain=2, **common) as publisher:
         while True:
             version = pipe.recv()
             source.load(TINY.tensors(version))
             publisher.publish(version)
             source.load(TINY.tensors(0))
+
+
+def follow(pipe: Connection, common: dict[str, Any]) -> None:
+    """Reads the versions that it is told to, and says what it has."""
+    target = MemoryTarget(PINNED, TINY.target(0, 1))
+    with Subscriber(target=target, replica=PINNED, **common) as subscriber:
+        while True:
+            version = pipe.recv()
+            target.poison()
+            try:
+                subscriber.receive(version=version)
+            except RefitAbortedError as error:
+                pipe.send(("refused", version, str(error)))
+            else:
+                wrong = mismatches(target.contents(), TINY.expected(0, 1, TINY.tensors(version)))
+                pipe.send(("serves", version, wrong))
 
 
 def serve(name: str, pipe: Connection, common: dict[str, Any]) -> None:
@@ -85,6 +107,7 @@ class Audience:
     store: str
     job: str
     transport: str
+    lease_seconds: float = weft.publication.holders.LEASE_SECONDS
 
     def __post_init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -101,7 +124,7 @@ class Audience:
         """Start processes, under these names, which may have had others before."""
         for name in names:
             near, far = self._context.Pipe()
-            arguments = (name, self.store, self.job, self.transport, far)
+            arguments = (name, self.store, self.job, self.transport, self.lease_seconds, far)
             process = self._context.Process(target=play, args=arguments, daemon=True)
             process.start()
             far.close()
@@ -113,6 +136,10 @@ class Audience:
         process.kill()
         process.join(10)
         pipe.close()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """SIGSTOP, SIGCONT."""
+        os.kill(self._running[name][0].pid, number)
 
     def tell(self, name: str, what: object) -> None:
         """Send to a process."""
