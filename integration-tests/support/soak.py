@@ -15,12 +15,13 @@ import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from support.holding import Holding
 from support.soak_engine import FIGURES, numbers, prepare
 from support.soak_member import SOURCES, Role, play
 
@@ -32,6 +33,12 @@ TARGETS = tuple(f"{name}/{rank}" for name, size in REPLICAS.items() for rank in 
 WEIGHTS = {
     "kill a target": 3, "kill a trainer": 1, "freeze": 3, "cut": 2, "cut from the store": 1, "delay": 3, "corrupt": 3,
 }  # fmt: skip
+GROWTH = Holding(allocated_bytes=16 << 20, objects=5000, descriptors=8, resident_bytes=1 << 40)
+"""What a process may hold more than at its first look after `WARM_REFITS`. A member that stays once it has closed is
+too much at once: its staging alone is 32 MiB.
+"""
+WARM_REFITS = 10
+"""After them every cache is full."""
 LONGEST_FREEZE_SECONDS = 6.0
 QUIET_SECONDS = 180.0
 """After faults stop everybody must have the newest version by then."""
@@ -62,11 +69,13 @@ class Soak:
     version: int = 0
     refits: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-    held: dict[str, list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
-    """Per life of a process: (refits so far, resident bytes, descriptors) when all was quiet."""
+    held: dict[str, list[tuple[int, Holding]]] = field(default_factory=lambda: defaultdict(list))
+    """Per life of a process: refits so far, and what it held when all was quiet."""
     said: Counter[str] = field(default_factory=Counter)
     installed: dict[str, int] = field(default_factory=dict)
     """Newest version of each target."""
+    calm: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By replica: the most seconds without a new version while nothing was done to it or to the sources."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.settings.seed)
@@ -79,6 +88,8 @@ class Soak:
         """(when, what, to whom): starts and thaws that are still to come."""
         self._open: set[str] = set()
         self._ended: set[str] = set()
+        self._since: dict[str, float] = {}
+        """When something was last done to a process, or a replica had a new version."""
         self._outcomes: dict[str, str | None] = {}
         self._offered_at = 0.0
 
@@ -111,7 +122,20 @@ class Soak:
                 self._settle()
                 look_at += self.settings.checkpoint
         self._settle()
+        grown = self.grown()
+        assert not grown, f"{self._where()}: processes hold more and more: {grown}"
         return self._figures(time.monotonic() - began)
+
+    def grown(self) -> list[str]:
+        """What each life of a process held at every look, where that has grown."""
+        found = []
+        for life, looks in self.held.items():
+            warm = [(refit, asdict(held)) for refit, held in looks if refit >= WARM_REFITS]
+            for what, most in asdict(GROWTH).items():
+                row = [(refit, held[what]) for refit, held in warm]
+                if row and max(row, key=lambda each: each[1])[1] > row[0][1] + most:
+                    found.append(f"{life}: {what} {row}")
+        return found
 
     def _settle(self) -> None:
         """Without faults: until every target has three versions in a row; then note what everybody holds."""
@@ -124,11 +148,12 @@ class Soak:
             )
             if self.version != before and not self._due:
                 row = row + 1 if all(self.installed.get(name) == before for name in TARGETS) else 0
-        for name, process in self._processes.items():
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            descriptors = len(os.listdir(f"/proc/{process.pid}/fd"))
-            life = f"{name}#{self._lives[name]}"
-            self.held[life].append((self.refits, pages * os.sysconf("SC_PAGE_SIZE"), descriptors))
+        counted = sum(map(len, self.held.values()))
+        for name in self._processes:
+            self._tell(name, "count")
+        while sum(map(len, self.held.values())) < counted + len(self._processes):
+            self._turn()
+            assert time.monotonic() < limit, f"{self._where()}: not all have said what they hold"
 
     def _turn(self) -> None:
         """Offer when the last version has ended, do what is due, and listen for a moment."""
@@ -140,10 +165,13 @@ class Soak:
                 self._start(name)
             elif name in self._processes:
                 os.kill(self._processes[name].pid, signal.SIGCONT)
+                self._since[name] = now
         if self._ended == set(SOURCES) and self._all_have_said(now):
             self._next()
         for pipe in wait(list(self._pipes.values()), 0.01):
-            name = next(name for name, known in self._pipes.items() if known is pipe)
+            name = next((name for name, known in self._pipes.items() if known is pipe), None)
+            if name is None:  # what another has said has ended it
+                continue
             with suppress(EOFError, ConnectionResetError):
                 self._hear(name, pipe.recv())
                 continue
@@ -181,10 +209,19 @@ class Soak:
             case ("installed", version, flipped):
                 assert not flipped, f"{self._where()}: {name} has installed version {version} with a changed byte"
                 self.installed[name] = version
+                self._serves(name.split("/")[0])
+            case ("holds", held):
+                self.held[f"{name}#{self._lives[name]}"].append((self.refits, held))
             case ("failed", text):
                 self.said["digest"] += "digest" in text
                 if name in SOURCES:
                     self._restart_trainer()
+
+    def _serves(self, replica: str) -> None:
+        now = time.monotonic()
+        done = [when for name, when in self._since.items() if name.split("/")[0] in (replica, "trainer")]
+        self.calm[replica] = max(self.calm[replica], now - max(done))
+        self._since[replica] = now
 
     def _restart_trainer(self) -> None:
         """As a scheduler does when one rank of a job is gone: all of them anew, which go on counting."""
@@ -208,6 +245,7 @@ class Soak:
         if late or name not in self._processes or any(due[2] == name for due in self._due):
             return
         self.faults[what] += 1
+        self._since[name] = time.monotonic()
         match what:
             case "kill a target":
                 self._kill(name)
@@ -232,6 +270,7 @@ class Soak:
         far.close()
         self._pipes[name] = near
         self._lives[name] += 1
+        self._since[name] = time.monotonic()
 
     def _kill(self, name: str) -> None:
         if name in self._processes:
@@ -252,7 +291,10 @@ class Soak:
             figures = dict(zip(FIGURES, numbers(self._folder / replica).tolist(), strict=True))
             longest = figures.pop("longest") / 1e9
             kept = {what: figures[what] for what in ("reads", "waited", "refused", "lost", "versions")}
-            replicas[replica] = {**kept, "longest_seconds_between_answers": round(longest, 3)}
+            replicas[replica] = {
+                **kept, "longest_seconds_between_answers": round(longest, 3),
+                "longest_undisturbed_seconds_without_a_version": round(self.calm[replica], 3),
+            }  # fmt: skip
         lives = {name: held for name, held in self.held.items() if len(held) > 1}
         return {
             "seed": self.settings.seed, "transport": self.settings.transport, "landing": self.settings.landing,
@@ -260,8 +302,7 @@ class Soak:
             "faults": dict(self.faults), "digest_errors": self.said["digest"], "failures_told": self.said["failed"],
             "replicas": replicas,
             "held": {
-                name: [{"refit": refit, "rss_bytes": rss, "descriptors": fds} for refit, rss, fds in held]
-                for name, held in lives.items()
+                name: [{"refit": refit, **asdict(found)} for refit, found in held] for name, held in lives.items()
             },
         }  # fmt: skip
 

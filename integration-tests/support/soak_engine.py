@@ -13,7 +13,7 @@ import torch
 
 from weft.deadline import Deadline
 from weft.errors import DeadlineError
-from weft.testing.members import MemoryTarget, allocate
+from weft.testing.members import Log, MemoryTarget, allocate
 from weft.testing.tiny import Tiny, mismatches
 
 TINY = Tiny()
@@ -54,11 +54,18 @@ def numbers(path: Path) -> np.memmap[tuple[int], np.dtype[np.int64]]:
     return np.memmap(path, np.int64, "r+")
 
 
+class NoLog(Log):
+    """Keeps nothing, so that what a process holds does not grow with every version."""
+
+    def add(self, member: str, what: str, argument: object) -> None:
+        """Nothing."""
+
+
 class SharedTarget(MemoryTarget):
     """A target whose weights other processes see. A new life begins with poison."""
 
     def __init__(self, folder: Path, replica: str, rank: int, size: int) -> None:
-        super().__init__(f"{replica}/{rank}", TINY.target(rank, size))
+        super().__init__(f"{replica}/{rank}", TINY.target(rank, size), log=NoLog())
         lives = numbers(folder / f"{replica}-lives")
         lives[rank] += 1  # before the weights of the last life go
         self._memory = shared(arena(folder, self.name), self._memory)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,7 +21,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from support.soak_engine import TINY, Engine, SharedTarget
+from support.holding import holding
+from support.soak_engine import TINY, Engine, NoLog, SharedTarget
 
 from weft.contracts import Message
 from weft.deadline import Deadlines
@@ -31,6 +33,8 @@ from weft.testing.faults import FaultyTransport, Script, install
 from weft.testing.members import MemorySource
 
 SOURCES = ("trainer/0", "trainer/1")
+Say = Callable[..., None]
+"""Tells whoever has started the process, from any thread."""
 BEGIN_SECONDS = 3.0
 """Of every deadline but those of meeting each other: what is frozen for longer is given up."""
 
@@ -121,7 +125,13 @@ def play(role: Role, pipe: Connection) -> None:
     torch.set_num_threads(1)
     faults = Faults(int(role.store.rsplit(":", 1)[1]))
     told: queue.SimpleQueue[int] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(pipe, faults, told), daemon=True).start()
+    lock = threading.Lock()
+
+    def say(*what: Any) -> None:
+        with lock:  # two threads do
+            pipe.send(what)
+
+    threading.Thread(target=_listen, args=(pipe, say, faults, told), daemon=True).start()
     limits = dict.fromkeys(("begin", "move", "vote", "commit"), BEGIN_SECONDS)
     common: dict[str, Any] = {
         "store": role.store, "job": role.job, "name": role.name, "transport": "faulty",
@@ -132,43 +142,46 @@ def play(role: Role, pipe: Connection) -> None:
         install(Path(folder))
         sys.path.insert(0, folder)
         if role.name in SOURCES:
-            _train(role, pipe, told, common)
+            _train(role, say, told, common)
         else:
-            _serve(role, pipe, faults, common)
+            _serve(role, say, faults, common)
 
 
-def _listen(pipe: Connection, faults: Faults, told: queue.SimpleQueue[int]) -> None:
+def _listen(pipe: Connection, say: Say, faults: Faults, told: queue.SimpleQueue[int]) -> None:
     with suppress(EOFError, OSError):
         while True:
             what, *arguments = pipe.recv()
             if what == "offer":
                 told.put(*arguments)
+            elif what == "count":
+                say("holds", holding())
             else:
                 faults.do(what, *arguments)
     os._exit(1)  # nobody is there any more
 
 
-def _train(role: Role, pipe: Connection, told: queue.SimpleQueue[int], common: dict[str, Any]) -> None:
+def _train(role: Role, say: Say, told: queue.SimpleQueue[int], common: dict[str, Any]) -> None:
     """A source: a version whenever it is told to, of which nothing is left once it is released."""
     rank = SOURCES.index(role.name)
-    source = MemorySource(role.name, TINY.source(rank, len(SOURCES)))
+    source = MemorySource(role.name, TINY.source(rank, len(SOURCES)), log=NoLog())
     try:
         with Fleet(source=source, rank=rank, sources=len(SOURCES), **common) as fleet:
-            pipe.send(("open",))
+            say("open")
             while True:
                 version = told.get()
                 source.load(TINY.tensors(version))
+                source.leases.clear()  # none is held
                 offer = fleet.offer(version)
                 with suppress(RefitAbortedError, DeadlineError):
                     offer.released()
                     source.load(TINY.tensors(0))
                     offer.committed()
-                pipe.send(("ended", version, offer.outcomes))
+                say("ended", version, offer.outcomes)
     except WeftError as error:
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        say("failed", f"{type(error).__name__}: {error}")
 
 
-def _serve(role: Role, pipe: Connection, faults: Faults, common: dict[str, Any]) -> None:
+def _serve(role: Role, say: Say, faults: Faults, common: dict[str, Any]) -> None:
     """A target: receives whatever is offered, and joins anew after every failure. The first one of a replica answers
     for it all the time.
     """
@@ -185,6 +198,6 @@ def _serve(role: Role, pipe: Connection, faults: Faults, common: dict[str, Any])
             ) as member:
                 while True:
                     version = member.receive().version
-                    pipe.send(("installed", version, version in faults.flipped))
+                    say("installed", version, version in faults.flipped)
         except WeftError as error:
-            pipe.send(("failed", f"{type(error).__name__}: {error}"))
+            say("failed", f"{type(error).__name__}: {error}")
