@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 
 import msgspec
 import torch
+from support.troupe import Troupe
 
 from weft.contracts import Bucket, Message
 from weft.deadline import Deadlines
@@ -115,7 +115,7 @@ def cut_connections() -> None:
                         end.shutdown(socket.SHUT_RDWR)
 
 
-def play(role: Role, pipe: Connection, struck: Connection) -> None:
+def play(role: Role, struck: Connection, pipe: Connection) -> None:
     """One process, until it is killed or told to close. SIGUSR1 cuts it off, SIGUSR2 corrupts what arrives next, and
     each is acknowledged.
     """
@@ -197,7 +197,7 @@ def serve(role: Role, pipe: Connection, _: Stop, common: dict[str, Any]) -> None
 
 
 @dataclass(eq=False)
-class Company:
+class Company(Troupe):
     """All processes of a fleet. A context manager that leaves none behind."""
 
     store: str
@@ -209,42 +209,25 @@ class Company:
     """Of the transport."""
     model: Any = TINY
     version: int = 0
-    said: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
-        self._pipes: dict[str, Connection] = {}
+        super().__init__("forkserver", PRELOADED)
         self._struck: dict[str, Connection] = {}
-        self._processes: dict[str, Any] = {}
-
-    def __enter__(self) -> Company:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in list(self._processes):
-            self.kill(name)
 
     def start(self, *names: str, size: int = 1) -> None:
         """Start processes, under these names, which may have had others before."""
         for name in names:
-            near, far = self._context.Pipe()
             self._struck[name], striking = self._context.Pipe(duplex=False)
             options = tuple(self.options.items())
             role = Role(
                 name, self.store, self.job, self.transport, size, self.limits, self.landing, options, self.model
             )  # fmt: skip
-            self._processes[name] = self._context.Process(target=play, args=(role, far, striking), daemon=True)
-            self._processes[name].start()
-            far.close()
+            self.begin(name, play, role, striking)
             striking.close()
-            self._pipes[name], self.said[name] = near, []
 
     def kill(self, name: str) -> None:
         """SIGKILL."""
-        self._processes[name].kill()
-        self._processes.pop(name).join(10)
-        self._pipes[name].close()
+        super().kill(name)
         self._struck[name].close()
 
     def gone(self) -> list[str]:
@@ -263,33 +246,6 @@ class Company:
         os.kill(self._processes[name].pid, number)
         assert self._struck[name].poll(60), f"{name} has not been struck: {self.said[name]}"
         self._struck[name].recv()
-
-    def freeze(self, name: str) -> None:
-        """SIGSTOP."""
-        os.kill(self._processes[name].pid, signal.SIGSTOP)
-
-    def thaw(self, name: str) -> None:
-        """SIGCONT."""
-        os.kill(self._processes[name].pid, signal.SIGCONT)
-
-    def tell(self, name: str, *what: Any) -> None:
-        """Send to a process."""
-        self._pipes[name].send(what)
-
-    def until(self, name: str, *what: object, seconds: float = 120.0) -> tuple[Any, ...]:
-        """Wait for a process to say something that begins so; what it said before is forgotten."""
-        limit = time.monotonic() + seconds
-        while True:
-            assert self._pipes[name].poll(max(0.0, limit - time.monotonic())), f"{name} never said {what}: {self.said}"
-            said: tuple[Any, ...] = self._pipes[name].recv()
-            self.said[name].append(said)
-            if said[: len(what)] == what:
-                return said
-
-    def hear(self, name: str) -> None:
-        """Take in what a process has said by now."""
-        while self._pipes[name].poll():
-            self.said[name].append(self._pipes[name].recv())
 
     def offer(self, step: Step | None = None, at: str = "") -> int:
         """Have the trainer offer the next version; `at`, a source, stops at a step of it."""

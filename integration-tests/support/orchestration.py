@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 from support.fleet import SOURCES, TINY
+from support.troupe import Troupe
 
 from weft.deadline import Deadline, Deadlines
 from weft.fleet import Fleet, FleetMember
@@ -97,7 +97,7 @@ def train(common: dict[str, Any], pipe: Connection) -> None:
     with Fleet(source=source, rank=rank, sources=len(SOURCES), transport="gloo", **common) as fleet:
         pipe.send(("open",))
         while True:
-            version = pipe.recv()
+            (version,) = pipe.recv()
             source.load(TINY.tensors(version))
             offer = fleet.offer(version)
             offer.released()
@@ -128,59 +128,27 @@ def serve(common: dict[str, Any], replica: str, folder: Path, pipe: Connection) 
             pipe.send(("serves", member.receive().version))
 
 
-class Orchestrated:
+class Orchestrated(Troupe):
     """Two sources, replicas of one member each, and their orchestrator, in processes; none is left behind."""
 
     def __init__(self, store: str, job: str, replicas: Sequence[str], folder: Path) -> None:
+        super().__init__("forkserver", ["torch", "weft.fleet", "weft.testing.members", "weft_gloo"])
         self.replicas, self.version = replicas, 0
         self._store, self._job, self._folder = store, job, folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "weft.fleet", "weft.testing.members", "weft_gloo"])
-        self._pipes: dict[str, Connection] = {}
-        self._processes: dict[str, Any] = {}
 
     def __enter__(self) -> Orchestrated:
         limits = Deadlines(**dict.fromkeys(("rendezvous", "offer", "begin", "move", "vote", "commit"), SECONDS))
         common = {"store": self._store, "job": self._job, "deadlines": limits}
         self.orchestrate()
         for name in SOURCES:
-            self._start(name, train, {**common, "name": name})
+            self.begin(name, train, {**common, "name": name})
         for replica in self.replicas:
-            self._start(replica, serve, {**common, "name": f"{replica}/0"}, replica, self._folder)
+            self.begin(replica, serve, {**common, "name": f"{replica}/0"}, replica, self._folder)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in list(self._processes):
-            self.kill(name)
 
     def orchestrate(self) -> None:
         """Start the orchestrator."""
-        self._start(ORCHESTRATOR, orchestrate, self._store, self._job, self.replicas, self._folder)
-
-    def _start(self, name: str, play: Callable[..., None], *arguments: Any) -> None:
-        self._pipes[name], far = self._context.Pipe()
-        self._processes[name] = self._context.Process(target=play, args=(*arguments, far), daemon=True)
-        self._processes[name].start()
-        far.close()
-
-    def kill(self, name: str) -> None:
-        """SIGKILL."""
-        self._processes[name].kill()
-        self._processes.pop(name).join(10)
-        self._pipes[name].close()
-
-    def tell(self, name: str, what: object) -> None:
-        """Send to a process."""
-        self._pipes[name].send(what)
-
-    def until(self, name: str, *what: object) -> tuple[Any, ...]:
-        """Wait for a process to say something that begins so; what it said before is forgotten."""
-        deadline = Deadline.after(SECONDS)
-        while True:
-            assert self._pipes[name].poll(deadline.remaining()), f"{name} never said {what}"
-            said: tuple[Any, ...] = self._pipes[name].recv()
-            if said[: len(what)] == what:
-                return said
+        self.begin(ORCHESTRATOR, orchestrate, self._store, self._job, self.replicas, self._folder)
 
     def offer(self) -> int:
         """Have the trainer offer the next version."""
