@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from support.hosts import RAILS, Hosts, address, two_hosts
+from support.hosts import FAR, RAILS, Hosts, address, two_hosts
 from support.members import Cast, Role
 
 TRAINERS, ENGINES = ("trainer/0", "trainer/1"), ("rollout0/0", "rollout0/1")
@@ -104,3 +104,21 @@ def test_a_slow_link_that_is_cut_and_restored(hosts: Hosts, store: str, transpor
         assert len(digests) == 1
     arrived = sum(entry[4] for name in ENGINES for entry in said[name] if entry[:2] == ("report", 1))
     assert carried > arrived, "the weights took another way than the link"
+
+
+@pytest.mark.trap(34)
+def test_a_link_with_a_delay_is_crossed_less_often_than_buckets_move(hosts: Hosts, store: str) -> None:
+    """Each of the two sources has its 84 buckets for each of the two targets: several are on their way at a time."""
+    side = {name: int(name in ENGINES) for name in NAMES}
+    options = {**OPTIONS["nixl"], "nics": [FAR]}
+    roles = [
+        Role(name, store, "far", "nixl", limits=60.0, large=True, versions=1, options=options, host=f"host{side[name]}")
+        for name in NAMES
+    ]
+    with hosts.far(0.05) as delay, Cast(roles, lambda name: hosts.starting_on(side[name])) as crew:
+        said = crew.ends(*NAMES)
+    reports = {name: next(entry for entry in said[name] if entry[0] == "report") for name in NAMES}
+    assert all(report[3] == [] for report in reports.values())
+    round_trips, buckets = max(delay.crossings) / 2, sum(reports[name][6] for name in ENGINES)
+    assert round_trips > 2, "the weights took another way than the link"
+    assert round_trips < buckets / 4, "joining included"

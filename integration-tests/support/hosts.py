@@ -14,10 +14,13 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
+from support.delay import Delay, delayed, tap
 
 SECONDS = 60
 RAILS = ("rail0", "rail1")
 """The links: `rail0` for the weights, and `rail1`, which is never cut, for the store."""
+FAR = "far"
+"""A link that `Hosts.far` makes, with a delay."""
 
 
 def ip(*arguments: str) -> None:
@@ -27,7 +30,7 @@ def ip(*arguments: str) -> None:
 
 def address(host: int, rail: str) -> str:
     """The IPv4 address of the first (0) or second (1) host on a link."""
-    return f"10.77.{RAILS.index(rail)}.{host + 1}"
+    return f"10.77.{(*RAILS, FAR).index(rail)}.{host + 1}"
 
 
 class Hosts:
@@ -59,6 +62,17 @@ class Hosts:
         """Bytes that have left a host over a link."""
         file = f"/sys/class/net/{rail}/statistics/tx_bytes"
         return int(_run("ip", "netns", "exec", self.names[host], "cat", file))
+
+    @contextlib.contextmanager
+    def far(self, seconds: float) -> Iterator[Delay]:
+        """A further link, `FAR`, on which everything takes so long, either way."""
+        devices = [tap() for _ in self.names]
+        with delayed(seconds, (devices[0][1], devices[1][1])) as delay:
+            for host, (name, _) in enumerate(devices):
+                ip("link", "set", name, "netns", self.names[host], "name", FAR)
+                ip("-n", self.names[host], "address", "add", f"{address(host, FAR)}/24", "dev", FAR)
+                ip("-n", self.names[host], "link", "set", FAR, "mtu", "9000", "up")
+            yield delay
 
     @contextlib.contextmanager
     def starting_on(self, host: int) -> Iterator[None]:

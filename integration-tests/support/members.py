@@ -112,7 +112,8 @@ def act(role: Role, pipe: Connection) -> None:
                 report = refit.run(version)
                 wrong = mismatches(target.contents(), tiny.expected(*share, tiny.tensors(version))) if target else []
                 if wrong or version <= role.said:
-                    pipe.send(("report", version, report.digest, wrong, report.bytes, report.relayed_bytes))
+                    figures = (report.bytes, report.relayed_bytes, report.buckets)
+                    pipe.send(("report", version, report.digest, wrong, *figures))
                 if not version % _COUNTED:
                     made = report.registrations + report.allocations
                     pipe.send(("resources", version, made, report.store_operations, *_resources()))
