@@ -121,4 +121,4 @@ def test_a_link_with_a_delay_is_crossed_less_often_than_buckets_move(hosts: Host
     assert all(report[3] == [] for report in reports.values())
     round_trips, buckets = max(delay.crossings) / 2, sum(reports[name][6] for name in ENGINES)
     assert round_trips > 2, "the weights took another way than the link"
-    assert round_trips < buckets / 4, "joining included"
+    assert round_trips < buckets, "joining included, which says something all the time"
