@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import count
@@ -27,6 +28,7 @@ from weft.plan import Plan, plan
 from weft.policy import Policy
 from weft.publication import Publisher
 from weft.refit import Refit
+from weft.roles import roles_of
 from weft.roster import Expect
 from weft.slices import prove, slice_of
 from weft.testing.faults import FaultyTransport, Script
@@ -38,6 +40,7 @@ from weft.testing.tiny import Tiny
 from weft.views import execute, torch_dtype
 
 from .acts import serves, trains
+from .test_relays import Negating
 
 JOBS = count()
 TINY = Tiny()
@@ -50,7 +53,7 @@ def policies(random: Random) -> Policy:
 
 
 def spread(case: Case, random: Random) -> Case:
-    """Hosts and domains as they come; some targets beside sources."""
+    """Hosts and domains as they come; some targets beside sources, or members of both sides."""
 
     def moved(rank: Rank, side: str) -> Rank:
         host = random.choice(("train", "a", "b", "c", "d"))
@@ -58,10 +61,15 @@ def spread(case: Case, random: Random) -> Case:
         domain = {"train": "0", "a": "0", "b": "1"}.get(host, "2")
         return replace(rank, member=msgspec.structs.replace(rank.member, host=host, domain=domain))
 
-    return replace(
-        case, sources=tuple(moved(r, "source") for r in case.sources),
-        targets=tuple(moved(r, "target") for r in case.targets),
-    )  # fmt: skip
+    sources, targets = [
+        [moved(r, side) for r in ranks] for side, ranks in (("source", case.sources), ("target", case.targets))
+    ]
+    for n in range(min(len(sources), len(targets))):
+        if random.random() < 0.2:
+            one, other = sources[n].member, targets[n].member
+            both = msgspec.structs.replace(other, source_layout=one.source_layout)
+            sources[n], targets[n] = replace(sources[n], member=both), replace(targets[n], member=both)
+    return replace(case, sources=tuple(sources), targets=tuple(targets))
 
 
 def planned(case: Case, policy: Policy) -> Plan:
@@ -105,8 +113,8 @@ def test_nobody_waits_in_a_ring(seed: int) -> None:
     case = spread(random_case(random), random)
     made = planned(case, policies(random))
     programs = {m.name: lowered(made, m.name) for m in made.members}
-    mates = {m.name: frozenset(o.name for o in made.members if o.replica == m.replica) for m in made.members}
-    waits = {m.name: gates(programs[m.name], mates[m.name]) for m in made.members if not m.is_source}
+    roles = roles_of(made.members)
+    waits = {m.name: gates(programs[m.name], roles.mates(m.replica)) for m in made.members if not m.is_source}
     left = {(name, bucket.index): bucket for name, program in programs.items() for bucket in program.sends}
     taken: dict[str, set[int]] = {name: set() for name in programs}
     while left:
@@ -221,8 +229,11 @@ def test_a_member_refuses_a_part_in_a_ring(what: str) -> None:
 def job(
     store_url: str, policy: Policy, acts: Mapping[str, Any] | None = None, versions: int = 3,
     scripts: Mapping[str, Script] | None = None, scratch_slots: int = 0, deadlines: Deadlines | None = None,
+    kind: type[MemoryTarget] = MemoryTarget, lingers: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Two trainers, and replicas of two members each on hosts of their own; `acts` replaces what members do."""
+    """Two trainers, and replicas of two members each on hosts of their own; `acts` replaces what members do.
+    Members of the replica `lingers` stay for a while when they have failed: else those that see them go say that.
+    """
     weights = [TINY.tensors(seed) for seed in range(versions)]
     parts = []
     for rank in range(2):
@@ -231,14 +242,29 @@ def job(
         parts.append(Part(source.name, act, source=source, host="train"))
     for name in NAMES:
         for rank in range(2):
-            target = MemoryTarget(f"{name}/{rank}", TINY.target(rank, 2, scratch_slots=scratch_slots))
-            act = (acts or {}).get(target.name) or serves(target, [TINY.expected(rank, 2, each) for each in weights])
+            target = kind(f"{name}/{rank}", TINY.target(rank, 2, scratch_slots=scratch_slots))
+            held = [TINY.expected(rank, 2, each) for each in weights]
+            if kind is Negating:
+                held = [{name: -t if name.endswith("norm") else t for name, t in each.items()} for each in held]
+            act = (acts or {}).get(target.name) or serves(target, held)
+            act = lingering(act) if name == lingers else act
             script = (scripts or {}).get(target.name)
             parts.append(Part(target.name, act, target=target, replica=name, replica_size=2, host=name, script=script))
     made = Job(store_url, Expect(2, 3), name=f"chain{next(JOBS)}", policy=policy)
     if deadlines is not None:
         made.deadlines = deadlines
     return made.run(parts)
+
+
+def lingering(act: Any) -> Any:
+    def acting(refit: Refit) -> Any:
+        try:
+            return act(refit)
+        except RefitAbortedError:
+            time.sleep(2)
+            raise
+
+    return acting
 
 
 CHAIN = Policy(chain="always")
@@ -270,6 +296,33 @@ def test_every_version_arrives_whole_along_the_chain(store_url: str, policy: Pol
     assert all(r.registrations == r.allocations == 0 for reports in results.values() for r in reports)
 
 
+class Late(Script):
+    """Hears nothing for a moment each time that something comes."""
+
+    def arriving(self, endpoint: FaultyTransport, messages: list[Message]) -> list[Message]:
+        if messages:
+            time.sleep(0.02)
+        return messages
+
+
+@pytest.mark.parametrize("policy", [CHAIN, TRANSPORTED["packed"]], ids=["direct", "packed"])
+def test_what_landing_changes_in_place_has_been_passed_on_before(store_url: str, faulty: None, policy: Policy) -> None:
+    late = {f"{name}/{rank}": Late() for name in ("beta", "gamma") for rank in (0, 1)}
+    all_succeeded(job(store_url, policy, kind=Negating, scripts=late))
+
+
+@pytest.mark.trap(48)
+def test_a_replica_that_begins_late_keeps_nobody_from_committing(store_url: str) -> None:
+    """Within `begin`: those before it wait with their votes, longer than the other deadlines together."""
+
+    def late(refit: Refit) -> None:
+        time.sleep(5)
+        refit.receive(1)
+
+    d = Deadlines(rendezvous=30, offer=30, begin=30, move=1.5, vote=1, commit=1)
+    all_succeeded(job(store_url, CHAIN, versions=1, acts={"beta/0": late}, deadlines=d))
+
+
 def committed(results: Mapping[str, Any], name: str) -> bool:
     return all(not isinstance(results[f"{name}/{rank}"], Exception) for rank in range(2))
 
@@ -296,18 +349,17 @@ def test_who_takes_nothing_is_given_up_and_those_before_it_commit(store_url: str
 
 @pytest.mark.trap(48)
 def test_a_replica_that_does_not_begin_takes_those_behind_it_along_by_name(store_url: str) -> None:
-    """The first one declines the version; the others hear of it long before a deadline."""
+    """One of the first replica gives the version up; the others hear of it long before a deadline."""
 
     def declines(refit: Refit) -> None:
         installation = refit.begin(1)
-        error = RuntimeError("no memory left for it")
-        installation.abort(error)
-        raise error
+        installation.abort(RuntimeError("no memory left for it"))
+        raise RefitAbortedError(1, ["no memory left for it"])
 
-    results = job(store_url, CHAIN, versions=1, acts={"alpha/0": declines})
+    results = job(store_url, CHAIN, versions=1, acts={"alpha/0": declines}, lingers="alpha")
     for name in ("beta/0", "gamma/1"):
         assert isinstance(results[name], RefitAbortedError)
-    assert "alpha" in str(results["beta/0"])
+        assert "no memory left for it" in str(results[name])
     assert "no memory left for it" in str(results["trainer/0"])
 
 
@@ -323,13 +375,15 @@ class Flip(Script):
 
 @pytest.mark.trap(48)
 def test_a_byte_that_changes_between_replicas_is_found_and_the_first_one_commits(store_url: str, faulty: None) -> None:
-    results = job(store_url, CHAIN, versions=1, scripts={"beta/1": Flip()})
+    results = job(store_url, CHAIN, versions=1, scripts={"beta/1": Flip()}, lingers="beta")
     assert committed(results, "alpha"), results
     for name in ("beta/0", "beta/1"):
-        assert isinstance(results[name], RefitAbortedError)
+        assert isinstance(results[name], RefitAbortedError), results
         assert "from alpha/1" in str(results[name])
         assert "arrived changed" in str(results[name])
     assert isinstance(results["gamma/0"], RefitAbortedError)
+    assert "relay beta/" in str(results["gamma/0"])
+    assert "arrived changed" in str(results["gamma/0"])
 
 
 def test_drives_that_plan_each_replica_apart_refuse_chains(store_url: str) -> None:

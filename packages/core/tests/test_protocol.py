@@ -83,6 +83,19 @@ def test_a_leader_that_tells_nobody_how_it_ended_is_found(monkeypatch: pytest.Mo
     assert "nothing has failed" in explore(Job(faults=0), 1).broken[0][0]
 
 
+def test_who_is_behind_a_replica_that_does_not_begin_is_withdrawn_at_once() -> None:
+    first = sources.Receiving("first", "first/0")
+    second = sources.Receiving("second", "second/0", relays=("first/0",), after=frozenset({"first"}))
+    state = sources.Sources(("trainer",), (first, second), frozenset({"trainer"}))
+    state, actions = sources.step(state, Event("replica-outcome", "first/0", "first", "no room", (0,)))
+    assert [known.stage for known in state.replicas] == [sources.Stage.ENDED, sources.Stage.WITHDRAWN]
+    told = {(each.to, each.notice.kind): each.notice.text for each in actions if isinstance(each, Tell)}
+    assert told["second/0", "withdraw"] == "replica first, which passes it on, has not begun: no room"
+    assert ("first/0", "outcome") in told  # nobody begins to take from it any more
+    _, actions = sources.step(state, Event("replica-outcome", "first/0", "first", "no room", (0,)))
+    assert not actions
+
+
 @pytest.mark.parametrize(("early", "words"), [(True, "serves old weights"), (False, "nothing has failed")])
 def test_relays_that_are_told_too_early_or_never_are_found(
     early: bool, words: str, monkeypatch: pytest.MonkeyPatch

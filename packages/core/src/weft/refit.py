@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -80,7 +81,10 @@ class Refit(Opened):
         self._source, self._target, self._control = source, target, control
         self._transport_name, self._transport_options = transport, dict(transport_options or {})
         self._store_url, self._job, self._expect = store, job, expect
-        self._deadlines, self._policy = deadlines or Deadlines(), policy or Policy()
+        self._policy = policy or Policy()
+        self._deadlines = deadlines or Deadlines()
+        if self._policy.chain != "never":  # a replica votes once the next one has begun, and taken what is for it
+            self._deadlines = replace(self._deadlines, vote=self._deadlines.vote + self._deadlines.begin)
         host = host or host_identity()
         self._identity = Identity(name, replica, replica_size, host, domain or host)
         self._transport: Transport | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from weft.deadline import Deadline
+from weft.deadline import Deadline, Deadlines
 from weft.errors import DeadlineError, WeftError
 from weft.protocol import source
 from weft.protocol.events import Event, heard, tell
@@ -14,19 +14,21 @@ from weft.wire import Wire
 
 class Relaying:
     """Within its replica a target passes on as soon as it may; to another replica, to which it is a source, once all of
-    that have begun. A replica that takes nothing for `patience_seconds`, though there is something, is given up.
+    that have begun. A replica that takes nothing for half of `Deadlines.move`, though there is something for it, is
+    given up, and so is one that has not taken everything when this target has a quarter of that left for itself.
     """
 
     def __init__(
         self, wire: Wire, version: int, within: Sender, between: Mapping[str, Callable[[], Sender]], leader_name: str,
-        patience_seconds: float,
+        deadlines: Deadlines,
     ) -> None:  # fmt: skip
         """`between` makes a sender per replica, and `leader_name` leads the sources."""
         self._wire, self._version, self._within, self._make = wire, version, within, dict(between)
-        self._leader_name, self._patience_seconds = leader_name, patience_seconds
+        self._leader_name, self._patience_seconds = leader_name, deadlines.move / 2
+        self._end = Deadline.after(deadlines.begin + 0.75 * deadlines.move)
         self._state = source.Source(leader_name, tuple(map(source.Serving, between)), relay=True)
         self._between: dict[str, Sender] = {}
-        self._limits: dict[str, tuple[int, Deadline]] = {}
+        self._limits: dict[str, tuple[tuple[object, ...], Deadline]] = {}
         self._credit: dict[str, tuple[int, ...]] = {}
 
     @property
@@ -77,6 +79,11 @@ class Relaying:
 
     def give_up(self, reason: str) -> None:
         """Pass on nothing more; replicas that have everything already need not know."""
+        for known in self._state.replicas:
+            if known.stage is source.Stage.SENDING and not known.ended:
+                self._between[known.replica].collect()
+                if self._between[known.replica].done:
+                    self._feed(Event("sent", replica=known.replica))
         self._within.cancel()
         self._feed(Event("give-up", text=reason))
 
@@ -92,12 +99,15 @@ class Relaying:
             self._feed(Event("sent", replica=replica))
 
     def _be_patient(self, replica: str, sender: Sender) -> None:
-        left, limit = self._limits.get(replica, (-1, None))
-        if limit is None or left != sender.left or not sender.held_up:
-            self._limits[replica] = sender.left, Deadline.after(self._patience_seconds)
+        before, limit = self._limits.get(replica, ((), None))
+        if limit is None or before != sender.progress or not sender.ignored:
+            self._limits[replica] = sender.progress, Deadline.after(self._patience_seconds)
         elif limit.expired():
             what = f"version {self._version}, passed on to replica {replica}, of which nothing was taken"
             raise DeadlineError(what, limit.seconds, sender.waiting_for())
+        if self._end.expired() and sender.held_up:
+            what = f"version {self._version}, passed on to replica {replica}, of which not all was taken"
+            raise DeadlineError(what, self._end.seconds, sender.waiting_for())
 
     def _feed(self, event: Event) -> None:
         self._state, actions = source.step(self._state, event)

@@ -104,7 +104,7 @@ def _pass_between(found: Int64s, wants: Wants, members: Sequence[Member], replic
     need = np.flatnonzero((found < 0) & (wants.level > HOST))
     identity = wants.identity
     for level in (HOST, DOMAIN, LEVELS - 1):
-        if not len(need):
+        if not len(need) or not len(able):
             return
         place, width = codes[level], int(codes[level].max()) + 1
         ring = identity * width + place[target]
@@ -112,7 +112,7 @@ def _pass_between(found: Int64s, wants: Wants, members: Sequence[Member], replic
         order = able[np.lexsort((able, target[able], after[able]))]
         begins = np.searchsorted(after[order], after[need])  # behind those of earlier replicas in this ring
         last = order[np.maximum(begins - 1, 0)]
-        has = (begins > 0) & (ring[last] == ring[need]) if len(order) else np.zeros(len(need), dtype=bool)
+        has = (begins > 0) & (ring[last] == ring[need])
         first = np.searchsorted(after[order], after[last])
         found[need[has]] = order[(first + _rank(after[need], target[need]) % np.maximum(begins - first, 1))[has]]
         need = need[~has]

@@ -14,7 +14,7 @@ from weft.digest import Digest
 from weft.digesters import Digester
 from weft.errors import TransportError
 from weft.layout import Kind, Layout
-from weft.lower import SLOTS
+from weft.lower import SLOTS, LoweredBucket
 from weft.prepare import LocalMoves, Step
 from weft.shadow import Shadow
 from weft.streams import settle, written
@@ -77,15 +77,23 @@ class Sender:
         return not any(self._queues.values()) and not any(self._active.values())
 
     @property
-    def left(self) -> int:
-        """Buckets that have not left yet."""
-        return sum(map(len, self._queues.values())) + sum(map(len, self._active.values()))
+    def progress(self) -> tuple[object, ...]:
+        """Differs after anything has been posted, has left, or has been made room for."""
+        return self.nbytes, *map(len, self._active.values()), *self._credit.values()
 
     @property
     def held_up(self) -> bool:
-        """Whether it is the receivers that this member waits for: there is a bucket for one of them."""
+        """Whether receivers take their time: there is a bucket for one of them, which may have left already."""
         heads = (queue[0] for queue in self._queues.values() if queue)
         return any(self._active.values()) or any(self._may_read(step.bucket.index) for step in heads)
+
+    @property
+    def ignored(self) -> bool:
+        """The same, but for those that may be waiting for somebody else, to land what came before."""
+        heads = ((peer, queue[0].bucket) for peer, queue in self._queues.items() if queue)
+        return any(self._active.values()) or any(
+            self._may_read(bucket.index) and self._may_land(peer, bucket) for peer, bucket in heads
+        )
 
     def waiting_for(self) -> list[str]:
         """Receivers that have not taken everything yet."""
@@ -105,21 +113,29 @@ class Sender:
 
     def step(self) -> None:
         """Do what can be done now."""
-        for peer, works in self._active.items():
-            self._active[peer] = [(step, work) for step, work in works if not work.poll()]
+        self.collect()
         for peer, queue in self._queues.items():
             while queue and len(self._active[peer]) < POSTED_PER_PEER and self._may_go(peer, queue[0]):
                 self._post(queue.popleft())
+
+    def collect(self) -> None:
+        """Count what has left."""
+        for peer, works in self._active.items():
+            self._active[peer] = [(step, work) for step, work in works if not work.poll()]
 
     def _may_go(self, peer: str, step: Step) -> bool:
         bucket = step.bucket
         if not self._may_read(bucket.index):
             return False
-        returned, landed = self._credit[peer]
+        returned, _ = self._credit[peer]
         if bucket.slot is not None:
             mine_busy = any(active.bucket.slot == bucket.slot for active, _ in self._active[peer])
             if mine_busy or returned < bucket.staged - SLOTS + 1:
                 return False
+        return self._may_land(peer, bucket)
+
+    def _may_land(self, peer: str, bucket: LoweredBucket) -> bool:
+        landed = self._credit[peer][1]
         return bucket.scratch is None or landed >= bucket.scratch - self._scratch_slots[peer] + 1
 
     def _post(self, step: Step) -> None:

@@ -50,10 +50,13 @@ def roles_of(members: tuple[Member, ...]) -> Roles:
 
 def relays_of(whole: Plan) -> tuple[Relay, ...]:
     """Who passes on from one replica to another."""
-    pairs = np.unique(whole.routes.source * whole.count + whole.routes.target)
-    ends = ((whole.members[n // whole.count], whole.members[n % whole.count]) for n in pairs.tolist())
-    found = {(a.name, a.replica or a.name, b.replica or b.name) for a, b in ends if not a.is_source}
-    return tuple(Relay(*each) for each in sorted(found) if each[1] != each[2])
+    members, routes = whole.members, whole.routes
+    is_source = np.array([m.is_source for m in members])
+    replicas = np.unique([m.replica or m.name for m in members], return_inverse=True)[1]
+    abroad = ~is_source[routes.source] & (replicas[routes.source] != replicas[routes.target])
+    pairs = np.unique(routes.source[abroad] * whole.count + routes.target[abroad]).tolist()
+    ends = ((members[n // whole.count], members[n % whole.count]) for n in pairs)
+    return tuple(Relay(*each) for each in sorted({(a.name, a.replica or a.name, b.replica or b.name) for a, b in ends}))
 
 
 def peers_of(name: str, roles: Roles, program: MemberProgram, relays: Sequence[Relay]) -> set[str]:

@@ -78,8 +78,7 @@ class TakingPart:
         peers = {step.bucket.peer for step in connection.passed_on}
         others = {name: partial(passing, names) for name, names in roles.replicas.items() if peers & {*names}}
         others.pop(replica, None)
-        patience = self.deadlines.move / 2  # to give up those behind before this replica must give up itself
-        relay = Relaying(wire, version, passing(members), others, roles.source_leader, patience)
+        relay = Relaying(wire, version, passing(members), others, roles.source_leader, self.deadlines)
         return TargetSession(wire, version, target, receiver, relay, replica, leader_name, leader, clock)
 
     def decline(self, version: int, reasons: Sequence[str]) -> None:

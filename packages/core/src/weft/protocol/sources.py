@@ -141,12 +141,14 @@ def _begun(state: Sources, known: Receiving) -> Change:
 def _withdraw(known: Receiving, text: str) -> Change:
     """Give a replica up, and go by the answer of its leader, who may know why; without one, by what is known here.
 
-    Who fails takes others down with it: what a source sees first may be one of those.
+    Who fails takes others down with it: what a source sees first may be one of those. Relays of one that has not begun
+    need not wait for the answer: it will not begin.
     """
     if known.stage is Stage.WITHDRAWN:
         return known, ()
     told = Tell(known.leader, Notice("withdraw", known.replica, text))
-    return replace(known, stage=Stage.WITHDRAWN, text=text), (Do("wait", known.replica, "answer"), told)
+    freed = () if known.begun else tuple(Tell(r, _outcome(known.replica, text)) for r in known.relays)
+    return replace(known, stage=Stage.WITHDRAWN, text=text), (Do("wait", known.replica, "answer"), told, *freed)
 
 
 def _missing_out(ended: Receiving, known: Receiving) -> Change:
@@ -177,6 +179,10 @@ def _give_up(state: Sources, known: Receiving, text: str) -> Change:
 
 
 def _end(state: Sources, known: Receiving, text: str, numbers: tuple[int, ...] = (0,)) -> Change:
-    outcome = Notice("outcome", known.replica, text, numbers)
+    outcome = _outcome(known.replica, text, numbers)
     told = tuple(Tell(source, outcome) for source in (*state.members, *known.relays))
     return replace(known, stage=Stage.ENDED, text=text), told
+
+
+def _outcome(replica: str, text: str, numbers: tuple[int, ...] = (0,)) -> Notice:
+    return Notice("outcome", replica, text, numbers)
