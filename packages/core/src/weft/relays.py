@@ -103,6 +103,7 @@ def _pass_between(found: Int64s, wants: Wants, members: Sequence[Member], replic
     able = np.flatnonzero(wants.able(np.array([m.is_source for m in members])))
     need = np.flatnonzero((found < 0) & (wants.level > HOST))
     identity = wants.identity
+    boxes = int(identity.max(initial=0)) + 1
     for level in (HOST, DOMAIN, LEVELS - 1):
         if not len(need) or not len(able):
             return
@@ -114,7 +115,11 @@ def _pass_between(found: Int64s, wants: Wants, members: Sequence[Member], replic
         last = order[np.maximum(begins - 1, 0)]
         has = (begins > 0) & (ring[last] == ring[need])
         first = np.searchsorted(after[order], after[last])
-        found[need[has]] = order[(first + _rank(after[need], target[need]) % np.maximum(begins - first, 1))[has]]
+        count, turn = np.maximum(begins - first, 1), _rank(after[need], target[need])
+        # Fewer than there are to give: others for other boxes, in runs of neighbours so that peers stay few.
+        _, number, wanting = np.unique(after[need], return_inverse=True, return_counts=True)
+        turn += np.where(wanting[number] < count, identity[need] * count // boxes, 0)
+        found[need[has]] = order[(first + turn % count)[has]]
         need = need[~has]
 
 
